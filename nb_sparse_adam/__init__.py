@@ -1,0 +1,9 @@
+"""Sparse Adam in Numba: an optimizer that reads and writes only what a sparse gradient touches."""
+
+from nb_sparse_adam import errors
+from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam.optimizer import SparseAdam
+
+__all__ = ["BagGradient", "CSRGradient", "RowGradient", "SparseAdam", "__version__", "errors"]
+
+__version__ = "0.1.0"

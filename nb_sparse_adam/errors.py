@@ -1,0 +1,99 @@
+"""Every error and warning of the library, on one screen.
+
+::
+
+    SparseAdamError                       base class: ``except SparseAdamError`` catches everything below
+    ├── OptionError          ValueError   a hyper-parameter or option is out of its domain, or unknown
+    │   └── OptionTypeError  TypeError    ... or of the wrong type
+    ├── TableError           ValueError   a parameter table cannot be updated in place, or its name is unknown
+    │   └── TableTypeError   TypeError    ... it is no array of a supported dtype
+    ├── GradientError        ValueError   a gradient does not fit its table, or is malformed
+    │   ├── GradientTypeError   TypeError   ... it, or one of its arrays, has an unsupported type
+    │   ├── GradientIndexError  IndexError  ... an id, column or offset is out of range
+    │   └── NonFiniteGradientError          ... it holds NaN or infinity, or a sum in it overflows
+    ├── StateError           ValueError   a state dict does not fit the optimizer
+    │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
+    ├── InteractionsError    ValueError   the recommender's input cannot be read or used
+    └── MissingExtraError    ImportError  an optional dependency is not installed
+
+    SparseAdamWarning        UserWarning  base class of the library's warnings
+
+A class inherits from everything above it, and from the built-in class beside it, so that
+``except ValueError`` in existing code keeps working. All input errors are raised before the first
+write: the tables and the optimizer's state hold the bits that they held before the call.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "GradientError",
+    "GradientIndexError",
+    "GradientTypeError",
+    "InteractionsError",
+    "MissingExtraError",
+    "NonFiniteGradientError",
+    "OptionError",
+    "OptionTypeError",
+    "SparseAdamError",
+    "SparseAdamWarning",
+    "StateError",
+    "StateTypeError",
+    "TableError",
+    "TableTypeError",
+]
+
+
+class SparseAdamError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class OptionError(SparseAdamError, ValueError):
+    """A hyper-parameter or option is outside its domain, or there is no option of that name."""
+
+
+class OptionTypeError(OptionError, TypeError):
+    """A hyper-parameter or option has a type that it cannot have."""
+
+
+class TableError(SparseAdamError, ValueError):
+    """A parameter table cannot be updated in place, or no table has the name that was given."""
+
+
+class TableTypeError(TableError, TypeError):
+    """A parameter table is not an array of a supported dtype."""
+
+
+class GradientError(SparseAdamError, ValueError):
+    """A gradient does not fit its table, or is malformed."""
+
+
+class GradientTypeError(GradientError, TypeError):
+    """A gradient, or an array in it, has an unsupported type or dtype."""
+
+
+class GradientIndexError(GradientError, IndexError):
+    """An id, a column or an offset of a gradient is out of range."""
+
+
+class NonFiniteGradientError(GradientError):
+    """A gradient holds NaN or infinity, or a per-row sum of it (or that sum's square) overflows."""
+
+
+class StateError(SparseAdamError, ValueError):
+    """A state dict does not fit the optimizer that should load it."""
+
+
+class StateTypeError(StateError, TypeError):
+    """A state dict, or an entry of one, has the wrong type."""
+
+
+class InteractionsError(SparseAdamError, ValueError):
+    """The interactions given to the recommender cannot be read or used."""
+
+
+class MissingExtraError(SparseAdamError, ImportError):
+    """An optional dependency is not installed; the message has the command that installs it."""
+
+
+class SparseAdamWarning(UserWarning):
+    """Base class of the library's warnings."""

@@ -1,0 +1,480 @@
+"""The forms of a gradient, and the one place that looks at what a user passed as one.
+
+`check` takes any of them and returns arrays that kernels can trust: contiguous, of the table's dtype, every
+id in range. What is wrong is refused here, with the first offending position. The user's own objects are
+never modified, and copied only where their dtype or layout asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
+from nb_sparse_adam.grouping import scan_ids
+from nb_sparse_adam.jit import jit
+
+__all__ = ["BagGradient", "CSRGradient", "RowGradient"]
+
+FORMS = "a RowGradient, a BagGradient, a CSRGradient or a scipy.sparse CSR, CSC or COO array"
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradient:
+    """Gradient of some rows of a table: what the backward pass of an embedding lookup gives.
+
+    Parameters
+    ----------
+    rows : (n,) integer array
+        The row of the table that each row of ``values`` belongs to, in any order. A row that is named more
+        than once gets the sum.
+    values : (n, dim) float32 or float64 array
+        The gradients; (n,) or (n, 1) for a 1-D table.
+
+    Notes
+    -----
+    Nothing is checked or copied before `SparseAdam.step`, which raises a `GradientError` for a gradient that
+    does not fit its table.
+
+    Examples
+    --------
+    >>> RowGradient([3, 0, 3], np.ones((3, 16)))  # row 3 gets twice the gradient of row 0
+    RowGradient(3 rows)
+    """
+
+    rows: ArrayLike
+    values: ArrayLike
+
+    def __repr__(self) -> str:
+        return f"RowGradient({np.size(self.rows)} rows)"
+
+
+@dataclass(frozen=True, eq=False)
+class BagGradient:
+    """Gradient of pooled embeddings: Aᵀ·grad_output, summed inside the kernel and never stored.
+
+    With A the (bags × rows) CSR matrix ``(offsets, indices, weights)``, the pooled output is A·table. A CSR
+    design matrix with a residual is the same thing at dim 1.
+
+    Parameters
+    ----------
+    indices : (n,) integer array
+        The ids that were looked up, bag after bag.
+    offsets : (bags + 1,) or (bags,) integer array
+        Where each bag starts in ``indices``. The optional last entry (CSR has it, torch has not) equals
+        ``len(indices)``; which of the two it is follows from ``grad_output``.
+    grad_output : (bags, dim) float32 or float64 array
+        Gradient of the pooled output; (bags,) or (bags, 1) for a 1-D table.
+    weights : (n,) float32 or float64 array, optional
+        One weight an id; all 1 if omitted. A row is present even with weight 0.
+    mode : {"sum", "mean"}, default "sum"
+        "mean" divides by the number of ids of the bag. With ``weights`` it is refused, as in torch.
+
+    Notes
+    -----
+    Nothing is checked or copied before `SparseAdam.step`, which raises a `GradientError` for a gradient that
+    does not fit its table.
+    """
+
+    indices: ArrayLike
+    offsets: ArrayLike
+    grad_output: ArrayLike
+    weights: ArrayLike | None = None
+    mode: str = "sum"
+
+    def __repr__(self) -> str:
+        return f"BagGradient({np.size(self.indices)} ids, mode={self.mode!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class CSRGradient:
+    """Gradient in compressed sparse rows, without scipy.
+
+    Parameters
+    ----------
+    indptr : (rows + 1,) integer array
+        Row r stores the entries ``indptr[r]:indptr[r + 1]``.
+    indices : (nnz,) integer array
+        Column of each entry; unsorted and repeated columns are legal, and repeated ones are summed.
+    data : (nnz,) float32 or float64 array
+        Value of each entry.
+
+    Notes
+    -----
+    Nothing is checked or copied before `SparseAdam.step`, which raises a `GradientError` for a gradient that
+    does not fit its table.
+    """
+
+    indptr: ArrayLike
+    indices: ArrayLike
+    data: ArrayLike
+
+    def __repr__(self) -> str:
+        return f"CSRGradient({np.size(self.data)} entries)"
+
+
+class Target(NamedTuple):
+    """The table that a gradient is for, as far as a gradient has to fit it."""
+
+    name: str
+    rows: int
+    dim: int
+    ndim: int  # of the user's table: 1-D tables have rows of dim 1
+    dtype: np.dtype[Any]
+    memory: Sequence[NDArray[Any]]  # what no gradient may share memory with
+
+    def refuse(self, kind: type[GradientError], message: str) -> GradientError:
+        return kind(f"gradient of table {self.name!r}: {message}")
+
+
+class Rows(NamedTuple):
+    """A checked RowGradient, or BagGradient if it has offsets."""
+
+    ids: NDArray[Any]  # (n,) int32 or int64, each in 0..rows - 1
+    values: NDArray[Any]  # (n, dim), or (bags, dim)
+    nondecreasing: bool
+    increasing: bool
+    offsets: NDArray[Any] | None = None  # (bags + 1,) int64
+    coefficients: NDArray[Any] | None = None  # (n,) weights, or (bags,) reciprocal sizes
+    per_id: bool = False  # which of the two
+
+
+class CompressedRows(NamedTuple):
+    """A checked CSR gradient in which no row holds a column twice."""
+
+    indptr: NDArray[Any]  # int32 or int64, the dtype of indices
+    indices: NDArray[Any]
+    data: NDArray[Any]
+
+
+class Entries(NamedTuple):
+    """Checked single entries in any order, repeated ones included."""
+
+    keys: NDArray[np.int64]  # row * dim + column
+    data: NDArray[Any]
+
+
+def check(gradient: object, target: Target) -> Rows | CompressedRows | Entries:
+    """Turn what a user passed into arrays that kernels can trust, or raise a `GradientError`."""
+    if isinstance(gradient, RowGradient):
+        return _check_rows(gradient, target)
+    if isinstance(gradient, BagGradient):
+        return _check_bags(gradient, target)
+    if isinstance(gradient, CSRGradient):
+        return _check_csr(
+            target, "CSRGradient.", gradient.indptr, gradient.indices, gradient.data, exact=True
+        )
+    if hasattr(gradient, "format") and hasattr(gradient, "shape"):  # scipy's, known by its attributes
+        return _check_scipy(gradient, target)
+    got = type(gradient).__name__
+    if isinstance(gradient, np.ndarray):
+        raise target.refuse(
+            GradientTypeError,
+            f"got a dense array of shape {gradient.shape}, expected {FORMS}; for a dense gradient g pass "
+            "RowGradient(np.arange(len(g)), g)",
+        )
+    raise target.refuse(GradientTypeError, f"got {got}, expected {FORMS}")
+
+
+# --- arrays -----------------------------------------------------------------------------------------------
+
+
+def _as_array(what: str, given: Any, target: Target) -> NDArray[Any]:
+    if type(given) is not np.ndarray:
+        try:
+            given = np.asarray(given)
+        except Exception as error:
+            raise target.refuse(
+                GradientTypeError, f"{what} cannot be read as an array: {error}; pass a NumPy array"
+            ) from error
+    for memory in target.memory:
+        if np.may_share_memory(given, memory) and _share_memory(given, memory):
+            raise target.refuse(
+                GradientError,
+                f"{what} shares memory with a table or its state, which would change while it is read; "
+                "pass a copy",
+            )
+    return given  # type: ignore[no-any-return]
+
+
+def _share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Whether two arrays whose extents overlap share an element, or might: an exact answer can take long."""
+    try:
+        return bool(np.shares_memory(a, b, max_work=1000))  # type: ignore[arg-type]
+    except Exception as error:  # TooHardError moved between NumPy 1.24 and 2
+        if type(error).__name__ != "TooHardError":
+            raise
+        return True
+
+
+class _Alias:
+    """The memory of a read-only array, under another flag.
+
+    A read-only array is another type to numba, and would have every kernel compiled again. Kernels do not
+    write to gradients.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self.owner = array
+
+
+def _for_kernels(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The array, or a copy, as native, aligned, C-contiguous and of a dtype."""
+    if array.dtype != dtype:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
+            return array.astype(dtype, order="C")
+    array = np.require(array, requirements=("C", "A"))
+    return array if array.flags.writeable or not array.size else np.asarray(_Alias(array))
+
+
+def _values(
+    what: str, given: Any, target: Target, rows: int | None, of: str, matrix: bool = True
+) -> NDArray[Any]:
+    """Check float values: (rows, dim) as a matrix, else (rows,)."""
+    array = _as_array(what, given, target)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise target.refuse(
+            GradientTypeError,
+            f"{what} has dtype {array.dtype}, expected float32 or float64; convert it first",
+        )
+    count = "n" if rows is None else str(rows)
+    if matrix:
+        shapes = f"({count}, {target.dim})" + (f" or ({count},)" if target.ndim == 1 else "")
+        if array.ndim == 1 and target.ndim == 1:
+            array = array[:, None]
+        fits = array.ndim == 2 and array.shape[1] == target.dim
+    else:
+        shapes, fits = f"({count},)", array.ndim == 1
+    if not fits or rows not in (None, len(array)):
+        raise target.refuse(
+            GradientError, f"{what} has shape {np.shape(given)}, expected {shapes}: one row or value {of}"
+        )
+    return _for_kernels(array, target.dtype)
+
+
+def _integers(what: str, given: Any, target: Target, length: int | None = None) -> NDArray[Any]:
+    """Check a 1-D array of integers and bring it to int32 or int64."""
+    array = _as_array(what, given, target)
+    if array.size == 0 and not isinstance(given, np.ndarray):
+        array = array.astype(np.int64)  # an empty list has no dtype of its own
+    if array.dtype.kind not in "iu":
+        raise target.refuse(
+            GradientTypeError,
+            f"{what} has dtype {array.dtype}, expected integers (int32 or int64); "
+            + ("use np.flatnonzero(mask)" if array.dtype.kind == "b" else "convert with .astype(np.int64)"),
+        )
+    if array.ndim != 1 or length not in (None, len(array)):
+        count = "n" if length is None else str(length)
+        raise target.refuse(GradientError, f"{what} has shape {array.shape}, expected ({count},)")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size:
+        large = np.flatnonzero(array > np.uint64(np.iinfo(np.int64).max))
+        if len(large):
+            at = int(large[0])
+            raise target.refuse(
+                GradientIndexError, f"{what}[{at}] is {array[at]}, which no index can be (at most 2**63 - 1)"
+            )
+    dtype = (
+        np.dtype(np.int32) if array.dtype.kind == "i" and array.dtype.itemsize <= 4 else np.dtype(np.int64)
+    )
+    return _for_kernels(array, dtype)
+
+
+def _refuse_ids(what: str, ids: NDArray[Any], upper: int, of: str, target: Target) -> None:
+    """Raise for the first id that is not in 0..upper - 1."""
+    at = int(np.flatnonzero((ids < 0) | (ids >= upper))[0])
+    raise target.refuse(
+        GradientIndexError,
+        f"{what}[{at}] is {ids[at]}, expected 0 <= {of} < {upper}"
+        + ("; negative ids do not count from the end" if ids[at] < 0 else ""),
+    )
+
+
+def _ids(
+    what: str, given: Any, target: Target, length: int | None = None, of: str = "row"
+) -> tuple[NDArray[Any], bool, bool]:
+    """Check row ids; also whether they never decrease, and always increase."""
+    ids = _integers(what, given, target, length)
+    if not len(ids):
+        return ids, True, True
+    smallest, largest, nondecreasing, increasing = scan_ids(ids)
+    if smallest < 0 or largest >= target.rows:
+        _refuse_ids(what, ids, target.rows, of, target)
+    return ids, nondecreasing, increasing
+
+
+# --- the forms --------------------------------------------------------------------------------------------
+
+
+def _check_rows(gradient: RowGradient, target: Target) -> Rows:
+    ids, nondecreasing, increasing = _ids("RowGradient.rows", gradient.rows, target)
+    values = _values("RowGradient.values", gradient.values, target, len(ids), "for each of RowGradient.rows")
+    return Rows(ids, values, nondecreasing, increasing)
+
+
+def _check_bags(gradient: BagGradient, target: Target) -> Rows:
+    if gradient.mode not in ("sum", "mean"):
+        raise target.refuse(GradientError, f"BagGradient.mode is {gradient.mode!r}, expected 'sum' or 'mean'")
+    if gradient.mode == "mean" and gradient.weights is not None:
+        raise target.refuse(
+            GradientError,
+            "BagGradient got weights together with mode='mean', which torch does not define either; divide "
+            "the weights by the sizes of their bags and pass mode='sum'",
+        )
+    ids, nondecreasing, increasing = _ids("BagGradient.indices", gradient.indices, target)
+    values = _values("BagGradient.grad_output", gradient.grad_output, target, None, "for each bag")
+    offsets = _bag_offsets(gradient, target, len(values), len(ids))
+    if gradient.weights is not None:
+        weights = _values(
+            "BagGradient.weights", gradient.weights, target, len(ids), "for each of indices", matrix=False
+        )
+        return Rows(ids, values, nondecreasing, increasing, offsets, weights, True)
+    if gradient.mode == "mean":
+        sizes = np.maximum(np.diff(offsets), 1).astype(target.dtype)
+        return Rows(ids, values, nondecreasing, increasing, offsets, 1 / sizes)
+    return Rows(ids, values, nondecreasing, increasing, offsets)
+
+
+def _bag_offsets(gradient: BagGradient, target: Target, bags: int, n: int) -> NDArray[Any]:
+    what = "BagGradient.offsets"
+    offsets = _integers(what, gradient.offsets, target).astype(np.int64, copy=False)
+    if len(offsets) not in (bags, bags + 1):
+        raise target.refuse(
+            GradientError,
+            f"{what} has {len(offsets)} entries, expected {bags + 1} (or {bags}, without the last) for the "
+            f"{bags} rows of grad_output",
+        )
+    if len(offsets) == bags + 1:
+        if offsets[-1] != n:
+            raise target.refuse(
+                GradientIndexError, f"{what}[{bags}] is {offsets[-1]}, expected len(indices) = {n}"
+            )
+    else:
+        offsets = np.append(offsets, n)
+    _check_monotonic(what, offsets, n, target)
+    return offsets
+
+
+def _check_monotonic(what: str, offsets: NDArray[Any], last: int, target: Target) -> None:
+    """Check that offsets start at 0, never decrease and stay within ``last``."""
+    if offsets[0] != 0:
+        raise target.refuse(GradientIndexError, f"{what}[0] is {offsets[0]}, expected 0")
+    at = first_fall(offsets)
+    if at > 0:
+        value, before = int(offsets[at]), int(offsets[at - 1])
+        if before > last:
+            at, value = at - 1, before
+        else:
+            raise target.refuse(
+                GradientIndexError,
+                f"{what}[{at}] is {value}, less than {what}[{at - 1}] = {before}; expected a sequence that "
+                "never decreases",
+            )
+        raise target.refuse(GradientIndexError, f"{what}[{at}] is {value}, expected at most {last}")
+    if offsets[-1] > last:
+        at = int(np.flatnonzero(offsets > last)[0])
+        raise target.refuse(GradientIndexError, f"{what}[{at}] is {offsets[at]}, expected at most {last}")
+
+
+def _check_csr(
+    target: Target, what: str, indptr: Any, indices: Any, data: Any, exact: bool
+) -> CompressedRows | Entries:
+    """``exact``: the arrays hold what indptr names and no more. SciPy allows capacity beyond it."""
+    indptr = _integers(what + "indptr", indptr, target, target.rows + 1)
+    indices = _integers(what + "indices", indices, target)
+    data = _values(what + "data", data, target, None, "for each entry", matrix=False)
+    _check_monotonic(what + "indptr", indptr, len(indices), target)
+    nnz = int(indptr[-1])
+    if exact and nnz != len(indices):
+        raise target.refuse(
+            GradientError,
+            f"{what}indptr[{target.rows}] is {nnz}, expected len(indices) = {len(indices)}",
+        )
+    if len(data) < nnz or (exact and len(data) != nnz):
+        raise target.refuse(
+            GradientError, f"{what}data has {len(data)} entries, expected {nnz}, one for each of indices"
+        )
+    indices, data = indices[:nnz], data[:nnz]
+    if indptr.dtype != indices.dtype:
+        indptr, indices = indptr.astype(np.int64, copy=False), indices.astype(np.int64, copy=False)
+    lowest, highest, distinct = scan_columns(indptr, indices)
+    if nnz and (lowest < 0 or highest >= target.dim):
+        _refuse_ids(what + "indices", indices, target.dim, "column", target)
+    if distinct:
+        return CompressedRows(indptr, indices, data)
+    keys = np.empty(nnz, np.int64)
+    keys_of_rows(indptr, indices, target.dim, keys)
+    return Entries(keys, data)
+
+
+def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entries:
+    what = f"scipy.sparse {gradient.format.upper()}"
+    if gradient.format not in ("csr", "csc", "coo"):
+        raise target.refuse(
+            GradientTypeError, f"got a {what} array, expected CSR, CSC or COO; convert it with .tocsr()"
+        )
+    one_d = len(gradient.shape) == 1
+    expected = (target.rows,) if one_d and target.ndim == 1 else (target.rows, target.dim)
+    if tuple(gradient.shape) != expected:
+        raise target.refuse(GradientError, f"{what} has shape {tuple(gradient.shape)}, expected {expected}")
+    what += " "
+    if gradient.format == "csr" and not one_d:
+        return _check_csr(target, what, gradient.indptr, gradient.indices, gradient.data, exact=False)
+    if gradient.format == "csc":
+        # A CSC array is the CSR array of its transpose.
+        transposed = target._replace(rows=target.dim, dim=target.rows)
+        checked = _check_csr(transposed, what, gradient.indptr, gradient.indices, gradient.data, exact=False)
+        if isinstance(checked, Entries):
+            columns, rows = np.divmod(checked.keys, max(target.rows, 1))
+        else:
+            columns = np.repeat(np.arange(target.dim), np.diff(checked.indptr))
+            rows = checked.indices.astype(np.int64, copy=False)
+        return Entries(rows * target.dim + columns, checked.data)
+    if one_d:  # a 1-D array names rows, each with one value
+        if gradient.format == "csr":
+            indices, data = gradient.indices, gradient.data
+        else:
+            indices, data = gradient.coords[0], gradient.data
+        return _check_rows(RowGradient(indices, data), target)
+    rows, _, _ = _ids(what + "row", gradient.row, target)
+    transposed = target._replace(rows=target.dim)
+    columns, _, _ = _ids(what + "col", gradient.col, transposed, len(rows), "column")
+    data = _values(what + "data", gradient.data, target, len(rows), "for each entry", matrix=False)
+    return Entries(rows.astype(np.int64, copy=False) * target.dim + columns, data)
+
+
+@jit
+def first_fall(offsets: Any) -> int:
+    """The first position at which offsets decrease; 0 if they never do."""
+    for i in range(1, len(offsets)):
+        if offsets[i] < offsets[i - 1]:
+            return i
+    return 0
+
+
+@jit
+def scan_columns(indptr: Any, indices: Any) -> Any:
+    """Smallest and largest column, and whether the columns of every row increase."""
+    lowest = highest = indices.dtype.type(0)
+    falls = 0
+    for r in range(len(indptr) - 1):
+        for e in range(indptr[r], indptr[r + 1]):
+            lowest = min(lowest, indices[e])
+            highest = max(highest, indices[e])
+            if e > indptr[r]:
+                falls += indices[e] <= indices[e - 1]
+    return lowest, highest, falls == 0
+
+
+@jit
+def keys_of_rows(indptr: Any, indices: Any, dim: int, keys: Any) -> None:
+    """``keys[e]`` ← row * dim + column of entry e."""
+    for r in range(len(indptr) - 1):
+        for e in range(indptr[r], indptr[r + 1]):
+            keys[e] = np.int64(r) * dim + indices[e]

@@ -1,0 +1,205 @@
+"""Duplicate ids -> sorted ids, each with the place of its values, cut into segments of one row each.
+
+Every id is packed into one int64 with its payload, ``id << row_shift | payload``, and the packed ids are
+sorted by a radix sort of the id's bits. The sort is stable, so that ids of one row stay in the order of the
+gradient, whatever the number of threads; two buffers of 8 bytes an id are all the memory that it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam.jit import jit
+
+__all__ = ["Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
+
+# 2 048 counters of 8 bytes and as many write positions: both stay in the first-level cache.
+DIGIT_BITS = 11
+
+
+class Grouping(NamedTuple):
+    """Sorted ids and their segments; see `kernels.Segments`."""
+
+    packed: NDArray[np.int64]  # (n,)
+    starts: NDArray[Any]  # (segments + 1,) int32, or int64 for 2**31 ids and more
+    row_shift: int
+    payload_mask: int
+    spare: NDArray[Any]  # (n,) of starts' dtype: memory that the sort no longer needs
+
+
+def group_ids(
+    ids: NDArray[Any], highest: int, nondecreasing: bool, offsets: NDArray[Any] | None = None
+) -> Grouping | None:
+    """Sort ids and cut them into segments.
+
+    Parameters
+    ----------
+    ids : (n,) integer array
+        In 0..highest, n > 0.
+    highest : int
+        The largest id, or any bound above it: the number of bits to sort by.
+    nondecreasing : bool
+        Whether the ids are in order already.
+    offsets : (bags + 1,) integer array, optional
+        With it, the payload of an id is its bag; without it, its position.
+
+    Returns
+    -------
+    Grouping or None
+        None if an id and its payload do not fit into 63 bits together.
+    """
+    n = len(ids)
+    payloads = n if offsets is None else len(offsets) - 1
+    row_shift = max(payloads - 1, 0).bit_length()
+    id_bits = highest.bit_length()
+    if id_bits + row_shift > 63:
+        return None
+    packed, other = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
+    if offsets is None:
+        pack_positions(ids, row_shift, packed)
+    else:
+        pack_bags(ids, offsets, row_shift, packed)
+    if not nondecreasing and id_bits:
+        passes = -(-id_bits // DIGIT_BITS)
+        digit_bits = -(-id_bits // passes)
+        ends = np.empty(1 << digit_bits, np.int64)
+        for number in range(passes):
+            radix_pass(packed[:n], other[:n], row_shift + number * digit_bits, ends)
+            packed, other = other, packed
+    halves = other.view(np.int32) if n < 2**31 - 1 else np.empty(2 * (n + 1), np.int64)
+    segments = find_segments(packed[:n], row_shift, halves)
+    return Grouping(
+        packed[:n], halves[: segments + 1], row_shift, (1 << row_shift) - 1, halves[n + 1 : 2 * n + 1]
+    )
+
+
+@jit
+def scan_ids(ids: Any) -> Any:
+    """Smallest and largest id, and whether the ids never decrease and always increase; n > 0."""
+    smallest = largest = ids[0]
+    falls = 0
+    repeats = 0
+    for i in range(1, len(ids)):
+        smallest = min(smallest, ids[i])
+        largest = max(largest, ids[i])
+        falls += ids[i] < ids[i - 1]
+        repeats += ids[i] == ids[i - 1]
+    return smallest, largest, falls == 0, falls + repeats == 0
+
+
+@jit
+def pack_positions(ids: Any, row_shift: Any, packed: Any) -> None:
+    """Pack each id with its position."""
+    for i in range(len(ids)):
+        packed[i] = (np.int64(ids[i]) << row_shift) | i
+
+
+@jit
+def pack_bags(ids: Any, offsets: Any, row_shift: Any, packed: Any) -> None:
+    """Pack each id with its bag."""
+    for bag in range(len(offsets) - 1):
+        for i in range(offsets[bag], offsets[bag + 1]):
+            packed[i] = (np.int64(ids[i]) << row_shift) | bag
+
+
+@jit
+def radix_pass(packed: Any, out: Any, shift: Any, ends: Any) -> None:
+    """One stable pass of a radix sort, by the bits of ``packed`` from ``shift`` that index ``ends``."""
+    mask = len(ends) - 1
+    for digit in range(len(ends)):
+        ends[digit] = 0
+    for i in range(len(packed)):
+        ends[(packed[i] >> shift) & mask] += 1
+    total = 0
+    for digit in range(len(ends)):
+        count = ends[digit]
+        ends[digit] = total
+        total += count
+    for i in range(len(packed)):
+        digit = (packed[i] >> shift) & mask
+        out[ends[digit]] = packed[i]
+        ends[digit] += 1
+
+
+@jit
+def find_segments(packed: Any, row_shift: Any, starts: Any) -> Any:
+    """Write where each segment starts, then the number of ids; return the number of segments."""
+    segments = 0
+    previous = np.int64(-1)
+    for i in range(len(packed)):
+        row = packed[i] >> row_shift
+        # Written always and kept where a row begins: no branch to mispredict.
+        starts[segments] = i
+        segments += row != previous
+        previous = row
+    starts[segments] = len(packed)
+    return segments
+
+
+@jit
+def fill_bags(offsets: Any, bag_of: Any) -> None:
+    """``bag_of[i]`` ← the bag of position i."""
+    for bag in range(len(offsets) - 1):
+        for i in range(offsets[bag], offsets[bag + 1]):
+            bag_of[i] = bag
+
+
+@jit
+def count_long(starts: Any, block: Any) -> Any:
+    """Length of the longest segment, number of segments longer than a block, and of blocks in these."""
+    longest: Any = 0
+    segments = 0
+    blocks = 0
+    for s in range(len(starts) - 1):
+        length = np.int64(starts[s + 1]) - np.int64(starts[s])
+        longest = max(longest, length)
+        if length > block:
+            segments += 1
+            blocks += (length + block - 1) // block
+    return longest, segments, blocks
+
+
+@jit
+def fill_long(starts: Any, block: Any, long: Any, long_first: Any) -> None:
+    """List the segments longer than a block, and the first of each one's blocks."""
+    which = 0
+    long_first[0] = 0
+    for s in range(len(starts) - 1):
+        length = np.int64(starts[s + 1]) - np.int64(starts[s])
+        if length > block:
+            long[which] = s
+            which += 1
+            long_first[which] = long_first[which - 1] + (length + block - 1) // block
+
+
+@jit
+def cut_evenly(starts: Any, row_cost: Any, block: Any, bounds: Any) -> None:
+    """Cut segments into ``len(bounds) - 1`` runs of about equal cost.
+
+    A segment costs its ids plus ``row_cost``; one longer than a block costs one id a block, for its blocks
+    have been summed already.
+    """
+    segments = len(starts) - 1
+    total = 0
+    for s in range(segments):
+        total += segment_cost(starts, s, row_cost, block)
+    chunks = len(bounds) - 1
+    bounds[0] = 0
+    at = 1
+    cost = 0
+    for s in range(segments):
+        while at < chunks and cost * chunks >= at * total:
+            bounds[at] = s
+            at += 1
+        cost += segment_cost(starts, s, row_cost, block)
+    for rest in range(at, chunks + 1):
+        bounds[rest] = segments
+
+
+@jit
+def segment_cost(starts: Any, s: Any, row_cost: Any, block: Any) -> Any:
+    length = np.int64(starts[s + 1]) - np.int64(starts[s])
+    return row_cost + (length if length <= block else (length + block - 1) // block)

@@ -1,0 +1,568 @@
+"""The formula, once, and the loops that apply it.
+
+Three layers. `adam` updates one element. *Workers* (one thread) take a range of the work and call it for
+each element of each row. *Drivers* share the ranges out to threads (``*_parallel``) or take them one after
+the other (``*_serial``); both run the same worker, so the bits are the same.
+
+Nothing here validates or allocates: callers do, before the first write. Everything that a driver changes,
+counts of steps and of skipped rows included, it changes in one native call, which no Python exception can
+cut in two.
+
+Two habits below are there for speed, and were measured: a row is passed as (array, row number), never as a
+slice, which would carry a reference count; and loops index the last axis from 0, because an offset that
+could be negative (Python's wrap-around) keeps the loop from being vectorized.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from nb_sparse_adam.jit import jit, prefetch
+
+__all__ = [
+    "BLOCK",
+    "ELEMENT",
+    "GLOBAL",
+    "ROW",
+    "SCRATCH_ROWS",
+    "Compressed",
+    "Hyperparameters",
+    "Segments",
+    "Step",
+    "TableArrays",
+    "block_sums_parallel",
+    "block_sums_serial",
+    "csr_parallel",
+    "csr_serial",
+    "first_poisoned_row",
+    "first_poisoned_segment",
+    "rows_parallel",
+    "rows_serial",
+    "segments_parallel",
+    "segments_serial",
+    "sum_segments",
+]
+
+ELEMENT, ROW, GLOBAL = 0, 1, 2  # step_counts
+
+# The ids of one row are summed in blocks of this many, and the blocks' sums are added in order. Fixed, for
+# the bits depend on it: a row that takes half of a batch can then be summed by many threads.
+BLOCK = 512
+
+# Rows of scratch memory for each chunk: the sum of a row's gradients, and its step sizes and scales.
+SCRATCH_ROWS = 3
+
+# How far ahead rows are prefetched: enough to cover the latency of memory, not so much that the first-level
+# cache overflows. Measured at dim 16 to 128 on two Zen 4 cores: flat between half and twice of this.
+PREFETCH_ELEMENTS = 256
+MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 16
+MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by itself
+
+
+class TableArrays(NamedTuple):
+    """One table, as the kernels see it."""
+
+    param: NDArray[Any]  # (rows, dim) float32 or float64
+    moments: NDArray[Any]  # (rows, 2, dim), the same: exp_avg and exp_avg_sq of a row side by side
+    counts: NDArray[Any]  # int32 or int64: ELEMENT (rows, dim), ROW (rows, 1), GLOBAL (1, 1)
+
+
+class Hyperparameters(NamedTuple):
+    """Adam's constants, in the table's dtype."""
+
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    lr: Any
+    eps: Any
+    sign: Any  # −1 to maximize
+
+
+class Segments(NamedTuple):
+    """A gradient whose ids were grouped: sorted ids, each with the place of its values.
+
+    ``packed[i] >> row_shift`` is the row, ``(packed[i] & payload_mask)`` the payload of the i-th smallest
+    id; entries of one row keep the order of the gradient. Segment s is ``starts[s]:starts[s + 1]``.
+    The payload is the row of ``values``, unless there is one coefficient an id (``per_id``): then it is the
+    position of the id, and ``source[payload]`` the row of ``values``.
+    """
+
+    packed: NDArray[Any]  # (n,) int64
+    starts: NDArray[Any]  # (segments + 1,) int32 or int64
+    row_shift: int
+    payload_mask: int
+    values: NDArray[Any]  # (rows of values, dim)
+    source: NDArray[Any]  # (n,) where per_id, else (0,)
+    coefficients: NDArray[Any]  # per_id: (n,); else one a row of values, or (0,) for "all are 1"
+    per_id: bool
+    long: NDArray[Any]  # segments longer than BLOCK, ascending
+    long_first: NDArray[Any]  # (len(long) + 1,): the first block of each in ``block_sums``
+    block_sums: NDArray[Any]  # (blocks, dim)
+
+
+class Compressed(NamedTuple):
+    """A gradient in compressed sparse rows; no row holds a column twice."""
+
+    rows: NDArray[Any]  # the table's row of each row of the gradient, or (0,): "the same"
+    indptr: NDArray[Any]  # (rows of the gradient + 1,)
+    indices: NDArray[Any]  # (stored entries,) columns
+    data: NDArray[Any]  # (stored entries,) the table's dtype
+
+
+class Step(NamedTuple):
+    """How one step is to be done, beside the constants."""
+
+    mode: int  # ELEMENT, ROW or GLOBAL
+    global_step: int  # GLOBAL: the count of this step
+    check: bool  # skip rows that would poison their state
+    totals: NDArray[Any]  # (2,) int64, the table's: drivers that have finished, rows that were skipped
+    skipped: NDArray[Any]  # (chunks,) int64, scratch: rows skipped by each chunk
+
+
+# --- the formula ------------------------------------------------------------------------------------------
+
+
+@jit
+def adam(p: Any, m: Any, v: Any, g: Any, h: Any, step_size: Any, scale: Any) -> Any:
+    """One active step of one element: the new parameter and moments (Kingma & Ba 2015, Algorithm 1).
+
+    ``step_size`` and ``scale`` hold the bias corrections (`Corrections`), and ``step_size`` the learning
+    rate, so that one expression serves both places where ε may stand.
+    """
+    m = h.beta1 * m + h.one_minus_beta1 * g
+    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
+    return p - step_size * (m / (math.sqrt(v) * scale + h.eps)), m, v
+
+
+@jit
+def correction(k: Any, c: Any) -> Any:
+    """``step_size`` and ``scale`` after k active steps."""
+    last = len(c.step_size) - 1
+    if k <= last or c.complete:
+        i = min(k, last)
+        return c.step_size[i], c.scale[i]
+    c1 = -math.expm1(k * c.log_beta1)
+    c2 = -math.expm1(k * c.log_beta2)
+    dtype = c.step_size.dtype.type
+    if c.eps_hat:
+        return dtype(math.sqrt(c2) / c1), dtype(1.0)
+    return dtype(1.0 / c1), dtype(1.0 / math.sqrt(c2))
+
+
+# --- one row ----------------------------------------------------------------------------------------------
+
+
+@jit
+def update_row(table: Any, r: Any, g: Any, i: Any, factor: Any, h: Any, step_size: Any, scale: Any) -> None:
+    """Every element of row r takes a step with the gradient ``factor * g[i]``."""
+    param, moments = table.param, table.moments
+    for j in range(param.shape[1]):
+        p, m, v = adam(param[r, j], moments[r, 0, j], moments[r, 1, j], factor * g[i, j], h, step_size, scale)
+        param[r, j] = p
+        moments[r, 0, j] = m
+        moments[r, 1, j] = v
+
+
+@jit
+def look_up_corrections(table: Any, r: Any, h: Any, c: Any, scratch: Any, t: Any) -> None:
+    """``scratch[t]``, ``scratch[t + 1]`` ← step sizes and scales for the next step of each element of row r.
+
+    A loop of its own: with a look-up in it, the one that updates would not be vectorized, for the compiler
+    cannot tell the tables of corrections from the arrays that it writes.
+    """
+    counts = table.counts
+    dim = counts.shape[1]
+    k = counts[r, 0]
+    differing = 0
+    for j in range(dim):
+        differing += counts[r, j] != k
+    if differing == 0:  # as in rows whose gradients are dense
+        step_size, scale = correction(np.int64(k) + 1, c)
+        step_size *= h.lr
+        for j in range(dim):
+            scratch[t, j] = step_size
+            scratch[t + 1, j] = scale
+        return
+    last = len(c.step_size) - 1
+    for j in range(dim):
+        k = counts[r, j]
+        if k < last or c.complete:
+            at = min(np.int64(k) + 1, last)
+            scratch[t, j] = h.lr * c.step_size[at]
+            scratch[t + 1, j] = c.scale[at]
+        else:
+            step_size, scale = correction(np.int64(k) + 1, c)
+            scratch[t, j] = h.lr * step_size
+            scratch[t + 1, j] = scale
+
+
+@jit
+def update_elements(
+    table: Any, r: Any, g: Any, i: Any, factor: Any, h: Any, c: Any, scratch: Any, t: Any
+) -> None:
+    """Every element of row r whose gradient ``factor * g[i]`` is not zero takes a step of its own count.
+
+    Selects instead of branches: an inactive element is written back with the bits that it had, and the loop
+    stays vectorized.
+    """
+    look_up_corrections(table, r, h, c, scratch, t)
+    param, moments, counts = table.param, table.moments, table.counts
+    one = counts.dtype.type(1)
+    for j in range(param.shape[1]):
+        gradient = factor * g[i, j]
+        active = gradient != 0
+        p, m, v, k = param[r, j], moments[r, 0, j], moments[r, 1, j], counts[r, j]
+        next_p, next_m, next_v = adam(p, m, v, gradient, h, scratch[t, j], scratch[t + 1, j])
+        param[r, j] = next_p if active else p
+        moments[r, 0, j] = next_m if active else m
+        moments[r, 1, j] = next_v if active else v
+        counts[r, j] = counts.dtype.type(k + one) if active else k
+
+
+@jit
+def update_element(table: Any, r: Any, j: Any, gradient: Any, h: Any, c: Any) -> None:
+    """One element takes a step of its own count; its gradient is not zero."""
+    k = table.counts[r, j] + 1
+    step_size, scale = correction(k, c)
+    p, m, v = adam(
+        table.param[r, j],
+        table.moments[r, 0, j],
+        table.moments[r, 1, j],
+        gradient,
+        h,
+        h.lr * step_size,
+        scale,
+    )
+    table.param[r, j] = p
+    table.moments[r, 0, j] = m
+    table.moments[r, 1, j] = v
+    table.counts[r, j] = k
+
+
+@jit
+def apply_row(
+    table: Any,
+    step: Any,
+    h: Any,
+    c: Any,
+    r: Any,
+    g: Any,
+    i: Any,
+    factor: Any,
+    scratch: Any,
+    t: Any,
+) -> None:
+    """Row r is present in the gradient with ``factor * g[i]``: update what ``step_counts`` calls active."""
+    if step.mode == ELEMENT:
+        update_elements(table, r, g, i, factor, h, c, scratch, SCRATCH_ROWS * t + 1)
+        return
+    if step.mode == ROW:
+        k = np.int64(table.counts[r, 0]) + 1
+        table.counts[r, 0] = k
+    else:
+        k = step.global_step
+    step_size, scale = correction(k, c)
+    update_row(table, r, g, i, factor, h, h.lr * step_size, scale)
+
+
+@jit
+def poisons(g: Any, i: Any, factor: Any) -> bool:
+    """Whether the row ``factor * g[i]`` holds a value that is not finite, or whose square is not.
+
+    A square of infinity would stay in exp_avg_sq for ever, and its element would never move again.
+    """
+    bad = 0
+    for j in range(g.shape[1]):
+        gradient = factor * g[i, j]
+        bad += not (gradient * gradient < np.inf)
+    return bad > 0
+
+
+@jit
+def prefetch_row(table: Any, mode: Any, r: Any) -> None:
+    """Ask for the cache lines of row r."""
+    dim = table.param.shape[1]
+    per_line = 64 // table.param.itemsize
+    end = min(dim, MAX_ELEMENTS_PREFETCHED)
+    for j in range(0, end, per_line):
+        prefetch(table.param, r * dim + j)
+        prefetch(table.moments, 2 * r * dim + j)
+        prefetch(table.moments, (2 * r + 1) * dim + j)
+    if mode == ELEMENT:
+        for j in range(0, end, 16):
+            prefetch(table.counts, r * dim + j)
+    elif mode == ROW:
+        prefetch(table.counts, r)
+
+
+@jit
+def rows_ahead(dim: int) -> Any:
+    """How many rows ahead of the one being updated are prefetched."""
+    return min(max(PREFETCH_ELEMENTS // max(dim, 1), MIN_ROWS_AHEAD), MAX_ROWS_AHEAD)
+
+
+# --- rows given once each ---------------------------------------------------------------------------------
+
+
+@jit
+def rows_worker(
+    table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any, t: Any, lo: Any, hi: Any
+) -> Any:
+    """Apply ``values[s]`` to row ``rows[s]`` for s in lo:hi; return how many were skipped."""
+    ahead = rows_ahead(values.shape[1])
+    skipped = 0
+    for s in range(lo, hi):
+        if s + ahead < hi:
+            prefetch_row(table, step.mode, np.int64(rows[s + ahead]))
+        if step.check and poisons(values, s, h.sign):
+            skipped += 1
+            continue
+        apply_row(table, step, h, c, np.int64(rows[s]), values, s, h.sign, scratch, t)
+    return skipped
+
+
+@jit
+def finish(table: Any, step: Any) -> None:
+    """Settle the counts of a step that has been applied."""
+    if step.mode == GLOBAL:
+        table.counts[0, 0] = step.global_step
+    for t in range(len(step.skipped)):
+        step.totals[1] += step.skipped[t]
+    step.totals[0] += 1
+
+
+@jit
+def rows_serial(
+    bounds: Any, table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any
+) -> None:
+    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, one after the other."""
+    for t in range(len(bounds) - 1):
+        step.skipped[t] = rows_worker(table, step, h, c, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)
+
+
+@jit(parallel=True)
+def rows_parallel(
+    bounds: Any, table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any
+) -> None:
+    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, on as many threads as there are."""
+    for t in prange(len(bounds) - 1):
+        step.skipped[t] = rows_worker(table, step, h, c, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)
+
+
+# --- rows summed from several ids -------------------------------------------------------------------------
+
+
+@jit
+def locate(g: Any, i: Any) -> Any:
+    """Row of ``g.values`` and coefficient of the i-th smallest id."""
+    payload = g.packed[i] & g.payload_mask
+    if g.per_id:
+        return np.int64(g.source[payload]), g.coefficients[payload]
+    if len(g.coefficients) > 0:
+        return payload, g.coefficients[payload]
+    return payload, g.values.dtype.type(1)
+
+
+@jit
+def sum_ids(g: Any, lo: Any, hi: Any, out: Any, t: Any) -> None:
+    """``out[t]`` ← the sum over the ids lo:hi, in their order."""
+    values = g.values
+    dim = values.shape[1]
+    at, coefficient = locate(g, lo)
+    for j in range(dim):
+        out[t, j] = coefficient * values[at, j]
+    for i in range(lo + 1, hi):
+        at, coefficient = locate(g, i)
+        for j in range(dim):
+            out[t, j] += coefficient * values[at, j]
+
+
+@jit
+def block_sums_worker(g: Any, lo: Any, hi: Any) -> None:
+    """Sum blocks lo:hi of the long segments into ``g.block_sums``."""
+    which = 0
+    for b in range(lo, hi):
+        while g.long_first[which + 1] <= b:
+            which += 1
+        s = g.long[which]
+        start = np.int64(g.starts[s]) + (b - g.long_first[which]) * BLOCK
+        sum_ids(g, start, min(start + BLOCK, np.int64(g.starts[s + 1])), g.block_sums, b)
+
+
+@jit
+def block_sums_serial(bounds: Any, g: Any) -> None:
+    """Run `block_sums_worker` chunk by chunk."""
+    for t in range(len(bounds) - 1):
+        block_sums_worker(g, bounds[t], bounds[t + 1])
+
+
+@jit(parallel=True)
+def block_sums_parallel(bounds: Any, g: Any) -> None:
+    """Run `block_sums_worker` on several threads."""
+    for t in prange(len(bounds) - 1):
+        block_sums_worker(g, bounds[t], bounds[t + 1])
+
+
+@jit
+def first_long(g: Any, s: Any) -> Any:
+    """Index in ``g.long`` of the first long segment that is s or later."""
+    lo, hi = 0, len(g.long)
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if g.long[middle] < s:
+            lo = middle + 1
+        else:
+            hi = middle
+    return lo
+
+
+@jit
+def sum_segment(g: Any, s: Any, which: Any, out: Any, t: Any) -> Any:
+    """``out[t]`` ← the sum of segment s; ``which`` counts the long segments met, and is returned.
+
+    The sum of a long segment is that of its blocks' sums, in order.
+    """
+    start, end = np.int64(g.starts[s]), np.int64(g.starts[s + 1])
+    if end - start <= BLOCK:
+        sum_ids(g, start, end, out, t)
+        return which
+    sums = g.block_sums
+    first = g.long_first[which]
+    for j in range(sums.shape[1]):
+        out[t, j] = sums[first, j]
+    for b in range(first + 1, g.long_first[which + 1]):
+        for j in range(sums.shape[1]):
+            out[t, j] += sums[b, j]
+    return which + 1
+
+
+@jit
+def segments_worker(
+    table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any
+) -> Any:
+    """Apply the segments lo:hi, each row with the sum of its ids; return how many were skipped."""
+    ahead = rows_ahead(g.values.shape[1])
+    sign = h.sign
+    skipped = 0
+    which = first_long(g, lo)
+    for s in range(lo, hi):
+        if s + ahead < hi:
+            prefetch_row(table, step.mode, g.packed[g.starts[s + ahead]] >> g.row_shift)
+        start = np.int64(g.starts[s])
+        row = g.packed[start] >> g.row_shift
+        if g.starts[s + 1] - start == 1:  # nothing to sum: no copy
+            at, coefficient = locate(g, start)
+            if step.check and poisons(g.values, at, coefficient * sign):
+                skipped += 1
+                continue
+            apply_row(table, step, h, c, row, g.values, at, coefficient * sign, scratch, t)
+            continue
+        which = sum_segment(g, s, which, scratch, SCRATCH_ROWS * t)
+        if step.check and poisons(scratch, SCRATCH_ROWS * t, sign):
+            skipped += 1
+            continue
+        apply_row(table, step, h, c, row, scratch, SCRATCH_ROWS * t, sign, scratch, t)
+    return skipped
+
+
+@jit
+def segments_serial(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+    """Run `segments_worker` chunk by chunk."""
+    for t in range(len(bounds) - 1):
+        step.skipped[t] = segments_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)
+
+
+@jit(parallel=True)
+def segments_parallel(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+    """Run `segments_worker` on several threads."""
+    for t in prange(len(bounds) - 1):
+        step.skipped[t] = segments_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)
+
+
+@jit
+def sum_segments(g: Any, out: Any) -> None:
+    """``out[s]`` ← the sum of segment s, for every segment."""
+    which = 0
+    for s in range(len(g.starts) - 1):
+        which = sum_segment(g, s, which, out, s)
+
+
+@jit
+def first_poisoned_row(values: Any) -> Any:
+    """The first row with a value that is not finite, or whose square is not; −1 if there is none."""
+    for s in range(len(values)):
+        if poisons(values, s, values.dtype.type(1)):
+            return s
+    return -1
+
+
+@jit
+def first_poisoned_segment(g: Any, scratch: Any) -> Any:
+    """The first segment whose sum, or its square, is not finite; −1 if none is."""
+    which = 0
+    for s in range(len(g.starts) - 1):
+        which = sum_segment(g, s, which, scratch, 0)
+        if poisons(scratch, 0, scratch.dtype.type(1)):
+            return s
+    return -1
+
+
+# --- compressed sparse rows -------------------------------------------------------------------------------
+
+
+@jit
+def csr_worker(table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
+    """Apply the rows lo:hi of a compressed gradient; return how many were skipped."""
+    indptr, indices, data = g.indptr, g.indices, g.data
+    sign = h.sign
+    skipped = 0
+    for s in range(lo, hi):
+        start, end = np.int64(indptr[s]), np.int64(indptr[s + 1])
+        if start == end:
+            continue
+        r = np.int64(g.rows[s]) if len(g.rows) > 0 else s
+        if step.check:
+            bad = 0
+            for e in range(start, end):
+                bad += not (data[e] * data[e] < np.inf)
+            if bad > 0:
+                skipped += 1
+                continue
+        if step.mode == ELEMENT:
+            for e in range(start, end):
+                if data[e] != 0:
+                    update_element(table, r, np.int64(indices[e]), sign * data[e], h, c)
+            continue
+        at = SCRATCH_ROWS * t
+        for j in range(table.param.shape[1]):
+            scratch[at, j] = 0
+        for e in range(start, end):
+            scratch[at, np.int64(indices[e])] = data[e]
+        apply_row(table, step, h, c, r, scratch, at, sign, scratch, t)
+    return skipped
+
+
+@jit
+def csr_serial(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+    """Run `csr_worker` chunk by chunk."""
+    for t in range(len(bounds) - 1):
+        step.skipped[t] = csr_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)
+
+
+@jit(parallel=True)
+def csr_parallel(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+    """Run `csr_worker` on several threads."""
+    for t in prange(len(bounds) - 1):
+        step.skipped[t] = csr_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, step)

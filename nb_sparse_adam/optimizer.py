@@ -1,0 +1,465 @@
+"""`SparseAdam`: tables, hyper-parameters and state; one `step` a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam import options
+from nb_sparse_adam.corrections import Corrections, corrections
+from nb_sparse_adam.errors import GradientTypeError, StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.gradients import Target, check
+from nb_sparse_adam.kernels import GLOBAL, Hyperparameters, Step
+from nb_sparse_adam.planning import Work, plan
+from nb_sparse_adam.table_state import STATE_VERSION, TableState
+
+__all__ = ["SparseAdam"]
+
+UNNAMED = "table"
+
+
+class SparseAdam:
+    r"""Adam that reads and writes only the entries of parameter tables that a gradient touches.
+
+    For an element θ with gradient g on its k-th active step::
+
+        m ← β₁·m + (1−β₁)·g          v ← β₂·v + (1−β₂)·g²
+        θ ← θ − lr · (m / (1−β₁ᵏ)) / (√(v / (1−β₂ᵏ)) + ε)
+
+    and on every other step θ, m, v and k keep the very same bits. On a gradient without zeros this is
+    Adam [1]_.
+
+    Parameters
+    ----------
+    tables : array or mapping of str to array
+        Parameters, (rows, dim) or (n,), float32 or float64, C-contiguous and writeable: updated in place.
+        One array alone is called ``"table"``.
+    lr : float, default 1e-3
+        Learning rate, > 0 (0 is allowed later, for schedulers).
+    betas : (float, float), default (0.9, 0.999)
+        Decay rates of the running means of g and g², 0 ≤ β < 1.
+    eps : float, default 1e-8
+        Added to the denominator, > 0 in the dtype of every table.
+    step_counts : {"element", "row", "global"}, default "element"
+        What k counts, and what a step updates. "element": the steps in which this element's gradient was not
+        zero; only these are updated. "row": the steps in which its row was present in the gradient; the
+        whole row is updated. "global": all steps of the table, and rows that are present are updated, as
+        torch.optim.SparseAdam does. Fixed for the life of the optimizer.
+    eps_hat : bool, default False
+        Add ε before the correction of v: θ ← θ − lr·√(1−β₂ᵏ)/(1−β₁ᵏ) · m/(√v + ε), "epsilon hat" in [1]_,
+        section 2, and what torch.optim.SparseAdam does. The two differ by a factor of 31.6 in the effective
+        ε at k = 1.
+    maximize : bool, default False
+        Ascend instead of descend.
+    on_nonfinite : {"raise", "skip", "propagate"}, default "raise"
+        What to do with NaN, infinity, and sums (or squares of sums) that overflow. "raise": refuse the step
+        before anything is written. "skip": rows that receive one keep their bits and are counted in
+        `skipped_rows`. "propagate": let it through, at the caller's risk; nothing is checked.
+    num_threads : int, optional
+        Threads for large steps; `numba.get_num_threads` by default. Results do not depend on it.
+
+    Raises
+    ------
+    OptionError
+        For an option outside its domain (also a ValueError).
+    TableError
+        For a table that cannot be updated in place, or is given twice (also a ValueError).
+
+    See Also
+    --------
+    RowGradient, BagGradient, CSRGradient : what `step` takes, beside scipy.sparse arrays.
+
+    References
+    ----------
+    .. [1] D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1.
+
+    Examples
+    --------
+    >>> table = np.zeros((4, 2), np.float32)
+    >>> optimizer = SparseAdam(table, lr=0.1)
+    >>> optimizer.step(RowGradient([2], np.array([[1.0, 0.0]], np.float32)))
+    >>> table
+    array([[ 0. ,  0. ],
+           [ 0. ,  0. ],
+           [-0.1,  0. ],
+           [ 0. ,  0. ]], dtype=float32)
+    """
+
+    # No __dict__: a misspelt option is an AttributeError, not a new attribute.
+    __slots__ = (
+        "__weakref__",
+        "_betas",
+        "_constants",
+        "_eps",
+        "_eps_hat",
+        "_lock",
+        "_lr",
+        "_maximize",
+        "_memory",
+        "_num_threads",
+        "_on_nonfinite",
+        "_step_counts",
+        "_tables",
+    )
+    _betas: tuple[float, float]
+    _eps: float
+    _eps_hat: bool
+    _lr: float
+    _maximize: bool
+    _num_threads: int | None
+    _on_nonfinite: str
+
+    def __init__(
+        self,
+        tables: NDArray[Any] | Mapping[str, NDArray[Any]],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        step_counts: str = "element",
+        eps_hat: bool = False,
+        maximize: bool = False,
+        on_nonfinite: str = "raise",
+        num_threads: int | None = None,
+    ) -> None:
+        self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
+        named = _named_tables(tables)
+        self._tables = {name: TableState(name, table, self._step_counts) for name, table in named.items()}
+        _refuse_overlap(self._tables)
+        self._memory = tuple(array for table in self._tables.values() for array in table.memory)
+        self._lock = threading.RLock()
+        self._constants: dict[np.dtype[Any], Hyperparameters] = {}
+        self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
+        self.betas = betas
+        self.eps = eps
+        self.eps_hat = eps_hat
+        self.maximize = maximize
+        self.on_nonfinite = on_nonfinite
+        self.num_threads = num_threads
+
+    def __repr__(self) -> str:
+        tables = ", ".join(f"{name}: {table.shape} {table.dtype}" for name, table in self._tables.items())
+        return (
+            f"SparseAdam({{{tables}}}, lr={self.lr}, betas={self.betas}, eps={self.eps}, "
+            f"step_counts={self.step_counts!r}, eps_hat={self.eps_hat}, maximize={self.maximize}, "
+            f"on_nonfinite={self.on_nonfinite!r}, num_threads={self.num_threads})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tables = {name: table.param for name, table in self._tables.items()}
+        return _rebuild, (tables, self._options(), self.num_threads, self.state_dict())
+
+    # --- options ------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate, 0 ≤ lr < ∞; settable between steps."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._set(_lr=options.learning_rate(value, self._dtypes(), zero_allowed=True))
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps."""
+        return self._betas
+
+    @betas.setter
+    def betas(self, value: tuple[float, float]) -> None:
+        self._set(_betas=options.decay_rates(value, self._dtypes()))
+
+    @property
+    def eps(self) -> float:
+        """Term added to the denominator, > 0; settable between steps."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._set(_eps=options.epsilon(value, self._dtypes()))
+
+    @property
+    def eps_hat(self) -> bool:
+        """Whether ε is added before the correction of v; settable between steps."""
+        return self._eps_hat
+
+    @eps_hat.setter
+    def eps_hat(self, value: bool) -> None:
+        self._set(_eps_hat=options.flag("eps_hat", value))
+
+    @property
+    def maximize(self) -> bool:
+        """Whether steps ascend; settable between steps."""
+        return self._maximize
+
+    @maximize.setter
+    def maximize(self, value: bool) -> None:
+        self._set(_maximize=options.flag("maximize", value))
+
+    @property
+    def on_nonfinite(self) -> str:
+        """What happens to values that are not finite; settable between steps."""
+        return self._on_nonfinite
+
+    @on_nonfinite.setter
+    def on_nonfinite(self, value: str) -> None:
+        self._set(_on_nonfinite=options.choice("on_nonfinite", value, options.ON_NONFINITE))
+
+    @property
+    def num_threads(self) -> int | None:
+        """Threads for large steps, None for numba's setting; settable between steps."""
+        return self._num_threads
+
+    @num_threads.setter
+    def num_threads(self, value: int | None) -> None:
+        self._set(_num_threads=options.threads(value))
+
+    @property
+    def step_counts(self) -> str:
+        """What k counts: "element", "row" or "global"; fixed."""
+        return self._step_counts
+
+    def _set(self, **values: Any) -> None:
+        with self._lock:
+            for name, value in values.items():
+                setattr(self, name, value)
+            self._constants.clear()
+
+    def _dtypes(self) -> set[np.dtype[Any]]:
+        return {table.dtype for table in self._tables.values()}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in options.SAVED}
+
+    def _hyperparameters(self, dtype: np.dtype[Any]) -> Hyperparameters:
+        constants = self._constants.get(dtype)
+        if constants is None:
+            beta1, beta2 = self._betas
+            values = (beta1, 1 - beta1, beta2, 1 - beta2, self._lr, self._eps, -1 if self._maximize else 1)
+            constants = self._constants[dtype] = Hyperparameters(*(dtype.type(value) for value in values))
+        return constants
+
+    # --- steps --------------------------------------------------------------------------------------------
+
+    def step(self, gradient: Any) -> None:
+        """Update the tables with one gradient, or with one for each of several tables.
+
+        Parameters
+        ----------
+        gradient : gradient or mapping of str to gradient
+            A `RowGradient`, `BagGradient`, `CSRGradient`, or scipy.sparse CSR, CSC or COO array or matrix of
+            the table's shape. With a mapping, the tables named in it are updated and the others are not
+            touched, their counts included.
+
+        Raises
+        ------
+        GradientError
+            If a gradient does not fit its table, is malformed, or, with ``on_nonfinite="raise"``, is not
+            finite. It says what was got, what was expected and where. Nothing has been changed then, in any
+            table.
+        TableError
+            If no table has the name that was given.
+
+        Notes
+        -----
+        Ids that occur more than once are summed first, in an order that the gradient alone fixes: the same
+        gradient gives the same bits on any number of threads. Python threads that step one optimizer take
+        turns. An interrupt that comes after the first write is raised when all tables have been updated.
+        """
+        with self._lock:
+            named = self._named_gradients(gradient)
+            runs = [self._prepare(self._tables[name], given) for name, given in named.items()]
+            _run_all(runs)
+
+    def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
+        if not isinstance(gradient, Mapping):
+            if len(self._tables) == 1:
+                return {next(iter(self._tables)): gradient}
+            names = ", ".join(map(repr, self._tables))
+            raise GradientTypeError(
+                f"got {type(gradient).__name__} for an optimizer of {len(self._tables)} tables, expected a "
+                f"mapping of table names ({names}) to gradients: step({{{next(iter(self._tables))!r}: ...}})"
+            )
+        for name in gradient:
+            if name not in self._tables:
+                names = ", ".join(map(repr, self._tables))
+                raise TableError(f"step got a gradient for table {name!r}, expected one of {names}")
+        return gradient
+
+    def _prepare(self, table: TableState, gradient: Any) -> _Run:
+        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
+        work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads)
+        table.make_room_for_a_step()
+        step = Step(
+            mode=table.mode,
+            global_step=int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0,
+            check=work.check,
+            totals=table.totals,
+            skipped=np.zeros(len(work.bounds) - 1, np.int64),
+        )
+        constants = (
+            self._hyperparameters(table.dtype),
+            corrections(*self._betas, self._eps_hat, table.dtype),
+        )
+        return _Run(work, table, step, constants)
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Mapping[str, NDArray[Any]]:
+        """The parameter tables by name: the arrays that were given."""
+        return MappingProxyType({name: table.param for name, table in self._tables.items()})
+
+    @property
+    def state(self) -> Mapping[str, TableState]:
+        """State of each table: ``exp_avg``, ``exp_avg_sq`` and ``steps``, read-only live views."""
+        return MappingProxyType(self._tables)
+
+    @property
+    def skipped_rows(self) -> Mapping[str, int]:
+        """For each table, how often a row was left out of a step by ``on_nonfinite="skip"``."""
+        return MappingProxyType({name: table.skipped_rows for name, table in self._tables.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy the state and the hyper-parameters, without the tables.
+
+        Returns
+        -------
+        dict
+            ``{"version": 1, "options": {...}, "tables": {name: {"exp_avg", "exp_avg_sq", "steps",
+            "skipped_rows"}}}``: arrays of the shapes of `state`, copied.
+        """
+        with self._lock:
+            return {
+                "version": STATE_VERSION,
+                "options": self._options(),
+                "tables": {name: table.copy() for name, table in self._tables.items()},
+            }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave: training goes on with the same bits.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            From an optimizer with the same table names, shapes, dtypes and ``step_counts``.
+
+        Raises
+        ------
+        StateError
+            If something is missing, unknown, or does not fit; nothing has been changed then.
+        """
+        given_options, given_tables = _check_state_dict(state_dict, self._tables)
+        values = options.check_saved(given_options, self._dtypes(), self._step_counts)
+        with self._lock:
+            loads: list[Callable[[], None]] = [
+                table.check_load(given_tables[name]) for name, table in self._tables.items()
+            ]
+            for load in loads:
+                load()
+            self._set(**values)
+
+
+class _Run:
+    """The work of one table in a step, and whether it has been done."""
+
+    def __init__(
+        self, work: Work, table: TableState, step: Step, constants: tuple[Hyperparameters, Corrections]
+    ) -> None:
+        self.work, self.arrays, self.step, self.constants = work, table.arrays, step, constants
+        self.goal = int(step.totals[0]) + 1
+
+    @property
+    def done(self) -> bool:
+        return int(self.step.totals[0]) == self.goal
+
+    def __call__(self) -> None:
+        self.work.run(self.arrays, self.step, *self.constants)
+
+    def rehearse(self) -> None:
+        """Have the kernel compiled, by running it over no rows with counters of its own."""
+        nothing = self.step._replace(mode=0, totals=np.zeros(2, np.int64), skipped=np.zeros(0, np.int64))
+        self.work._replace(bounds=np.zeros(1, np.int64)).run(self.arrays, nothing, *self.constants)
+
+
+def _run_all(runs: list[_Run]) -> None:
+    """Run every table's kernel exactly once, whatever Python exception comes in between.
+
+    A kernel is one native call that counts itself as done before it returns, so that a signal handler's
+    exception (KeyboardInterrupt) finds it either done or not begun.
+    """
+    if len(runs) > 1:
+        for run in runs:
+            run.rehearse()  # a failure to compile must come before the first write
+    interrupt: BaseException | None = None
+    for _ in range(100):  # an exception that comes back every time is not an interrupt
+        try:
+            for run in runs:
+                if not run.done:
+                    run()
+            break
+        except BaseException as error:
+            interrupt = error
+            if not any(run.done for run in runs):
+                raise
+    if interrupt is not None:
+        raise interrupt
+
+
+def _named_tables(tables: Any) -> Mapping[str, Any]:
+    if not isinstance(tables, Mapping):
+        return {UNNAMED: tables}
+    if not tables:
+        raise TableError("got an empty mapping of tables, expected at least one: SparseAdam({'user': array})")
+    for name in tables:
+        if not isinstance(name, str):
+            raise TableTypeError(f"got a table named {name!r} ({type(name).__name__}), expected str names")
+    return tables
+
+
+def _refuse_overlap(tables: Mapping[str, TableState]) -> None:
+    seen: list[TableState] = []
+    for table in tables.values():
+        for other in seen:
+            if np.may_share_memory(table.param, other.param):
+                raise TableError(
+                    f"tables {other.name!r} and {table.name!r} share memory, expected separate arrays: each "
+                    "would undo the other's update. Give every table once"
+                )
+        seen.append(table)
+
+
+def _check_state_dict(given: Any, tables: Mapping[str, TableState]) -> tuple[Any, Mapping[str, Any]]:
+    if not isinstance(given, Mapping):
+        raise StateTypeError(f"got {type(given).__name__}, expected the mapping that state_dict() returns")
+    keys = {"version", "options", "tables"}
+    if set(given) != keys:
+        raise StateError(f"state dict has keys {sorted(map(str, given))}, expected {sorted(keys)}")
+    if given["version"] != STATE_VERSION:
+        raise StateError(
+            f"state dict has version {given['version']!r}, expected {STATE_VERSION}: it was written by "
+            "another version of nb_sparse_adam"
+        )
+    if not isinstance(given["tables"], Mapping):
+        raise StateTypeError(
+            f"state dict's tables are a {type(given['tables']).__name__}, expected a mapping"
+        )
+    if set(given["tables"]) != set(tables):
+        raise StateError(
+            f"state dict is for tables {sorted(map(str, given['tables']))}, expected {sorted(tables)}"
+        )
+    return given["options"], given["tables"]
+
+
+def _rebuild(
+    tables: dict[str, Any], given_options: dict[str, Any], num_threads: int | None, state: dict[str, Any]
+) -> SparseAdam:
+    """Unpickle: ``lr`` may be 0 by now, which the constructor refuses but `load_state_dict` does not."""
+    optimizer = SparseAdam(tables, step_counts=given_options["step_counts"], num_threads=num_threads)
+    optimizer.load_state_dict(state)
+    return optimizer

@@ -1,0 +1,134 @@
+"""The domains of SparseAdam's options: every value that is set passes through here."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nb_sparse_adam.errors import OptionError, OptionTypeError, StateError, StateTypeError
+from nb_sparse_adam.threads import max_threads
+
+STEP_COUNTS = ("element", "row", "global")
+ON_NONFINITE = ("raise", "skip", "propagate")
+# What a state dict holds.
+SAVED = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite")
+
+Dtypes = Iterable[np.dtype[Any]]
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Check that a value is one of a few strings."""
+    if not isinstance(value, str):
+        raise OptionTypeError(f"{name} is {value!r} ({type(value).__name__}), expected one of {allowed}")
+    if value not in allowed:
+        raise OptionError(f"{name} is {value!r}, expected one of {allowed}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check that a value is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise OptionTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
+    return bool(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Check that a value is a real number, and make it a float."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise OptionTypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
+    return float(value)
+
+
+def in_dtype(value: float, dtype: np.dtype[Any]) -> float:
+    """Round a number as a table's dtype does."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(dtype.type(value))
+
+
+def learning_rate(value: Any, dtypes: Dtypes, zero_allowed: bool) -> float:
+    """Check lr in the dtype of every table."""
+    lr = number("lr", value)
+    if zero_allowed and lr == 0:
+        return lr
+    expected = "0 <= lr < inf" if zero_allowed else "0 < lr < inf (0 only later, between steps)"
+    if not 0 < lr < math.inf:
+        raise OptionError(f"lr is {lr}, expected {expected}")
+    for dtype in dtypes:
+        if not 0 < in_dtype(lr, dtype) < math.inf:
+            raise OptionError(f"lr is {lr}, which is {in_dtype(lr, dtype)} as {dtype}; expected {expected}")
+    return lr
+
+
+def decay_rates(value: Any, dtypes: Dtypes) -> tuple[float, float]:
+    """Check betas: 0 ≤ β < 1, and not rounded to 1 in the dtype of any table."""
+    try:
+        beta1, beta2 = value
+    except (TypeError, ValueError) as error:
+        raise OptionTypeError(f"betas is {value!r}, expected two numbers (beta1, beta2)") from error
+    betas = number("betas[0]", beta1), number("betas[1]", beta2)
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise OptionError(f"betas[{i}] is {beta}, expected 0 <= beta < 1")
+        for dtype in dtypes:
+            if in_dtype(beta, dtype) == 1:
+                raise OptionError(
+                    f"betas[{i}] is {beta}, which rounds to 1 as {dtype}, so that old gradients would never "
+                    "decay; use a smaller beta, or a float64 table"
+                )
+    return betas
+
+
+def epsilon(value: Any, dtypes: Dtypes) -> float:
+    """Check eps: positive and finite in the dtype of every table."""
+    eps = number("eps", value)
+    if not 0 < eps < math.inf:
+        raise OptionError(f"eps is {eps}, expected 0 < eps < inf")
+    for dtype in dtypes:
+        if not 0 < in_dtype(eps, dtype) < math.inf:
+            raise OptionError(
+                f"eps is {eps}, which is {in_dtype(eps, dtype)} as {dtype}; expected 0 < eps < inf in the "
+                "dtype of every table"
+            )
+    return eps
+
+
+def threads(value: Any) -> int | None:
+    """Check num_threads: None, or no more than numba can start."""
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise OptionTypeError(f"num_threads is {value!r} ({type(value).__name__}), expected an int or None")
+    if not 1 <= value <= max_threads():
+        raise OptionError(
+            f"num_threads is {value}, expected 1 <= num_threads <= {max_threads()}; start Python with "
+            "NUMBA_NUM_THREADS set for more"
+        )
+    return int(value)
+
+
+def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
+    """Check the options of a state dict; return them by the names of SparseAdam's attributes."""
+    if not isinstance(given, Mapping):
+        raise StateTypeError(f"state dict's options are a {type(given).__name__}, expected a mapping")
+    if set(given) != set(SAVED):
+        raise StateError(f"state dict has options {sorted(map(str, given))}, expected {sorted(SAVED)}")
+    if given["step_counts"] != step_counts:
+        raise StateError(
+            f"state dict has step_counts {given['step_counts']!r}, expected {step_counts!r}, which this "
+            "optimizer was made with and cannot change"
+        )
+    try:
+        return {
+            "_lr": learning_rate(given["lr"], dtypes, zero_allowed=True),
+            "_betas": decay_rates(given["betas"], dtypes),
+            "_eps": epsilon(given["eps"], dtypes),
+            "_eps_hat": flag("eps_hat", given["eps_hat"]),
+            "_maximize": flag("maximize", given["maximize"]),
+            "_on_nonfinite": choice("on_nonfinite", given["on_nonfinite"], ON_NONFINITE),
+        }
+    except OptionError as error:
+        raise StateError(f"state dict: {error}") from error

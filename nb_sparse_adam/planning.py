@@ -1,0 +1,279 @@
+"""From a checked gradient to work that is ready to run: grouped, screened, allocated, cut into chunks.
+
+Everything here happens before the first write to a table. What it returns, `Work`, needs one native call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam import kernels
+from nb_sparse_adam.corrections import Corrections
+from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
+from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
+from nb_sparse_adam.gradients import CompressedRows, Entries, Rows, Target
+from nb_sparse_adam.grouping import count_long, cut_evenly, fill_bags, fill_long, group_ids
+from nb_sparse_adam.threads import team, usable_threads
+
+__all__ = ["Work", "plan"]
+
+# Elements that a step must touch before a second thread pays: starting a team costs about as much as updating
+# this many (5 µs; measured on two Zen 4 cores, omp).
+PARALLEL_ELEMENTS = 1 << 13
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+class Work(NamedTuple):
+    """A step of one table, up to the first write."""
+
+    kernel: Any  # a driver of `kernels`
+    bounds: NDArray[np.int64]  # (chunks + 1,)
+    arguments: tuple[Any, ...]  # of the driver, after (bounds, table, step, h, c)
+    check: bool  # whether rows may have to be skipped
+    threads: int
+
+    def run(
+        self, table: kernels.TableArrays, step: kernels.Step, h: kernels.Hyperparameters, c: Corrections
+    ) -> None:
+        """Apply it."""
+        if self.threads == 1:
+            self.kernel(self.bounds, table, step, h, c, *self.arguments)
+        else:
+            with team(self.threads):
+                self.kernel(self.bounds, table, step, h, c, *self.arguments)
+
+
+def plan(
+    checked: Rows | CompressedRows | Entries, target: Target, on_nonfinite: str, num_threads: int | None
+) -> Work:
+    """Prepare a checked gradient for the table that it was checked for.
+
+    Parameters
+    ----------
+    checked : Rows, CompressedRows or Entries
+        What `gradients.check` returned.
+    target : Target
+        The table.
+    on_nonfinite : {"raise", "skip", "propagate"}
+        "raise" looks for values and sums that are not finite here, before anything is written.
+    num_threads : int or None
+        As `SparseAdam` takes it.
+
+    Raises
+    ------
+    NonFiniteGradientError
+        With "raise", for the first offending position.
+    """
+    if isinstance(checked, Rows):
+        if checked.increasing and checked.offsets is None:
+            return _plan_distinct_rows(checked, target, on_nonfinite, num_threads)
+        return _plan_segments(checked, target, on_nonfinite, num_threads)
+    if isinstance(checked, Entries):
+        rows, compressed = _compress(checked, target)
+        return _plan_csr(rows, compressed, target, on_nonfinite, num_threads)
+    return _plan_csr(NO_ROWS, checked, target, on_nonfinite, num_threads)
+
+
+def _threads_for(elements: int, num_threads: int | None) -> int:
+    return 1 if elements < PARALLEL_ELEMENTS else usable_threads(num_threads)
+
+
+def _evenly(n: int, chunks: int) -> NDArray[np.int64]:
+    return np.arange(chunks + 1, dtype=np.int64) * n // chunks
+
+
+def _scratch(threads: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.empty((threads * kernels.SCRATCH_ROWS, dim), dtype)
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None) -> Work:
+    threads = _threads_for(rows.values.size, num_threads)
+    check = _screen_values("RowGradient.values", rows.values, 1.0, 1, target, on_nonfinite, threads)
+    if check and on_nonfinite == "raise":
+        at = int(kernels.first_poisoned_row(rows.values))
+        if at >= 0:
+            raise _overflow(target, int(rows.ids[at]), 1)
+        check = False
+    kernel = kernels.rows_serial if threads == 1 else kernels.rows_parallel
+    scratch = _scratch(threads, target.dim, target.dtype)
+    return Work(kernel, _evenly(len(rows.ids), threads), (rows.ids, rows.values, scratch), check, threads)
+
+
+def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None) -> Work:
+    n = len(rows.ids)
+    threads = _threads_for(n * target.dim, num_threads)
+    segments, longest = _group(rows, target, threads)
+    scratch = _scratch(threads, target.dim, target.dtype)
+    check = _screen_segments(rows, segments, longest, scratch, target, on_nonfinite, threads)
+    bounds = np.empty(threads + 1, np.int64)
+    cut_evenly(segments.starts, 4, kernels.BLOCK, bounds)
+    kernel = kernels.segments_serial if threads == 1 else kernels.segments_parallel
+    return Work(kernel, bounds, (segments, scratch), check, threads)
+
+
+def _group(rows: Rows, target: Target, threads: int) -> tuple[kernels.Segments, int]:
+    """Group ids, sum the blocks of long segments; also the length of the longest segment."""
+    n = len(rows.ids)
+    empty = np.empty(0, target.dtype)
+    payload = None if rows.per_id else rows.offsets
+    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload)
+    if grouping is None:
+        raise _too_many_bits(target, n)
+    source = grouping.spare
+    if rows.per_id:
+        fill_bags(rows.offsets, source)
+    longest, long_segments, blocks = count_long(grouping.starts, kernels.BLOCK)
+    long, long_first = np.empty(long_segments, np.int64), np.empty(long_segments + 1, np.int64)
+    fill_long(grouping.starts, kernels.BLOCK, long, long_first)
+    segments = kernels.Segments(
+        packed=grouping.packed,
+        starts=grouping.starts,
+        row_shift=grouping.row_shift,
+        payload_mask=grouping.payload_mask,
+        values=rows.values,
+        source=source,
+        coefficients=empty if rows.coefficients is None else rows.coefficients,
+        per_id=rows.per_id,
+        long=long,
+        long_first=long_first,
+        block_sums=np.empty((blocks, target.dim), target.dtype),
+    )
+    if blocks and threads == 1:
+        kernels.block_sums_serial(_evenly(blocks, 1), segments)
+    elif blocks:
+        with team(threads):
+            kernels.block_sums_parallel(_evenly(blocks, threads), segments)
+    return segments, int(longest)
+
+
+def _too_many_bits(target: Target, n: int) -> GradientError:
+    return target.refuse(
+        GradientError,
+        f"{n} ids or entries into a table of {target.rows} rows of {target.dim} cannot be grouped: a "
+        "position and an id take more than 63 bits together; pass the gradient in several smaller ones",
+    )
+
+
+# --- compressed rows --------------------------------------------------------------------------------------
+
+
+def _plan_csr(
+    rows: NDArray[np.int64],
+    compressed: CompressedRows,
+    target: Target,
+    on_nonfinite: str,
+    num_threads: int | None,
+) -> Work:
+    indptr, indices, data = compressed
+    stored_rows = len(indptr) - 1
+    # A row costs its entries, and a look at its pointer.
+    threads = _threads_for(4 * len(data) + stored_rows // 16, num_threads)
+    check = _screen_values("data", data, 1.0, 1, target, on_nonfinite, threads)
+    if check and on_nonfinite == "raise":
+        at = int(kernels.first_poisoned_row(data[:, None]))
+        if at >= 0:
+            row = int(np.searchsorted(indptr, at, side="right")) - 1
+            raise _overflow(target, int(rows[row]) if len(rows) else row, 1)
+        check = False
+    bounds = _cut_csr(indptr, threads)
+    gradient = kernels.Compressed(rows, indptr, indices, data)
+    kernel = kernels.csr_serial if threads == 1 else kernels.csr_parallel
+    return Work(kernel, bounds, (gradient, _scratch(threads, target.dim, target.dtype)), check, threads)
+
+
+def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
+    """Cut rows into runs with about as many entries each."""
+    bounds = np.searchsorted(indptr, _evenly(int(indptr[-1]), chunks)).astype(np.int64)
+    bounds[0], bounds[-1] = 0, len(indptr) - 1
+    return bounds
+
+
+def _compress(entries: Entries, target: Target) -> tuple[NDArray[np.int64], CompressedRows]:
+    """Sort entries by row and column, sum the repeated ones in their order, and list the rows present."""
+    n = len(entries.keys)
+    if n == 0:
+        nothing = np.empty(0, np.int64)
+        return nothing, CompressedRows(np.zeros(1, np.int64), nothing, entries.data)
+    rows = Rows(entries.keys, entries.data[:, None], nondecreasing=False, increasing=False)
+    as_column = target._replace(rows=target.rows * target.dim, dim=1)
+    segments, _ = _group(rows, as_column, threads=1)
+    sums = np.empty((len(segments.starts) - 1, 1), target.dtype)
+    kernels.sum_segments(segments, sums)
+    keys = segments.packed[segments.starts[:-1]] >> segments.row_shift
+    row_of_entry, columns = np.divmod(keys, target.dim)
+    first = np.flatnonzero(np.diff(row_of_entry, prepend=-1))
+    return row_of_entry[first], CompressedRows(np.append(first, len(keys)), columns, sums[:, 0])
+
+
+# --- values that are not finite ---------------------------------------------------------------------------
+
+
+def _screen_values(
+    what: str,
+    values: NDArray[Any],
+    factor: float,
+    terms: int,
+    target: Target,
+    on_nonfinite: str,
+    threads: int,
+) -> bool:
+    """Whether sums of ``terms`` values may be too large: False for almost every gradient, and cheap then."""
+    if on_nonfinite == "propagate":
+        return False
+    largest = largest_magnitude(values, threads)
+    if on_nonfinite == "raise" and not largest < np.inf:
+        _refuse_nonfinite(what, values, target)
+    return not squares_are_finite(largest * factor, terms, target.dtype)
+
+
+def _screen_segments(
+    rows: Rows,
+    segments: kernels.Segments,
+    longest: int,
+    scratch: NDArray[Any],
+    target: Target,
+    on_nonfinite: str,
+    threads: int,
+) -> bool:
+    if on_nonfinite == "propagate":
+        return False
+    factor = 1.0
+    if rows.per_id and rows.coefficients is not None:
+        factor = largest_magnitude(rows.coefficients, threads)
+        if on_nonfinite == "raise" and not factor < np.inf:
+            _refuse_nonfinite("BagGradient.weights", rows.coefficients, target)
+    what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
+    check = _screen_values(what, rows.values, factor, max(longest, 1), target, on_nonfinite, threads)
+    if not check or on_nonfinite == "skip":
+        return check
+    at = int(kernels.first_poisoned_segment(segments, scratch))
+    if at >= 0:
+        start, end = (int(x) for x in segments.starts[at : at + 2])
+        raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
+    return False
+
+
+def _refuse_nonfinite(what: str, values: NDArray[Any], target: Target) -> None:
+    at = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    where = ", ".join(map(str, at[:1] if target.ndim == 1 else at))
+    raise target.refuse(
+        NonFiniteGradientError,
+        f"{what}[{where}] is {values[at]} as {target.dtype}, expected a finite number; nothing was updated. "
+        "on_nonfinite='skip' leaves out the rows that receive one, 'propagate' lets it through",
+    )
+
+
+def _overflow(target: Target, row: int, ids: int) -> NonFiniteGradientError:
+    return NonFiniteGradientError(
+        f"gradient of table {target.name!r}: the gradient of row {row}, "
+        + (f"a sum over {ids} ids" if ids > 1 else "given once")
+        + f", or its square, overflows {target.dtype} (at most {np.finfo(target.dtype).max:.3g}); nothing "
+        "was updated. Clip the gradient, or set on_nonfinite='skip' to leave such rows out"
+    )

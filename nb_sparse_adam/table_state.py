@@ -1,0 +1,199 @@
+"""One parameter table and Adam's state for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
+
+__all__ = ["STATE_VERSION", "TableState"]
+
+STATE_VERSION = 1
+
+MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
+MAX_INT32 = np.iinfo(np.int32).max
+
+
+class TableState:
+    """State of one table, as `SparseAdam.state` shows it.
+
+    Attributes
+    ----------
+    exp_avg, exp_avg_sq : array of the table's shape and dtype
+        Running means of the gradient and of its square (m and v). Read-only live views: 0 before the first
+        step.
+    steps : integer array
+        Active steps so far (k): of the table's shape for ``step_counts="element"``, (rows,) for "row", 0-d
+        for "global". A read-only live view.
+
+    Notes
+    -----
+    The two moments of a row lie side by side, (rows, 2, dim): a row's update then touches two places in
+    memory besides its count, instead of three. The memory comes zeroed from the system, and costs nothing
+    until a row is touched; NumPy asks for pages of 2 MB where the system has them, which doubles the
+    speed of updates at random rows and makes 2 MB the grain of what a touched row occupies.
+    """
+
+    def __init__(self, name: str, param: Any, step_counts: str) -> None:
+        self.name = name
+        self.param = _check_table(name, param)
+        self.mode = MODES[step_counts]
+        self.rows: int = len(param)
+        self.dim: int = param.shape[1] if param.ndim == 2 else 1
+        shapes = {ELEMENT: (self.rows, self.dim), ROW: (self.rows, 1), GLOBAL: (1, 1)}
+        self.arrays = TableArrays(
+            np.asarray(param).reshape(self.rows, self.dim),
+            np.zeros((self.rows, 2, self.dim), param.dtype),
+            np.zeros(shapes[self.mode], np.int64 if self.mode == GLOBAL else np.int32),
+        )
+        self.totals = np.zeros(2, np.int64)  # see kernels.Step
+        self._highest_count = 0  # no count is above this
+
+    def __repr__(self) -> str:
+        return f"TableState({self.name!r}, {self.shape} {self.dtype}, steps {self.steps.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter table."""
+        return self.param.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the parameter table and of its moments."""
+        return self.param.dtype
+
+    @property
+    def memory(self) -> tuple[NDArray[Any], ...]:
+        """What no gradient may share memory with."""
+        return self.arrays
+
+    @property
+    def skipped_rows(self) -> int:
+        """How often a row was skipped."""
+        return int(self.totals[1])
+
+    @property
+    def exp_avg(self) -> NDArray[Any]:
+        """Running mean of the gradient (m)."""
+        return self._moment(0)
+
+    @property
+    def exp_avg_sq(self) -> NDArray[Any]:
+        """Running mean of the squared gradient (v)."""
+        return self._moment(1)
+
+    @property
+    def steps(self) -> NDArray[Any]:
+        """Active steps so far (k)."""
+        counts = self.arrays.counts
+        if self.mode == GLOBAL:
+            return _read_only(counts.reshape(()))
+        if self.mode == ROW or self.param.ndim == 1:
+            return _read_only(counts[:, 0])
+        return _read_only(counts)
+
+    def _moment(self, which: int) -> NDArray[Any]:
+        moment = self.arrays.moments[:, which, :]
+        return _read_only(moment[:, 0] if self.param.ndim == 1 else moment)
+
+    def make_room_for_a_step(self) -> None:
+        """Widen the counts before one of them could overflow. Changes no value."""
+        if self.arrays.counts.dtype == np.int32:
+            if self._highest_count >= MAX_INT32:
+                self._highest_count = int(self.arrays.counts.max(initial=0))
+            if self._highest_count >= MAX_INT32:
+                self.arrays = self.arrays._replace(counts=self.arrays.counts.astype(np.int64))
+        self._highest_count += 1
+
+    def copy(self) -> dict[str, Any]:
+        """Its part of a state dict."""
+        return {
+            "exp_avg": self.exp_avg.copy(),
+            "exp_avg_sq": self.exp_avg_sq.copy(),
+            "steps": self.steps.copy(),
+            "skipped_rows": self.skipped_rows,
+        }
+
+    def check_load(self, given: Any) -> Callable[[], None]:
+        """Check its part of a state dict; return what loads it, and cannot fail."""
+        where = f"state dict, table {self.name!r}"
+        if not isinstance(given, Mapping):
+            raise StateTypeError(f"{where}: got {type(given).__name__}, expected a mapping")
+        keys = {"exp_avg", "exp_avg_sq", "steps", "skipped_rows"}
+        if set(given) != keys:
+            raise StateError(f"{where}: has entries {sorted(map(str, given))}, expected {sorted(keys)}")
+        arrays = {key: np.asarray(given[key]) for key in ("exp_avg", "exp_avg_sq", "steps")}
+        for key in ("exp_avg", "exp_avg_sq"):
+            if arrays[key].shape != self.shape or arrays[key].dtype != self.dtype:
+                raise StateError(
+                    f"{where}: {key} is {arrays[key].shape} {arrays[key].dtype}, expected {self.shape} "
+                    f"{self.dtype}"
+                )
+        steps = arrays["steps"]
+        if steps.shape != self.steps.shape or steps.dtype not in (np.int32, np.int64):
+            raise StateError(
+                f"{where}: steps is {steps.shape} {steps.dtype}, expected {self.steps.shape} int32 or int64"
+            )
+        _refuse_negative(f"{where}: steps", steps)
+        _refuse_negative(f"{where}: exp_avg_sq", arrays["exp_avg_sq"])
+        skipped = given["skipped_rows"]
+        if isinstance(skipped, bool) or not isinstance(skipped, (int, np.integer)) or skipped < 0:
+            raise StateError(f"{where}: skipped_rows is {skipped!r}, expected an integer >= 0")
+        highest = int(steps.max(initial=0))
+        counts = self.arrays.counts
+        if highest > np.iinfo(counts.dtype).max:
+            counts = np.empty(counts.shape, np.int64)
+        moments = [
+            moment.reshape(self.rows, self.dim) for moment in (arrays["exp_avg"], arrays["exp_avg_sq"])
+        ]
+
+        def load() -> None:
+            counts[...] = steps.reshape(counts.shape)
+            self.arrays = self.arrays._replace(counts=counts)
+            for which, moment in enumerate(moments):
+                self.arrays.moments[:, which, :] = moment
+            self.totals[1] = skipped
+            self._highest_count = highest
+
+        return load
+
+
+def _check_table(name: str, table: Any) -> NDArray[Any]:
+    where = f"table {name!r}"
+    if not isinstance(table, np.ndarray):
+        raise TableTypeError(
+            f"{where} is a {type(table).__name__}, expected a numpy.ndarray: it is updated in place"
+        )
+    if table.dtype.kind != "f" or table.dtype.itemsize not in (4, 8) or not table.dtype.isnative:
+        raise TableTypeError(
+            f"{where} has dtype {table.dtype}, expected float32 or float64 in native byte order"
+        )
+    if table.ndim not in (1, 2):
+        raise TableError(f"{where} has shape {table.shape}, expected (rows, dim) or (n,)")
+    if not table.flags.writeable:
+        raise TableError(
+            f"{where} is read-only, expected a writeable array: it is updated in place; pass a copy"
+        )
+    if not table.flags.c_contiguous or not table.flags.aligned:
+        raise TableError(
+            f"{where} is not C-contiguous (strides {table.strides}) or not aligned; expected rows one after "
+            "the other. Pass np.ascontiguousarray(table) and use that array from then on"
+        )
+    return table
+
+
+def _read_only(view: NDArray[Any]) -> NDArray[Any]:
+    view = view.view()
+    view.flags.writeable = False
+    return view
+
+
+def _refuse_negative(what: str, values: NDArray[Any]) -> None:
+    if values.size and values.min() < 0:
+        at = tuple(int(i) for i in np.argwhere(values < 0)[0])
+        raise StateError(f"{what}{list(at)} is {values[at]}, expected no negative values")
