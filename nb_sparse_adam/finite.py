@@ -9,11 +9,19 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.threads import team
 
 __all__ = ["largest_magnitude", "squares_are_finite"]
 
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
+
+# By the size of a float: integers of that size and the sign bit; rounding unit and the root of the maximum.
+_INTEGERS = {4: (np.int32, np.int32(-(2**31))), 8: (np.int64, np.int64(-(2**63)))}
+_LIMITS = {
+    dtype.itemsize: (float(np.finfo(dtype).eps), float(np.sqrt(np.finfo(dtype).max)))
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64))
+}
 
 
 def largest_magnitude(values: NDArray[Any], threads: int) -> float:
@@ -22,35 +30,43 @@ def largest_magnitude(values: NDArray[Any], threads: int) -> float:
     Without its sign bit a floating-point number compares like an integer, infinity above every number and
     NaN above infinity: the maximum of the bits answers both questions, and vectorizes.
     """
-    integer = np.int32 if values.itemsize == 4 else np.int64
+    integer, sign_bit = _INTEGERS[values.itemsize]
     bits = values.reshape(-1).view(integer)
-    mask = np.iinfo(integer).max
-    if threads > 1 and len(bits) >= PARALLEL_VALUES:
-        largest = largest_bits_parallel(bits, integer(mask), np.zeros(threads, integer)).max()
+    largest = np.zeros(threads if len(bits) >= PARALLEL_VALUES else 1, integer)
+    if len(largest) > 1:
+        with team(threads):
+            largest_bits_parallel(bits, ~sign_bit, largest)
     else:
-        largest = largest_bits(bits, integer(mask), 0, len(bits))
-    return float(np.array([largest], integer).view(values.dtype)[0])
+        largest_bits_serial(bits, ~sign_bit, largest)
+    return float(largest.max().view(values.dtype))
 
 
 def squares_are_finite(largest: float, terms: int, dtype: np.dtype[Any]) -> bool:
     """Whether a sum of so many terms, none larger, surely has a finite square, rounding included."""
-    limits = np.finfo(dtype)
-    if not terms * float(limits.eps) < 0.1:  # each addition may round up by half of eps
+    eps, largest_square_root = _LIMITS[dtype.itemsize]
+    if not terms * eps < 0.1:  # each addition may round up by half of eps
         return False
-    return largest * terms * 1.25 < float(np.sqrt(limits.max))
+    return largest * terms * 1.25 < largest_square_root
 
 
 @jit
-def largest_bits(bits: Any, mask: Any, lo: int, hi: int) -> Any:
+def largest_bits_worker(bits: Any, mask: Any, lo: Any, hi: Any) -> Any:
+    """Return the maximum of ``bits[lo:hi] & mask``."""
     largest = mask & 0
     for i in range(lo, hi):
         largest = max(largest, bits[i] & mask)
     return largest
 
 
+@jit
+def largest_bits_serial(bits: Any, mask: Any, largest: Any) -> None:
+    """``largest[0]`` ← the maximum of ``bits & mask``."""
+    largest[0] = largest_bits_worker(bits, mask, 0, len(bits))
+
+
 @jit(parallel=True)
-def largest_bits_parallel(bits: Any, mask: Any, largest: Any) -> Any:
+def largest_bits_parallel(bits: Any, mask: Any, largest: Any) -> None:
+    """``largest[t]`` ← the maximum over the t-th part of the bits."""
     chunks = len(largest)
     for t in prange(chunks):
-        largest[t] = largest_bits(bits, mask, len(bits) * t // chunks, len(bits) * (t + 1) // chunks)
-    return largest
+        largest[t] = largest_bits_worker(bits, mask, len(bits) * t // chunks, len(bits) * (t + 1) // chunks)

@@ -230,8 +230,10 @@ def _for_kernels(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if array.dtype != dtype:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
             return array.astype(dtype, order="C")
-    array = np.require(array, requirements=("C", "A"))
-    return array if array.flags.writeable or not array.size else np.asarray(_Alias(array))
+    flags = array.flags
+    if not flags.c_contiguous or not flags.aligned:
+        return array.copy(order="C")
+    return array if flags.writeable or not array.size else np.asarray(_Alias(array))
 
 
 def _values(

@@ -83,7 +83,7 @@ def _threads_for(elements: int, num_threads: int | None) -> int:
 
 
 def _evenly(n: int, chunks: int) -> NDArray[np.int64]:
-    return np.arange(chunks + 1, dtype=np.int64) * n // chunks
+    return np.array([n * t // chunks for t in range(chunks + 1)], np.int64)
 
 
 def _scratch(threads: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
