@@ -33,7 +33,7 @@ __all__ = [
     "Compressed",
     "Hyperparameters",
     "Segments",
-    "Step",
+    "Table",
     "TableArrays",
     "block_sums_parallel",
     "block_sums_serial",
@@ -65,7 +65,7 @@ MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by
 
 
 class TableArrays(NamedTuple):
-    """One table, as the kernels see it."""
+    """The memory of one table."""
 
     param: NDArray[Any]  # (rows, dim) float32 or float64
     moments: NDArray[Any]  # (rows, 2, dim), the same: exp_avg and exp_avg_sq of a row side by side
@@ -82,6 +82,36 @@ class Hyperparameters(NamedTuple):
     lr: Any
     eps: Any
     sign: Any  # −1 to maximize
+
+
+class Table(NamedTuple):
+    """One table in one step: what kernels need besides its gradient.
+
+    The fields of `TableArrays`, `Hyperparameters` and `corrections.Corrections` in a row, for a tuple within
+    a tuple cannot enter a parallel loop.
+    """
+
+    param: Any
+    moments: Any
+    counts: Any
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    lr: Any
+    eps: Any
+    sign: Any
+    step_size: Any
+    scale: Any
+    log_beta1: float
+    log_beta2: float
+    eps_hat: bool
+    complete: bool
+    mode: int  # ELEMENT, ROW or GLOBAL
+    global_step: int  # GLOBAL: the count of this step
+    check: bool  # skip rows that would poison their state
+    totals: Any  # (2,) int64, the table's: drivers that have finished, rows that were skipped
+    skipped: Any  # (chunks,) int64, scratch: rows skipped by each chunk
 
 
 class Segments(NamedTuple):
@@ -115,42 +145,32 @@ class Compressed(NamedTuple):
     data: NDArray[Any]  # (stored entries,) the table's dtype
 
 
-class Step(NamedTuple):
-    """How one step is to be done, beside the constants."""
-
-    mode: int  # ELEMENT, ROW or GLOBAL
-    global_step: int  # GLOBAL: the count of this step
-    check: bool  # skip rows that would poison their state
-    totals: NDArray[Any]  # (2,) int64, the table's: drivers that have finished, rows that were skipped
-    skipped: NDArray[Any]  # (chunks,) int64, scratch: rows skipped by each chunk
-
-
 # --- the formula ------------------------------------------------------------------------------------------
 
 
 @jit
-def adam(p: Any, m: Any, v: Any, g: Any, h: Any, step_size: Any, scale: Any) -> Any:
+def adam(p: Any, m: Any, v: Any, g: Any, table: Any, step_size: Any, scale: Any) -> Any:
     """One active step of one element: the new parameter and moments (Kingma & Ba 2015, Algorithm 1).
 
     ``step_size`` and ``scale`` hold the bias corrections (`Corrections`), and ``step_size`` the learning
     rate, so that one expression serves both places where ε may stand.
     """
-    m = h.beta1 * m + h.one_minus_beta1 * g
-    v = h.beta2 * v + h.one_minus_beta2 * (g * g)
-    return p - step_size * (m / (math.sqrt(v) * scale + h.eps)), m, v
+    m = table.beta1 * m + table.one_minus_beta1 * g
+    v = table.beta2 * v + table.one_minus_beta2 * (g * g)
+    return p - step_size * (m / (math.sqrt(v) * scale + table.eps)), m, v
 
 
 @jit
-def correction(k: Any, c: Any) -> Any:
+def correction(table: Any, k: Any) -> Any:
     """``step_size`` and ``scale`` after k active steps."""
-    last = len(c.step_size) - 1
-    if k <= last or c.complete:
+    last = len(table.step_size) - 1
+    if k <= last or table.complete:
         i = min(k, last)
-        return c.step_size[i], c.scale[i]
-    c1 = -math.expm1(k * c.log_beta1)
-    c2 = -math.expm1(k * c.log_beta2)
-    dtype = c.step_size.dtype.type
-    if c.eps_hat:
+        return table.step_size[i], table.scale[i]
+    c1 = -math.expm1(k * table.log_beta1)
+    c2 = -math.expm1(k * table.log_beta2)
+    dtype = table.step_size.dtype.type
+    if table.eps_hat:
         return dtype(math.sqrt(c2) / c1), dtype(1.0)
     return dtype(1.0 / c1), dtype(1.0 / math.sqrt(c2))
 
@@ -159,18 +179,20 @@ def correction(k: Any, c: Any) -> Any:
 
 
 @jit
-def update_row(table: Any, r: Any, g: Any, i: Any, factor: Any, h: Any, step_size: Any, scale: Any) -> None:
+def update_row(table: Any, r: Any, g: Any, i: Any, factor: Any, step_size: Any, scale: Any) -> None:
     """Every element of row r takes a step with the gradient ``factor * g[i]``."""
     param, moments = table.param, table.moments
     for j in range(param.shape[1]):
-        p, m, v = adam(param[r, j], moments[r, 0, j], moments[r, 1, j], factor * g[i, j], h, step_size, scale)
+        p, m, v = adam(
+            param[r, j], moments[r, 0, j], moments[r, 1, j], factor * g[i, j], table, step_size, scale
+        )
         param[r, j] = p
         moments[r, 0, j] = m
         moments[r, 1, j] = v
 
 
 @jit
-def look_up_corrections(table: Any, r: Any, h: Any, c: Any, scratch: Any, t: Any) -> None:
+def look_up_corrections(table: Any, r: Any, scratch: Any, t: Any) -> None:
     """``scratch[t]``, ``scratch[t + 1]`` ← step sizes and scales for the next step of each element of row r.
 
     A loop of its own: with a look-up in it, the one that updates would not be vectorized, for the compiler
@@ -178,47 +200,47 @@ def look_up_corrections(table: Any, r: Any, h: Any, c: Any, scratch: Any, t: Any
     """
     counts = table.counts
     dim = counts.shape[1]
+    if dim == 0:
+        return
     k = counts[r, 0]
     differing = 0
     for j in range(dim):
         differing += counts[r, j] != k
     if differing == 0:  # as in rows whose gradients are dense
-        step_size, scale = correction(np.int64(k) + 1, c)
-        step_size *= h.lr
+        step_size, scale = correction(table, np.int64(k) + 1)
+        step_size *= table.lr
         for j in range(dim):
             scratch[t, j] = step_size
             scratch[t + 1, j] = scale
         return
-    last = len(c.step_size) - 1
+    last = len(table.step_size) - 1
     for j in range(dim):
         k = counts[r, j]
-        if k < last or c.complete:
+        if k < last or table.complete:
             at = min(np.int64(k) + 1, last)
-            scratch[t, j] = h.lr * c.step_size[at]
-            scratch[t + 1, j] = c.scale[at]
+            scratch[t, j] = table.lr * table.step_size[at]
+            scratch[t + 1, j] = table.scale[at]
         else:
-            step_size, scale = correction(np.int64(k) + 1, c)
-            scratch[t, j] = h.lr * step_size
+            step_size, scale = correction(table, np.int64(k) + 1)
+            scratch[t, j] = table.lr * step_size
             scratch[t + 1, j] = scale
 
 
 @jit
-def update_elements(
-    table: Any, r: Any, g: Any, i: Any, factor: Any, h: Any, c: Any, scratch: Any, t: Any
-) -> None:
+def update_elements(table: Any, r: Any, g: Any, i: Any, factor: Any, scratch: Any, t: Any) -> None:
     """Every element of row r whose gradient ``factor * g[i]`` is not zero takes a step of its own count.
 
     Selects instead of branches: an inactive element is written back with the bits that it had, and the loop
     stays vectorized.
     """
-    look_up_corrections(table, r, h, c, scratch, t)
+    look_up_corrections(table, r, scratch, t)
     param, moments, counts = table.param, table.moments, table.counts
     one = counts.dtype.type(1)
     for j in range(param.shape[1]):
         gradient = factor * g[i, j]
         active = gradient != 0
         p, m, v, k = param[r, j], moments[r, 0, j], moments[r, 1, j], counts[r, j]
-        next_p, next_m, next_v = adam(p, m, v, gradient, h, scratch[t, j], scratch[t + 1, j])
+        next_p, next_m, next_v = adam(p, m, v, gradient, table, scratch[t, j], scratch[t + 1, j])
         param[r, j] = next_p if active else p
         moments[r, 0, j] = next_m if active else m
         moments[r, 1, j] = next_v if active else v
@@ -226,17 +248,17 @@ def update_elements(
 
 
 @jit
-def update_element(table: Any, r: Any, j: Any, gradient: Any, h: Any, c: Any) -> None:
+def update_element(table: Any, r: Any, j: Any, gradient: Any) -> None:
     """One element takes a step of its own count; its gradient is not zero."""
     k = table.counts[r, j] + 1
-    step_size, scale = correction(k, c)
+    step_size, scale = correction(table, k)
     p, m, v = adam(
         table.param[r, j],
         table.moments[r, 0, j],
         table.moments[r, 1, j],
         gradient,
-        h,
-        h.lr * step_size,
+        table,
+        table.lr * step_size,
         scale,
     )
     table.param[r, j] = p
@@ -248,9 +270,6 @@ def update_element(table: Any, r: Any, j: Any, gradient: Any, h: Any, c: Any) ->
 @jit
 def apply_row(
     table: Any,
-    step: Any,
-    h: Any,
-    c: Any,
     r: Any,
     g: Any,
     i: Any,
@@ -259,16 +278,16 @@ def apply_row(
     t: Any,
 ) -> None:
     """Row r is present in the gradient with ``factor * g[i]``: update what ``step_counts`` calls active."""
-    if step.mode == ELEMENT:
-        update_elements(table, r, g, i, factor, h, c, scratch, SCRATCH_ROWS * t + 1)
+    if table.mode == ELEMENT:
+        update_elements(table, r, g, i, factor, scratch, SCRATCH_ROWS * t + 1)
         return
-    if step.mode == ROW:
+    if table.mode == ROW:
         k = np.int64(table.counts[r, 0]) + 1
         table.counts[r, 0] = k
     else:
-        k = step.global_step
-    step_size, scale = correction(k, c)
-    update_row(table, r, g, i, factor, h, h.lr * step_size, scale)
+        k = table.global_step
+    step_size, scale = correction(table, k)
+    update_row(table, r, g, i, factor, table.lr * step_size, scale)
 
 
 @jit
@@ -311,50 +330,44 @@ def rows_ahead(dim: int) -> Any:
 
 
 @jit
-def rows_worker(
-    table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any, t: Any, lo: Any, hi: Any
-) -> Any:
+def rows_worker(table: Any, rows: Any, values: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply ``values[s]`` to row ``rows[s]`` for s in lo:hi; return how many were skipped."""
     ahead = rows_ahead(values.shape[1])
     skipped = 0
     for s in range(lo, hi):
         if s + ahead < hi:
-            prefetch_row(table, step.mode, np.int64(rows[s + ahead]))
-        if step.check and poisons(values, s, h.sign):
+            prefetch_row(table, table.mode, np.int64(rows[s + ahead]))
+        if table.check and poisons(values, s, table.sign):
             skipped += 1
             continue
-        apply_row(table, step, h, c, np.int64(rows[s]), values, s, h.sign, scratch, t)
+        apply_row(table, np.int64(rows[s]), values, s, table.sign, scratch, t)
     return skipped
 
 
 @jit
-def finish(table: Any, step: Any) -> None:
+def finish(table: Any) -> None:
     """Settle the counts of a step that has been applied."""
-    if step.mode == GLOBAL:
-        table.counts[0, 0] = step.global_step
-    for t in range(len(step.skipped)):
-        step.totals[1] += step.skipped[t]
-    step.totals[0] += 1
+    if table.mode == GLOBAL:
+        table.counts[0, 0] = table.global_step
+    for t in range(len(table.skipped)):
+        table.totals[1] += table.skipped[t]
+    table.totals[0] += 1
 
 
 @jit
-def rows_serial(
-    bounds: Any, table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any
-) -> None:
+def rows_serial(bounds: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
     """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, one after the other."""
     for t in range(len(bounds) - 1):
-        step.skipped[t] = rows_worker(table, step, h, c, rows, values, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)
 
 
 @jit(parallel=True)
-def rows_parallel(
-    bounds: Any, table: Any, step: Any, h: Any, c: Any, rows: Any, values: Any, scratch: Any
-) -> None:
+def rows_parallel(bounds: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
     """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, on as many threads as there are."""
     for t in prange(len(bounds) - 1):
-        step.skipped[t] = rows_worker(table, step, h, c, rows, values, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)
 
 
 # --- rows summed from several ids -------------------------------------------------------------------------
@@ -445,48 +458,46 @@ def sum_segment(g: Any, s: Any, which: Any, out: Any, t: Any) -> Any:
 
 
 @jit
-def segments_worker(
-    table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any
-) -> Any:
+def segments_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the segments lo:hi, each row with the sum of its ids; return how many were skipped."""
     ahead = rows_ahead(g.values.shape[1])
-    sign = h.sign
+    sign = table.sign
     skipped = 0
     which = first_long(g, lo)
     for s in range(lo, hi):
         if s + ahead < hi:
-            prefetch_row(table, step.mode, g.packed[g.starts[s + ahead]] >> g.row_shift)
+            prefetch_row(table, table.mode, g.packed[g.starts[s + ahead]] >> g.row_shift)
         start = np.int64(g.starts[s])
         row = g.packed[start] >> g.row_shift
         if g.starts[s + 1] - start == 1:  # nothing to sum: no copy
             at, coefficient = locate(g, start)
-            if step.check and poisons(g.values, at, coefficient * sign):
+            if table.check and poisons(g.values, at, coefficient * sign):
                 skipped += 1
                 continue
-            apply_row(table, step, h, c, row, g.values, at, coefficient * sign, scratch, t)
+            apply_row(table, row, g.values, at, coefficient * sign, scratch, t)
             continue
         which = sum_segment(g, s, which, scratch, SCRATCH_ROWS * t)
-        if step.check and poisons(scratch, SCRATCH_ROWS * t, sign):
+        if table.check and poisons(scratch, SCRATCH_ROWS * t, sign):
             skipped += 1
             continue
-        apply_row(table, step, h, c, row, scratch, SCRATCH_ROWS * t, sign, scratch, t)
+        apply_row(table, row, scratch, SCRATCH_ROWS * t, sign, scratch, t)
     return skipped
 
 
 @jit
-def segments_serial(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+def segments_serial(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `segments_worker` chunk by chunk."""
     for t in range(len(bounds) - 1):
-        step.skipped[t] = segments_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)
 
 
 @jit(parallel=True)
-def segments_parallel(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+def segments_parallel(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `segments_worker` on several threads."""
     for t in prange(len(bounds) - 1):
-        step.skipped[t] = segments_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)
 
 
 @jit
@@ -521,48 +532,48 @@ def first_poisoned_segment(g: Any, scratch: Any) -> Any:
 
 
 @jit
-def csr_worker(table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
+def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the rows lo:hi of a compressed gradient; return how many were skipped."""
     indptr, indices, data = g.indptr, g.indices, g.data
-    sign = h.sign
+    sign = table.sign
     skipped = 0
     for s in range(lo, hi):
         start, end = np.int64(indptr[s]), np.int64(indptr[s + 1])
         if start == end:
             continue
         r = np.int64(g.rows[s]) if len(g.rows) > 0 else s
-        if step.check:
+        if table.check:
             bad = 0
             for e in range(start, end):
                 bad += not (data[e] * data[e] < np.inf)
             if bad > 0:
                 skipped += 1
                 continue
-        if step.mode == ELEMENT:
+        if table.mode == ELEMENT:
             for e in range(start, end):
                 if data[e] != 0:
-                    update_element(table, r, np.int64(indices[e]), sign * data[e], h, c)
+                    update_element(table, r, np.int64(indices[e]), sign * data[e])
             continue
         at = SCRATCH_ROWS * t
         for j in range(table.param.shape[1]):
             scratch[at, j] = 0
         for e in range(start, end):
             scratch[at, np.int64(indices[e])] = data[e]
-        apply_row(table, step, h, c, r, scratch, at, sign, scratch, t)
+        apply_row(table, r, scratch, at, sign, scratch, t)
     return skipped
 
 
 @jit
-def csr_serial(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+def csr_serial(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `csr_worker` chunk by chunk."""
     for t in range(len(bounds) - 1):
-        step.skipped[t] = csr_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)
 
 
 @jit(parallel=True)
-def csr_parallel(bounds: Any, table: Any, step: Any, h: Any, c: Any, g: Any, scratch: Any) -> None:
+def csr_parallel(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `csr_worker` on several threads."""
     for t in prange(len(bounds) - 1):
-        step.skipped[t] = csr_worker(table, step, h, c, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table, step)
+        table.skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import options
-from nb_sparse_adam.corrections import Corrections, corrections
+from nb_sparse_adam import kernels, options
+from nb_sparse_adam.corrections import corrections
 from nb_sparse_adam.errors import GradientTypeError, StateError, StateTypeError, TableError, TableTypeError
 from nb_sparse_adam.gradients import Target, check
-from nb_sparse_adam.kernels import GLOBAL, Hyperparameters, Step
+from nb_sparse_adam.kernels import GLOBAL, Hyperparameters
 from nb_sparse_adam.planning import Work, plan
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
 
@@ -295,18 +295,21 @@ class SparseAdam:
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
         work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads)
         table.make_room_for_a_step()
-        step = Step(
-            mode=table.mode,
-            global_step=int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0,
-            check=work.check,
-            totals=table.totals,
-            skipped=np.zeros(len(work.bounds) - 1, np.int64),
+        k = int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0
+        chunks = len(work.bounds) - 1
+        return _Run(
+            work,
+            kernels.Table(
+                *table.arrays,
+                *self._hyperparameters(table.dtype),
+                *corrections(*self._betas, self._eps_hat, table.dtype),
+                mode=table.mode,
+                global_step=k,
+                check=work.check,
+                totals=table.totals,
+                skipped=np.zeros(chunks, np.int64),
+            ),
         )
-        constants = (
-            self._hyperparameters(table.dtype),
-            corrections(*self._betas, self._eps_hat, table.dtype),
-        )
-        return _Run(work, table, step, constants)
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -368,23 +371,23 @@ class SparseAdam:
 class _Run:
     """The work of one table in a step, and whether it has been done."""
 
-    def __init__(
-        self, work: Work, table: TableState, step: Step, constants: tuple[Hyperparameters, Corrections]
-    ) -> None:
-        self.work, self.arrays, self.step, self.constants = work, table.arrays, step, constants
-        self.goal = int(step.totals[0]) + 1
+    def __init__(self, work: Work, table: kernels.Table) -> None:
+        self.work, self.table = work, table
+        self.goal = int(table.totals[0]) + 1
 
     @property
     def done(self) -> bool:
-        return int(self.step.totals[0]) == self.goal
+        return int(self.table.totals[0]) == self.goal
 
     def __call__(self) -> None:
-        self.work.run(self.arrays, self.step, *self.constants)
+        self.work.run(self.table)
 
     def rehearse(self) -> None:
         """Have the kernel compiled, by running it over no rows with counters of its own."""
-        nothing = self.step._replace(mode=0, totals=np.zeros(2, np.int64), skipped=np.zeros(0, np.int64))
-        self.work._replace(bounds=np.zeros(1, np.int64)).run(self.arrays, nothing, *self.constants)
+        nothing = self.table._replace(
+            mode=kernels.ELEMENT, totals=np.zeros(2, np.int64), skipped=np.zeros(0, np.int64)
+        )
+        self.work._replace(bounds=np.zeros(1, np.int64)).run(nothing)
 
 
 def _run_all(runs: list[_Run]) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels
-from nb_sparse_adam.corrections import Corrections
 from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
 from nb_sparse_adam.gradients import CompressedRows, Entries, Rows, Target
@@ -32,19 +31,17 @@ class Work(NamedTuple):
 
     kernel: Any  # a driver of `kernels`
     bounds: NDArray[np.int64]  # (chunks + 1,)
-    arguments: tuple[Any, ...]  # of the driver, after (bounds, table, step, h, c)
+    arguments: tuple[Any, ...]  # of the driver, after (bounds, table)
     check: bool  # whether rows may have to be skipped
     threads: int
 
-    def run(
-        self, table: kernels.TableArrays, step: kernels.Step, h: kernels.Hyperparameters, c: Corrections
-    ) -> None:
+    def run(self, table: kernels.Table) -> None:
         """Apply it."""
         if self.threads == 1:
-            self.kernel(self.bounds, table, step, h, c, *self.arguments)
+            self.kernel(self.bounds, table, *self.arguments)
         else:
             with team(self.threads):
-                self.kernel(self.bounds, table, step, h, c, *self.arguments)
+                self.kernel(self.bounds, table, *self.arguments)
 
 
 def plan(

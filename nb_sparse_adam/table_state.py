@@ -51,7 +51,7 @@ class TableState:
             np.zeros((self.rows, 2, self.dim), param.dtype),
             np.zeros(shapes[self.mode], np.int64 if self.mode == GLOBAL else np.int32),
         )
-        self.totals = np.zeros(2, np.int64)  # see kernels.Step
+        self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:
