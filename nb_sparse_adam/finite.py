@@ -16,8 +16,11 @@ __all__ = ["largest_magnitude", "squares_are_finite"]
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
 
-# By the size of a float: integers of that size and the sign bit; rounding unit and the root of the maximum.
-_INTEGERS = {4: (np.int32, np.int32(-(2**31))), 8: (np.int64, np.int64(-(2**63)))}
+# By the size of a float: integers of that size, and all of their bits but the sign; rounding unit and the root of the maximum.
+_INTEGERS: dict[int, tuple[Any, Any]] = {
+    4: (np.int32, np.int32(2**31 - 1)),
+    8: (np.int64, np.int64(2**63 - 1)),
+}
 _LIMITS = {
     dtype.itemsize: (float(np.finfo(dtype).eps), float(np.sqrt(np.finfo(dtype).max)))
     for dtype in (np.dtype(np.float32), np.dtype(np.float64))
@@ -30,14 +33,14 @@ def largest_magnitude(values: NDArray[Any], threads: int) -> float:
     Without its sign bit a floating-point number compares like an integer, infinity above every number and
     NaN above infinity: the maximum of the bits answers both questions, and vectorizes.
     """
-    integer, sign_bit = _INTEGERS[values.itemsize]
+    integer, mask = _INTEGERS[values.itemsize]
     bits = values.reshape(-1).view(integer)
     largest = np.zeros(threads if len(bits) >= PARALLEL_VALUES else 1, integer)
     if len(largest) > 1:
         with team(threads):
-            largest_bits_parallel(bits, ~sign_bit, largest)
+            largest_bits_parallel(bits, mask, largest)
     else:
-        largest_bits_serial(bits, ~sign_bit, largest)
+        largest_bits_serial(bits, mask, largest)
     return float(largest.max().view(values.dtype))
 
 

@@ -103,15 +103,14 @@ class Table(NamedTuple):
     sign: Any
     step_size: Any
     scale: Any
-    log_beta1: float
-    log_beta2: float
-    eps_hat: bool
-    complete: bool
+    log_beta1: Any
+    log_beta2: Any
+    eps_hat: Any
+    complete: Any
     mode: int  # ELEMENT, ROW or GLOBAL
     global_step: int  # GLOBAL: the count of this step
     check: bool  # skip rows that would poison their state
     totals: Any  # (2,) int64, the table's: drivers that have finished, rows that were skipped
-    skipped: Any  # (chunks,) int64, scratch: rows skipped by each chunk
 
 
 class Segments(NamedTuple):
@@ -345,29 +344,33 @@ def rows_worker(table: Any, rows: Any, values: Any, scratch: Any, t: Any, lo: An
 
 
 @jit
-def finish(table: Any) -> None:
+def finish(table: Any, skipped: Any) -> None:
     """Settle the counts of a step that has been applied."""
     if table.mode == GLOBAL:
         table.counts[0, 0] = table.global_step
-    for t in range(len(table.skipped)):
-        table.totals[1] += table.skipped[t]
+    for t in range(len(skipped)):
+        table.totals[1] += skipped[t]
     table.totals[0] += 1
 
 
 @jit
-def rows_serial(bounds: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
-    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, one after the other."""
+def rows_serial(bounds: Any, skipped: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
+    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, one after the other.
+
+    ``skipped[t]`` gets the number of rows that chunk t skipped. It is an argument of its own: numba takes
+    what a parallel loop itself writes to a member of a tuple for dead code.
+    """
     for t in range(len(bounds) - 1):
-        table.skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)
 
 
 @jit(parallel=True)
-def rows_parallel(bounds: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
+def rows_parallel(bounds: Any, skipped: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
     """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, on as many threads as there are."""
     for t in prange(len(bounds) - 1):
-        table.skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)
 
 
 # --- rows summed from several ids -------------------------------------------------------------------------
@@ -485,19 +488,19 @@ def segments_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) 
 
 
 @jit
-def segments_serial(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
+def segments_serial(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `segments_worker` chunk by chunk."""
     for t in range(len(bounds) - 1):
-        table.skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)
 
 
 @jit(parallel=True)
-def segments_parallel(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
+def segments_parallel(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `segments_worker` on several threads."""
     for t in prange(len(bounds) - 1):
-        table.skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)
 
 
 @jit
@@ -564,16 +567,16 @@ def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> An
 
 
 @jit
-def csr_serial(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
+def csr_serial(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `csr_worker` chunk by chunk."""
     for t in range(len(bounds) - 1):
-        table.skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)
 
 
 @jit(parallel=True)
-def csr_parallel(bounds: Any, table: Any, g: Any, scratch: Any) -> None:
+def csr_parallel(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `csr_worker` on several threads."""
     for t in prange(len(bounds) - 1):
-        table.skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
-    finish(table)
+        skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+    finish(table, skipped)

@@ -277,7 +277,7 @@ class SparseAdam:
             _run_all(runs)
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
-        if not isinstance(gradient, Mapping):
+        if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
             if len(self._tables) == 1:
                 return {next(iter(self._tables)): gradient}
             names = ", ".join(map(repr, self._tables))
@@ -292,11 +292,11 @@ class SparseAdam:
         return gradient
 
     def _prepare(self, table: TableState, gradient: Any) -> _Run:
+        table.check_writeable()
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
         work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads)
         table.make_room_for_a_step()
         k = int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0
-        chunks = len(work.bounds) - 1
         return _Run(
             work,
             kernels.Table(
@@ -307,7 +307,6 @@ class SparseAdam:
                 global_step=k,
                 check=work.check,
                 totals=table.totals,
-                skipped=np.zeros(chunks, np.int64),
             ),
         )
 
@@ -384,9 +383,7 @@ class _Run:
 
     def rehearse(self) -> None:
         """Have the kernel compiled, by running it over no rows with counters of its own."""
-        nothing = self.table._replace(
-            mode=kernels.ELEMENT, totals=np.zeros(2, np.int64), skipped=np.zeros(0, np.int64)
-        )
+        nothing = self.table._replace(mode=kernels.ELEMENT, totals=np.zeros(2, np.int64))
         self.work._replace(bounds=np.zeros(1, np.int64)).run(nothing)
 
 

@@ -31,17 +31,18 @@ class Work(NamedTuple):
 
     kernel: Any  # a driver of `kernels`
     bounds: NDArray[np.int64]  # (chunks + 1,)
-    arguments: tuple[Any, ...]  # of the driver, after (bounds, table)
+    arguments: tuple[Any, ...]  # of the driver, after (bounds, skipped, table)
     check: bool  # whether rows may have to be skipped
     threads: int
 
     def run(self, table: kernels.Table) -> None:
         """Apply it."""
+        skipped = np.empty(len(self.bounds) - 1, np.int64)
         if self.threads == 1:
-            self.kernel(self.bounds, table, *self.arguments)
+            self.kernel(self.bounds, skipped, table, *self.arguments)
         else:
             with team(self.threads):
-                self.kernel(self.bounds, table, *self.arguments)
+                self.kernel(self.bounds, skipped, table, *self.arguments)
 
 
 def plan(
@@ -69,10 +70,7 @@ def plan(
         if checked.increasing and checked.offsets is None:
             return _plan_distinct_rows(checked, target, on_nonfinite, num_threads)
         return _plan_segments(checked, target, on_nonfinite, num_threads)
-    if isinstance(checked, Entries):
-        rows, compressed = _compress(checked, target)
-        return _plan_csr(rows, compressed, target, on_nonfinite, num_threads)
-    return _plan_csr(NO_ROWS, checked, target, on_nonfinite, num_threads)
+    return _plan_csr(checked, target, on_nonfinite, num_threads)
 
 
 def _threads_for(elements: int, num_threads: int | None) -> int:
@@ -92,7 +90,8 @@ def _scratch(threads: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None) -> Work:
     threads = _threads_for(rows.values.size, num_threads)
-    check = _screen_values("RowGradient.values", rows.values, 1.0, 1, target, on_nonfinite, threads)
+    largest = _largest("RowGradient.values", rows.values, target, on_nonfinite, threads)
+    check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(rows.values))
         if at >= 0:
@@ -108,7 +107,17 @@ def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, num_threads: i
     threads = _threads_for(n * target.dim, num_threads)
     segments, longest = _group(rows, target, threads)
     scratch = _scratch(threads, target.dim, target.dtype)
-    check = _screen_segments(rows, segments, longest, scratch, target, on_nonfinite, threads)
+    what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
+    largest = _largest(what, rows.values, target, on_nonfinite, threads)
+    if rows.per_id and rows.coefficients is not None:
+        largest *= _largest("BagGradient.weights", rows.coefficients, target, on_nonfinite, threads)
+    check = not squares_are_finite(largest, max(longest, 1), target.dtype)
+    if check and on_nonfinite == "raise":
+        at = int(kernels.first_poisoned_segment(segments, scratch))
+        if at >= 0:
+            start, end = (int(x) for x in segments.starts[at : at + 2])
+            raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
+        check = False
     bounds = np.empty(threads + 1, np.int64)
     cut_evenly(segments.starts, 4, kernels.BLOCK, bounds)
     kernel = kernels.segments_serial if threads == 1 else kernels.segments_parallel
@@ -162,17 +171,18 @@ def _too_many_bits(target: Target, n: int) -> GradientError:
 
 
 def _plan_csr(
-    rows: NDArray[np.int64],
-    compressed: CompressedRows,
-    target: Target,
-    on_nonfinite: str,
-    num_threads: int | None,
+    checked: CompressedRows | Entries, target: Target, on_nonfinite: str, num_threads: int | None
 ) -> Work:
+    # A stored entry costs more than an element of a row: it is a place in memory of its own.
+    threads = _threads_for(4 * len(checked.data), num_threads)
+    largest = _largest("data", checked.data, target, on_nonfinite, threads)
+    rows, compressed = NO_ROWS, checked
+    if isinstance(compressed, Entries):
+        rows, compressed = _compress(compressed, target)
+        if on_nonfinite != "propagate":
+            largest = largest_magnitude(compressed.data, threads)
     indptr, indices, data = compressed
-    stored_rows = len(indptr) - 1
-    # A row costs its entries, and a look at its pointer.
-    threads = _threads_for(4 * len(data) + stored_rows // 16, num_threads)
-    check = _screen_values("data", data, 1.0, 1, target, on_nonfinite, threads)
+    check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(data[:, None]))
         if at >= 0:
@@ -212,49 +222,14 @@ def _compress(entries: Entries, target: Target) -> tuple[NDArray[np.int64], Comp
 # --- values that are not finite ---------------------------------------------------------------------------
 
 
-def _screen_values(
-    what: str,
-    values: NDArray[Any],
-    factor: float,
-    terms: int,
-    target: Target,
-    on_nonfinite: str,
-    threads: int,
-) -> bool:
-    """Whether sums of ``terms`` values may be too large: False for almost every gradient, and cheap then."""
+def _largest(what: str, values: NDArray[Any], target: Target, on_nonfinite: str, threads: int) -> float:
+    """Return the largest magnitude, 0 if nobody wants to know; with "raise" refuse what is not finite."""
     if on_nonfinite == "propagate":
-        return False
+        return 0.0
     largest = largest_magnitude(values, threads)
     if on_nonfinite == "raise" and not largest < np.inf:
         _refuse_nonfinite(what, values, target)
-    return not squares_are_finite(largest * factor, terms, target.dtype)
-
-
-def _screen_segments(
-    rows: Rows,
-    segments: kernels.Segments,
-    longest: int,
-    scratch: NDArray[Any],
-    target: Target,
-    on_nonfinite: str,
-    threads: int,
-) -> bool:
-    if on_nonfinite == "propagate":
-        return False
-    factor = 1.0
-    if rows.per_id and rows.coefficients is not None:
-        factor = largest_magnitude(rows.coefficients, threads)
-        if on_nonfinite == "raise" and not factor < np.inf:
-            _refuse_nonfinite("BagGradient.weights", rows.coefficients, target)
-    what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
-    check = _screen_values(what, rows.values, factor, max(longest, 1), target, on_nonfinite, threads)
-    if not check or on_nonfinite == "skip":
-        return check
-    at = int(kernels.first_poisoned_segment(segments, scratch))
-    if at >= 0:
-        start, end = (int(x) for x in segments.starts[at : at + 2])
-        raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
-    return False
+    return largest
 
 
 def _refuse_nonfinite(what: str, values: NDArray[Any], target: Target) -> None:
@@ -270,7 +245,7 @@ def _refuse_nonfinite(what: str, values: NDArray[Any], target: Target) -> None:
 def _overflow(target: Target, row: int, ids: int) -> NonFiniteGradientError:
     return NonFiniteGradientError(
         f"gradient of table {target.name!r}: the gradient of row {row}, "
-        + (f"a sum over {ids} ids" if ids > 1 else "given once")
-        + f", or its square, overflows {target.dtype} (at most {np.finfo(target.dtype).max:.3g}); nothing "
+        + (f"a sum over {ids} ids, " if ids > 1 else "")
+        + f"or its square, overflows {target.dtype} (at most {np.finfo(target.dtype).max:.3g}); nothing "
         "was updated. Clip the gradient, or set on_nonfinite='skip' to leave such rows out"
     )

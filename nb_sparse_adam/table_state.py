@@ -16,6 +16,7 @@ __all__ = ["STATE_VERSION", "TableState"]
 STATE_VERSION = 1
 
 MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
+READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
 MAX_INT32 = np.iinfo(np.int32).max
 
 
@@ -101,6 +102,11 @@ class TableState:
         moment = self.arrays.moments[:, which, :]
         return _read_only(moment[:, 0] if self.param.ndim == 1 else moment)
 
+    def check_writeable(self) -> None:
+        """Refuse a table that its owner has made read-only since: our view of it would not know."""
+        if not self.param.flags.writeable:
+            raise TableError(f"table {self.name!r} {READ_ONLY}; set table.flags.writeable = True")
+
     def make_room_for_a_step(self) -> None:
         """Widen the counts before one of them could overflow. Changes no value."""
         if self.arrays.counts.dtype == np.int32:
@@ -176,9 +182,7 @@ def _check_table(name: str, table: Any) -> NDArray[Any]:
     if table.ndim not in (1, 2):
         raise TableError(f"{where} has shape {table.shape}, expected (rows, dim) or (n,)")
     if not table.flags.writeable:
-        raise TableError(
-            f"{where} is read-only, expected a writeable array: it is updated in place; pass a copy"
-        )
+        raise TableError(f"{where} {READ_ONLY}; pass a copy")
     if not table.flags.c_contiguous or not table.flags.aligned:
         raise TableError(
             f"{where} is not C-contiguous (strides {table.strides}) or not aligned; expected rows one after "
