@@ -16,7 +16,8 @@ __all__ = ["largest_magnitude", "squares_are_finite"]
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
 
-# By the size of a float: integers of that size, and all of their bits but the sign; rounding unit and the root of the maximum.
+# By the size of a float: integers of that size, and all of their bits but the sign; rounding unit, and root
+# of the maximum.
 _INTEGERS: dict[int, tuple[Any, Any]] = {
     4: (np.int32, np.int32(2**31 - 1)),
     8: (np.int64, np.int64(2**63 - 1)),
