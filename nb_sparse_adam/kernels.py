@@ -61,6 +61,7 @@ SCRATCH_ROWS = 3
 # cache overflows. Measured at dim 16 to 128 on two Zen 4 cores: flat between half and twice of this.
 PREFETCH_ELEMENTS = 256
 MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 16
+ENTRIES_AHEAD = 16  # of a CSR gradient, each of which is a place in memory of its own
 MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by itself
 
 
@@ -535,16 +536,44 @@ def first_poisoned_segment(g: Any, scratch: Any) -> Any:
 
 
 @jit
+def prefetch_element(table: Any, r: Any, j: Any) -> None:
+    """Ask for the cache lines of one element."""
+    dim = table.param.shape[1]
+    prefetch(table.param, r * dim + j)
+    prefetch(table.moments, 2 * r * dim + j)
+    prefetch(table.moments, (2 * r + 1) * dim + j)
+    prefetch(table.counts, r * dim + j)
+
+
+@jit
+def stored_row(g: Any, s: Any) -> Any:
+    """Return the table's row of row s of a compressed gradient."""
+    return np.int64(g.rows[s]) if len(g.rows) > 0 else np.int64(s)
+
+
+@jit
 def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the rows lo:hi of a compressed gradient; return how many were skipped."""
     indptr, indices, data = g.indptr, g.indices, g.data
+    dim = table.param.shape[1]
     sign = table.sign
+    at = SCRATCH_ROWS * t
+    ahead = rows_ahead(dim)
+    # The next row, and the next entry, to be prefetched, and how many rows have been and are still to come.
+    next_row, next_entry, in_flight = np.int64(lo), np.int64(indptr[lo]), 0
     skipped = 0
     for s in range(lo, hi):
         start, end = np.int64(indptr[s]), np.int64(indptr[s + 1])
         if start == end:
             continue
-        r = np.int64(g.rows[s]) if len(g.rows) > 0 else s
+        if table.mode != ELEMENT:
+            while next_row < hi and in_flight <= ahead:
+                if indptr[next_row + 1] > indptr[next_row]:
+                    prefetch_row(table, table.mode, stored_row(g, next_row))
+                    in_flight += 1
+                next_row += 1
+            in_flight -= 1
+        r = stored_row(g, s)
         if table.check:
             bad = 0
             for e in range(start, end):
@@ -554,11 +583,15 @@ def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> An
                 continue
         if table.mode == ELEMENT:
             for e in range(start, end):
+                while next_entry < min(e + ENTRIES_AHEAD, np.int64(indptr[hi])):
+                    while indptr[next_row + 1] <= next_entry:
+                        next_row += 1
+                    prefetch_element(table, stored_row(g, next_row), np.int64(indices[next_entry]))
+                    next_entry += 1
                 if data[e] != 0:
                     update_element(table, r, np.int64(indices[e]), sign * data[e])
             continue
-        at = SCRATCH_ROWS * t
-        for j in range(table.param.shape[1]):
+        for j in range(dim):
             scratch[at, j] = 0
         for e in range(start, end):
             scratch[at, np.int64(indices[e])] = data[e]
