@@ -168,7 +168,7 @@ def check(gradient: object, target: Target) -> Rows | CompressedRows | Entries:
         return _check_csr(
             target, "CSRGradient.", gradient.indptr, gradient.indices, gradient.data, exact=True
         )
-    if hasattr(gradient, "format") and hasattr(gradient, "shape"):  # scipy's, known by its attributes
+    if isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape"):  # as scipy's
         return _check_scipy(gradient, target)
     got = type(gradient).__name__
     if isinstance(gradient, np.ndarray):
@@ -185,6 +185,12 @@ def check(gradient: object, target: Target) -> Rows | CompressedRows | Entries:
 
 def _as_array(what: str, given: Any, target: Target) -> NDArray[Any]:
     if type(given) is not np.ndarray:
+        if isinstance(given, np.ma.MaskedArray):
+            raise target.refuse(
+                GradientTypeError,
+                f"{what} is a masked array, expected one without a mask; pass .filled(0), or leave out the "
+                "masked entries",
+            )
         try:
             given = np.asarray(given)
         except Exception as error:
@@ -422,6 +428,14 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entri
             GradientTypeError, f"got a {what} array, expected CSR, CSC or COO; convert it with .tocsr()"
         )
     one_d = len(gradient.shape) == 1
+    needed = {"coo": ("coords",) if one_d else ("row", "col")}.get(gradient.format, ("indptr", "indices"))
+    for attribute in (*needed, "data"):
+        if getattr(gradient, attribute, None) is None:
+            raise target.refuse(
+                GradientTypeError,
+                f"got a {type(gradient).__name__} that calls itself {gradient.format!r} but has no {attribute}, "
+                f"expected {FORMS}",
+            )
     expected = (target.rows,) if one_d and target.ndim == 1 else (target.rows, target.dim)
     if tuple(gradient.shape) != expected:
         raise target.refuse(GradientError, f"{what} has shape {tuple(gradient.shape)}, expected {expected}")

@@ -440,7 +440,7 @@ def _check_state_dict(given: Any, tables: Mapping[str, TableState]) -> tuple[Any
     keys = {"version", "options", "tables"}
     if set(given) != keys:
         raise StateError(f"state dict has keys {sorted(map(str, given))}, expected {sorted(keys)}")
-    if given["version"] != STATE_VERSION:
+    if given["version"] != STATE_VERSION or isinstance(given["version"], bool):
         raise StateError(
             f"state dict has version {given['version']!r}, expected {STATE_VERSION}: it was written by "
             "another version of nb_sparse_adam"

@@ -40,7 +40,10 @@ def number(name: str, value: Any) -> float:
     """Check that a value is a real number, and make it a float."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise OptionTypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond every float
+        return math.inf if value > 0 else -math.inf
 
 
 def in_dtype(value: float, dtype: np.dtype[Any]) -> float:

@@ -171,7 +171,7 @@ class TableState:
 
 def _check_table(name: str, table: Any) -> NDArray[Any]:
     where = f"table {name!r}"
-    if not isinstance(table, np.ndarray):
+    if not isinstance(table, np.ndarray) or isinstance(table, np.ma.MaskedArray):
         raise TableTypeError(
             f"{where} is a {type(table).__name__}, expected a numpy.ndarray: it is updated in place"
         )

@@ -1,0 +1,21 @@
+"""Hypothesis profiles, and readable assertions in the helper modules."""
+
+import os
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("checks", "oracle")
+
+# The first example of a test compiles kernels for seconds: no deadline, and slowness says nothing.
+shared = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", shared, max_examples=50)
+settings.register_profile("ci", shared, max_examples=50, derandomize=True, database=None, print_blob=True)
+settings.register_profile("thorough", shared, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+if numba.config.DISABLE_JIT:
+    # Interpreted kernels compute with NumPy's scalars, which warn where compiled code is silent.
+    np.seterr(over="ignore", invalid="ignore", divide="ignore")
