@@ -433,8 +433,8 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entri
         if getattr(gradient, attribute, None) is None:
             raise target.refuse(
                 GradientTypeError,
-                f"got a {type(gradient).__name__} that calls itself {gradient.format!r} but has no {attribute}, "
-                f"expected {FORMS}",
+                f"got a {type(gradient).__name__} that calls itself {gradient.format!r} but has no "
+                f"{attribute}, expected {FORMS}",
             )
     expected = (target.rows,) if one_d and target.ndim == 1 else (target.rows, target.dim)
     if tuple(gradient.shape) != expected:
