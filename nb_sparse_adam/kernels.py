@@ -552,50 +552,67 @@ def stored_row(g: Any, s: Any) -> Any:
 
 
 @jit
+def prefetch_stored_rows(table: Any, g: Any, s: Any, hi: Any, count: Any) -> Any:
+    """Prefetch up to ``count`` rows with entries, from s on; return the next one, and how many it were."""
+    found = 0
+    while s < hi and found < count:
+        if g.indptr[s + 1] > g.indptr[s]:
+            prefetch_row(table, table.mode, stored_row(g, s))
+            found += 1
+        s += 1
+    return s, found
+
+
+@jit
+def prefetch_entries(table: Any, g: Any, s: Any, start: Any, end: Any) -> Any:
+    """Prefetch the entries start:end, the first of them in row s or later; return the last one's row."""
+    for e in range(start, end):
+        while g.indptr[s + 1] <= e:
+            s += 1
+        prefetch_element(table, stored_row(g, s), np.int64(g.indices[e]))
+    return s
+
+
+@jit
 def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the rows lo:hi of a compressed gradient; return how many were skipped."""
-    indptr, indices, data = g.indptr, g.indices, g.data
-    dim = table.param.shape[1]
-    sign = table.sign
+    indptr, indices = g.indptr, g.indices
+    data = g.data.reshape((-1, 1))
+    one = g.data.dtype.type(1)
     at = SCRATCH_ROWS * t
-    ahead = rows_ahead(dim)
-    # The next row, and the next entry, to be prefetched, and how many rows have been and are still to come.
-    next_row, next_entry, in_flight = np.int64(lo), np.int64(indptr[lo]), 0
+    ahead = rows_ahead(table.param.shape[1])
+    last = np.int64(indptr[hi])
+    next_row, next_entry, in_flight = np.int64(lo), np.int64(indptr[lo]), 0  # to be prefetched
     skipped = 0
     for s in range(lo, hi):
         start, end = np.int64(indptr[s]), np.int64(indptr[s + 1])
         if start == end:
             continue
-        if table.mode != ELEMENT:
-            while next_row < hi and in_flight <= ahead:
-                if indptr[next_row + 1] > indptr[next_row]:
-                    prefetch_row(table, table.mode, stored_row(g, next_row))
-                    in_flight += 1
-                next_row += 1
-            in_flight -= 1
-        r = stored_row(g, s)
+        if table.mode == ELEMENT:
+            reach = min(end + ENTRIES_AHEAD, last)
+            next_row = prefetch_entries(table, g, next_row, next_entry, reach)
+            next_entry = reach
+        else:
+            next_row, found = prefetch_stored_rows(table, g, next_row, hi, ahead + 1 - in_flight)
+            in_flight += found - 1
         if table.check:
-            bad = 0
+            bad = False
             for e in range(start, end):
-                bad += not (data[e] * data[e] < np.inf)
-            if bad > 0:
+                bad = bad or poisons(data, e, one)
+            if bad:
                 skipped += 1
                 continue
+        r = stored_row(g, s)
         if table.mode == ELEMENT:
             for e in range(start, end):
-                while next_entry < min(e + ENTRIES_AHEAD, np.int64(indptr[hi])):
-                    while indptr[next_row + 1] <= next_entry:
-                        next_row += 1
-                    prefetch_element(table, stored_row(g, next_row), np.int64(indices[next_entry]))
-                    next_entry += 1
-                if data[e] != 0:
-                    update_element(table, r, np.int64(indices[e]), sign * data[e])
+                if data[e, 0] != 0:
+                    update_element(table, r, np.int64(indices[e]), table.sign * data[e, 0])
             continue
-        for j in range(dim):
+        for j in range(table.param.shape[1]):
             scratch[at, j] = 0
         for e in range(start, end):
-            scratch[at, np.int64(indices[e])] = data[e]
-        apply_row(table, r, scratch, at, sign, scratch, t)
+            scratch[at, np.int64(indices[e])] = data[e, 0]
+        apply_row(table, r, scratch, at, table.sign, scratch, t)
     return skipped
 
 

@@ -43,7 +43,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an int beyond every float
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def in_dtype(value: float, dtype: np.dtype[Any]) -> float:
