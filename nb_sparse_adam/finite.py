@@ -37,11 +37,9 @@ def largest_magnitude(values: NDArray[Any], threads: int) -> float:
     integer, mask = _INTEGERS[values.itemsize]
     bits = values.reshape(-1).view(integer)
     largest = np.zeros(threads if len(bits) >= PARALLEL_VALUES else 1, integer)
-    if len(largest) > 1:
-        with team(threads):
-            largest_bits_parallel(bits, mask, largest)
-    else:
-        largest_bits_serial(bits, mask, largest)
+    find_largest = largest_bits_serial if len(largest) == 1 else largest_bits_parallel
+    with team(len(largest)):
+        find_largest(bits, mask, largest)
     return float(largest.max().view(values.dtype))
 
 

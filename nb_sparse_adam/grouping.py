@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.threads import team
 
 __all__ = ["Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
 
@@ -31,7 +33,11 @@ class Grouping(NamedTuple):
 
 
 def group_ids(
-    ids: NDArray[Any], highest: int, nondecreasing: bool, offsets: NDArray[Any] | None = None
+    ids: NDArray[Any],
+    highest: int,
+    nondecreasing: bool,
+    offsets: NDArray[Any] | None = None,
+    threads: int = 1,
 ) -> Grouping | None:
     """Sort ids and cut them into segments.
 
@@ -45,6 +51,8 @@ def group_ids(
         Whether the ids are in order already.
     offsets : (bags + 1,) integer array, optional
         With it, the payload of an id is its bag; without it, its position.
+    threads : int, default 1
+        Threads to sort with; the result does not depend on it, for a stable sort has only one.
 
     Returns
     -------
@@ -65,10 +73,12 @@ def group_ids(
     if not nondecreasing and id_bits:
         passes = -(-id_bits // DIGIT_BITS)
         digit_bits = -(-id_bits // passes)
-        ends = np.empty(1 << digit_bits, np.int64)
-        for number in range(passes):
-            radix_pass(packed[:n], other[:n], row_shift + number * digit_bits, ends)
-            packed, other = other, packed
+        ends = np.empty((threads, 1 << digit_bits), np.int64)
+        with team(threads):
+            for number in range(passes):
+                one_pass = radix_pass_serial if threads == 1 else radix_pass_parallel
+                one_pass(packed[:n], other[:n], row_shift + number * digit_bits, ends)
+                packed, other = other, packed
     halves = other.view(np.int32) if n < 2**31 - 1 else np.empty(2 * (n + 1), np.int64)
     segments = find_segments(packed[:n], row_shift, halves)
     return Grouping(
@@ -106,22 +116,54 @@ def pack_bags(ids: Any, offsets: Any, row_shift: Any, packed: Any) -> None:
 
 
 @jit
-def radix_pass(packed: Any, out: Any, shift: Any, ends: Any) -> None:
-    """One stable pass of a radix sort, by the bits of ``packed`` from ``shift`` that index ``ends``."""
-    mask = len(ends) - 1
-    for digit in range(len(ends)):
-        ends[digit] = 0
-    for i in range(len(packed)):
-        ends[(packed[i] >> shift) & mask] += 1
+def count_digits(packed: Any, shift: Any, ends: Any, t: Any) -> None:
+    """``ends[t]`` ← how often each digit occurs in the t-th part of the ids."""
+    chunks, digits = ends.shape
+    for digit in range(digits):
+        ends[t, digit] = 0
+    for i in range(len(packed) * t // chunks, len(packed) * (t + 1) // chunks):
+        ends[t, (packed[i] >> shift) & (digits - 1)] += 1
+
+
+@jit
+def turn_counts_into_places(ends: Any) -> None:
+    """``ends[t, digit]`` ← where the first id of the t-th part with that digit goes."""
     total = 0
-    for digit in range(len(ends)):
-        count = ends[digit]
-        ends[digit] = total
-        total += count
-    for i in range(len(packed)):
-        digit = (packed[i] >> shift) & mask
-        out[ends[digit]] = packed[i]
-        ends[digit] += 1
+    for digit in range(ends.shape[1]):
+        for t in range(ends.shape[0]):
+            count = ends[t, digit]
+            ends[t, digit] = total
+            total += count
+
+
+@jit
+def move_by_digit(packed: Any, out: Any, shift: Any, ends: Any, t: Any) -> None:
+    """Move the t-th part of the ids to their places."""
+    chunks, digits = ends.shape
+    for i in range(len(packed) * t // chunks, len(packed) * (t + 1) // chunks):
+        digit = (packed[i] >> shift) & (digits - 1)
+        out[ends[t, digit]] = packed[i]
+        ends[t, digit] += 1
+
+
+@jit
+def radix_pass_serial(packed: Any, out: Any, shift: Any, ends: Any) -> None:
+    """One stable pass of a radix sort: by the bits from ``shift`` on that index an axis of ``ends``."""
+    for t in range(len(ends)):
+        count_digits(packed, shift, ends, t)
+    turn_counts_into_places(ends)
+    for t in range(len(ends)):
+        move_by_digit(packed, out, shift, ends, t)
+
+
+@jit(parallel=True)
+def radix_pass_parallel(packed: Any, out: Any, shift: Any, ends: Any) -> None:
+    """Do what `radix_pass_serial` does, a thread for each part."""
+    for t in prange(len(ends)):
+        count_digits(packed, shift, ends, t)
+    turn_counts_into_places(ends)
+    for t in prange(len(ends)):
+        move_by_digit(packed, out, shift, ends, t)
 
 
 @jit

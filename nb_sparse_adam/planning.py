@@ -38,11 +38,8 @@ class Work(NamedTuple):
     def run(self, table: kernels.Table) -> None:
         """Apply it."""
         skipped = np.empty(len(self.bounds) - 1, np.int64)
-        if self.threads == 1:
+        with team(self.threads):
             self.kernel(self.bounds, skipped, table, *self.arguments)
-        else:
-            with team(self.threads):
-                self.kernel(self.bounds, skipped, table, *self.arguments)
 
 
 def plan(
@@ -129,7 +126,7 @@ def _group(rows: Rows, target: Target, threads: int) -> tuple[kernels.Segments, 
     n = len(rows.ids)
     empty = np.empty(0, target.dtype)
     payload = None if rows.per_id else rows.offsets
-    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload)
+    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, threads)
     if grouping is None:
         raise _too_many_bits(target, n)
     source = grouping.spare
@@ -151,11 +148,10 @@ def _group(rows: Rows, target: Target, threads: int) -> tuple[kernels.Segments, 
         long_first=long_first,
         block_sums=np.empty((blocks, target.dim), target.dtype),
     )
-    if blocks and threads == 1:
-        kernels.block_sums_serial(_evenly(blocks, 1), segments)
-    elif blocks:
+    if blocks:
+        block_sums = kernels.block_sums_serial if threads == 1 else kernels.block_sums_parallel
         with team(threads):
-            kernels.block_sums_parallel(_evenly(blocks, threads), segments)
+            block_sums(_evenly(blocks, threads), segments)
     return segments, int(longest)
 
 
@@ -178,7 +174,7 @@ def _plan_csr(
     largest = _largest("data", checked.data, target, on_nonfinite, threads)
     rows, compressed = NO_ROWS, checked
     if isinstance(compressed, Entries):
-        rows, compressed = _compress(compressed, target)
+        rows, compressed = _compress(compressed, target, threads)
         if on_nonfinite != "propagate":
             largest = largest_magnitude(compressed.data, threads)
     indptr, indices, data = compressed
@@ -202,7 +198,7 @@ def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
     return bounds
 
 
-def _compress(entries: Entries, target: Target) -> tuple[NDArray[np.int64], CompressedRows]:
+def _compress(entries: Entries, target: Target, threads: int) -> tuple[NDArray[np.int64], CompressedRows]:
     """Sort entries by row and column, sum the repeated ones in their order, and list the rows present."""
     n = len(entries.keys)
     if n == 0:
@@ -210,7 +206,7 @@ def _compress(entries: Entries, target: Target) -> tuple[NDArray[np.int64], Comp
         return nothing, CompressedRows(np.zeros(1, np.int64), nothing, entries.data)
     rows = Rows(entries.keys, entries.data[:, None], nondecreasing=False, increasing=False)
     as_column = target._replace(rows=target.rows * target.dim, dim=1)
-    segments, _ = _group(rows, as_column, threads=1)
+    segments, _ = _group(rows, as_column, threads)
     sums = np.empty((len(segments.starts) - 1, 1), target.dtype)
     kernels.sum_segments(segments, sums)
     keys = segments.packed[segments.starts[:-1]] >> segments.row_shift

@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numba
 
@@ -69,21 +67,37 @@ def _warn_of_fork() -> None:
         )
 
 
-@contextmanager
-def team(threads: int) -> Iterator[None]:
-    """Run parallel kernels in the body on so many threads; the caller's setting is restored."""
-    global _launched_in
-    before = numba.get_num_threads()
-    take_turns = not layer_is_running() or numba.threading_layer() == "workqueue"
-    if take_turns:
-        _turn.acquire()
-    try:
-        if threads != before:
-            numba.set_num_threads(threads)
-        _launched_in = os.getpid()
-        yield
-    finally:
-        if threads != before:
-            numba.set_num_threads(before)
-        if take_turns:
+class team:  # noqa: N801 (used like a function; a generator's context manager costs twice as much)
+    """Run kernels in the body on so many threads: ``with team(2): ...``. The caller's setting is restored.
+
+    A team of one starts no thread, and takes no turn: its kernels must be serial ones.
+    """
+
+    __slots__ = ("before", "takes_turn", "threads")
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.takes_turn = False
+        self.before = threads
+
+    def __enter__(self) -> None:
+        global _launched_in
+        if self.threads == 1:
+            return
+        self.takes_turn = not layer_is_running() or numba.threading_layer() == "workqueue"
+        if self.takes_turn:
+            _turn.acquire()
+        try:
+            self.before = numba.get_num_threads()
+            if self.before != self.threads:
+                numba.set_num_threads(self.threads)
+            _launched_in = os.getpid()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        if self.before != self.threads:
+            numba.set_num_threads(self.before)
+        if self.takes_turn:
             _turn.release()
