@@ -1,0 +1,100 @@
+"""What the library runs on here: versions, cores, threading layer, cache, and which extras work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+
+import llvmlite
+import numba
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from nb_sparse_adam import bpr
+from nb_sparse_adam.errors import MissingExtraError
+from nb_sparse_adam.extras import EXTRAS, install_command, require
+from nb_sparse_adam.jit import jit
+from nb_sparse_adam.threads import team
+
+__all__ = ["report_lines", "threading_layer", "unusable", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this library and of what it computes with, by name."""
+    try:
+        own = importlib.metadata.version("nb_sparse_adam")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed, run from its source"
+    return {
+        "nb_sparse_adam": own,
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "numpy": np.__version__,
+    }
+
+
+@jit(parallel=True)
+def _count(out: NDArray[np.int64]) -> None:
+    for i in prange(len(out)):
+        out[i] = i
+
+
+def threading_layer() -> str:
+    """Return the layer that numba's threads run on here: ``"omp"``, ``"tbb"`` or ``"workqueue"``.
+
+    Numba chooses it when the first parallel kernel runs, so one is run.
+    """
+    if numba.config.DISABLE_JIT:
+        return "none: NUMBA_DISABLE_JIT is set"
+    try:
+        with team(numba.get_num_threads()):
+            _count(np.empty(numba.get_num_threads(), dtype=np.int64))
+        return str(numba.threading_layer())
+    except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that cannot be loaded
+        return f"none: {error}".partition("\n")[0]
+
+
+def _cache_folder() -> str:
+    stats = getattr(bpr.sample_serial, "stats", None)
+    folder = getattr(stats, "cache_path", None)
+    return str(folder) if folder else "none: kernels are compiled in every process (set NUMBA_CACHE_DIR)"
+
+
+def unusable(extra: str) -> list[str]:
+    """Import every package of an extra; return one reason for each that does not work.
+
+    Parameters
+    ----------
+    extra : str
+        A key of `nb_sparse_adam.extras.EXTRAS`.
+    """
+    reasons = []
+    for package in EXTRAS[extra]:
+        try:
+            require(package, extra, extra)
+        except MissingExtraError as error:
+            reasons.append(f"{package}: {error.__cause__}")
+        except Exception as error:  # noqa: BLE001  whatever a broken package does when it is imported
+            reasons.append(f"{package}: {type(error).__name__}: {error}")
+    return reasons
+
+
+def report_lines() -> Iterator[str]:
+    """Yield the lines of ``nb-sparse-adam info``."""
+    for name, version in versions().items():
+        yield f"{name:16} {version}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield f"{'platform':16} {platform.platform()}"
+    yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable}"
+    yield f"{'numba threads':16} {numba.get_num_threads()} of at most {numba.config.NUMBA_NUM_THREADS}"
+    yield f"{'threading layer':16} {threading_layer()}"
+    yield f"{'kernel cache':16} {_cache_folder()}"
+    for extra in EXTRAS:
+        reasons = unusable(extra)
+        yield f"{'extra ' + extra:16} {'usable' if not reasons else 'NOT usable: ' + install_command(extra)}"
+        for reason in reasons:
+            yield f"{'':16} {reason}"

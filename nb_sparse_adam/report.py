@@ -1,0 +1,201 @@
+"""What a training run leaves behind: vectors, id maps, metrics, history, and a chart of them.
+
+Every file is written beside its place and then moved there, so that none is ever seen half written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from nb_sparse_adam.extras import require
+from nb_sparse_adam.info import versions
+from nb_sparse_adam.ranking import Quality
+from nb_sparse_adam.recommender import BPRModel
+
+__all__ = ["FILES", "prepare", "save_metrics", "save_model"]
+
+FILES = {
+    "embeddings.safetensors": 'the vectors: "user" and "item", float32',
+    "users.csv": "which id each row of user has",
+    "items.csv": "the same for item",
+    "metrics.json": "quality, times, options, versions",
+    "history.csv": "loss, speed and quality by epoch",
+    "training.png": "the history as a chart",
+}
+"""Name -> content of the files of a run."""
+
+
+def prepare(folder: str | os.PathLike[str]) -> Path:
+    """Create the folder of a run and check that all that is needed to write its files is there.
+
+    Parameters
+    ----------
+    folder : path
+        Created if need be. Files of an earlier run in it are replaced one by one.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    MissingExtraError
+        If safetensors or matplotlib is not installed.
+    OSError
+        If the folder cannot be created or written to.
+    """
+    require("safetensors.numpy", "train", "saving the vectors")
+    require("matplotlib.figure", "train", "drawing the chart")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".writable"
+    _write(probe, b"")  # better to learn now than after the training that nothing can be written there
+    probe.unlink()
+    return path
+
+
+def save_model(folder: Path, model: BPRModel) -> None:
+    """Write ``embeddings.safetensors``, ``users.csv`` and ``items.csv``.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        As `prepare` returns it.
+    model : BPRModel
+        Of which the tables are saved, and the ids of their rows.
+    """
+    safetensors = require("safetensors.numpy", "train", "saving the vectors")
+    tables = {"user": model.user_table, "item": model.item_table}
+    _write(folder / "embeddings.safetensors", safetensors.save(tables))
+    for name, ids in (("user", model.split.user_ids), ("item", model.split.item_ids)):
+        _write_csv(folder / f"{name}s.csv", ["row", "id"], list(enumerate(ids.tolist())))
+
+
+def save_metrics(
+    folder: Path,
+    model: BPRModel,
+    quality: Quality,
+    popularity: Quality,
+    data: dict[str, Any],
+    interrupted: bool = False,
+) -> dict[str, Any]:
+    """Write ``metrics.json``, ``history.csv`` and ``training.png``.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        As `prepare` returns it.
+    model : BPRModel
+        Of which the history is saved.
+    quality : Quality
+        Of the tables as they are.
+    popularity : Quality
+        Of the popularity ranking.
+    data : dict
+        What the model was trained on, for people.
+    interrupted : bool
+        Whether the training was cut short.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds: plain JSON, ``None`` for what is not known.
+    """
+    history, top = model.history, model.options.top
+    metrics: dict[str, Any] = {
+        f"recall@{top}": _number(quality.recall),
+        f"ndcg@{top}": _number(quality.ndcg),
+        "popularity": {
+            f"recall@{top}": _number(popularity.recall),
+            f"ndcg@{top}": _number(popularity.ndcg),
+        },
+        "users_evaluated": popularity.users,
+        "loss": _number(history[-1].loss if history else None),
+        "epochs": len(history),
+        "seconds_per_epoch": _number(median(record.seconds for record in history) if history else None),
+        "interrupted": interrupted,
+        "data": data,
+        "options": asdict(model.options),
+        "versions": versions(),
+    }
+    text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
+    _write(folder / "metrics.json", (text + "\n").encode())
+    _write_csv(
+        folder / "history.csv",
+        ["epoch", "loss", "seconds", "interactions_per_second", f"recall@{top}", f"ndcg@{top}"],
+        [
+            [
+                record.epoch,
+                record.loss,
+                record.seconds,
+                round(record.interactions / record.seconds),
+                _number(record.quality.recall if record.quality else None),
+                _number(record.quality.ndcg if record.quality else None),
+            ]
+            for record in history
+        ],
+    )
+    _write(folder / "training.png", _chart(model, popularity, str(data.get("description", ""))))
+    return metrics
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _chart(model: BPRModel, popularity: Quality, title: str) -> bytes:
+    """Draw loss and recall over the epochs, one above the other; return a PNG."""
+    # The object interface: pyplot would keep the figure, and choose a backend for the whole process.
+    figures = require("matplotlib.figure", "train", "drawing the chart")
+    ticker = require("matplotlib.ticker", "train", "drawing the chart")
+    history, top = model.history, model.options.top
+    figure = figures.Figure(figsize=(7.0, 6.0), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    figure.suptitle(title if len(title) <= 80 else title[:79] + "…", fontsize=10)
+    marker = "o" if len(history) <= 50 else None
+    above.plot([r.epoch for r in history], [r.loss for r in history], marker=marker, markersize=3.5)
+    above.set_ylabel("training loss (BPR)")
+    evaluated = [(r.epoch, r.quality.recall) for r in history if r.quality and r.quality.users]
+    if evaluated:
+        below.plot(*zip(*evaluated, strict=True), marker="o", markersize=4, label="this model")
+    if popularity.users:
+        below.axhline(popularity.recall, linestyle="--", color="0.35", label="popularity ranking")
+    below.set_ylabel(f"recall@{top} on held-out items")
+    below.set_xlabel("epoch")
+    below.set_ylim(bottom=0)
+    below.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    if below.get_legend_handles_labels()[0]:
+        below.legend(loc="lower right")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _write_csv(path: Path, header: list[str], rows: list[Any]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    _write(path, text.getvalue().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Put a file in its place, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
