@@ -1,0 +1,123 @@
+"""One registry of cases: what is updated, by which gradients. asv and the scripts both read it.
+
+A case is named, seeded and the same on every machine. It comes as plain arrays, so that every contender is
+given the same work; `benchmarks.contenders` turns it into steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+SEED = 20260101
+
+
+class Rows(NamedTuple):
+    """Gradients of single rows, as the backward pass of an embedding lookup gives them."""
+
+    rows: np.ndarray  # (n,) int64
+    values: np.ndarray  # (n, dim)
+
+
+class Bag(NamedTuple):
+    """The gradient of pooled lookups: `offsets` has one entry more than there are bags."""
+
+    indices: np.ndarray  # (lookups,) int64
+    offsets: np.ndarray  # (bags + 1,) int64
+    grad_output: np.ndarray  # (bags, dim)
+
+
+class CSR(NamedTuple):
+    """A sparse matrix of the table's shape."""
+
+    indptr: np.ndarray  # (rows + 1,) int64
+    indices: np.ndarray  # (stored,) int32
+    data: np.ndarray  # (stored,)
+
+
+Arrays = Rows | Bag | CSR
+
+
+@dataclass(frozen=True)
+class Case:
+    """A table and the gradients that are applied to it in turn.
+
+    Attributes
+    ----------
+    name : str
+        Its key in `CASES`.
+    rows, dim : int
+        The table's shape.
+    gradients : int
+        How many different gradients there are. They are taken in turn, so that a step does not find the rows
+        of the step before it in the cache where real work would not.
+    make : callable
+        ``make(case, rng)`` gives the arrays of one gradient.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    gradients: int
+    make: Callable[[Case, np.random.Generator], Arrays]
+
+    def arrays(self) -> list[Arrays]:
+        """Make the gradients, the same ones at every call."""
+        rng = np.random.default_rng(SEED)
+        return [self.make(self, rng) for _ in range(self.gradients)]
+
+    def table(self) -> np.ndarray:
+        """Make the table, float32, each of its pages written to."""
+        return np.full((self.rows, self.dim), 0.1, dtype=np.float32)
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _unique_rows(case: Case, rng: np.random.Generator, *, n: int, ordered: bool) -> Rows:
+    rows = rng.choice(case.rows, size=n, replace=False)
+    return Rows(np.sort(rows) if ordered else rows, _normal(rng, n, case.dim))
+
+
+def zipf_ids(rng: np.random.Generator, n: int, rows: int) -> np.ndarray:
+    """Draw long-tailed ids: Zipf's ranks, scattered over the table by a multiplicative hash."""
+    ranks = rng.zipf(1.2, n).astype(np.uint64)
+    return ((ranks * np.uint64(2654435761)) % np.uint64(rows)).astype(np.int64)
+
+
+def _bag(case: Case, rng: np.random.Generator, *, bags: int, lookups: int, zipf: bool) -> Bag:
+    n = bags * lookups
+    indices = zipf_ids(rng, n, case.rows) if zipf else rng.integers(case.rows, size=n)
+    return Bag(indices, np.arange(bags + 1, dtype=np.int64) * lookups, _normal(rng, bags, case.dim))
+
+
+def _csr(case: Case, rng: np.random.Generator, *, n: int, per_row: int) -> CSR:
+    counts = np.zeros(case.rows, dtype=np.int64)
+    counts[rng.choice(case.rows, size=n, replace=False)] = per_row
+    columns = rng.permuted(np.tile(np.arange(case.dim, dtype=np.int32), (n, 1)), axis=1)[:, :per_row]
+    return CSR(
+        np.concatenate([[0], np.cumsum(counts)]), np.sort(columns, axis=1).ravel(), _normal(rng, n * per_row)
+    )
+
+
+_ALL = [
+    # Rows: a table several times larger than any cache, unique rows. Ordered is what torch calls coalesced.
+    Case("rows-2Mx64", 2_000_000, 64, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
+    Case("rows-2Mx64-shuffled", 2_000_000, 64, 4, functools.partial(_unique_rows, n=100_000, ordered=False)),
+    Case("rows-4Mx16", 4_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
+    # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
+    Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),
+    Case("bag-zipf", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=True)),
+    # CSR: a quarter of the elements of 100k rows.
+    Case("csr-2Mx64", 2_000_000, 64, 2, functools.partial(_csr, n=100_000, per_row=16)),
+    # Small steps: what a call costs.
+    Case("small-1x16", 100_000, 16, 64, functools.partial(_unique_rows, n=1, ordered=True)),
+    Case("small-32x16", 100_000, 16, 64, functools.partial(_unique_rows, n=32, ordered=True)),
+]
+
+CASES: dict[str, Case] = {case.name: case for case in _ALL}

@@ -1,0 +1,177 @@
+"""asv: what a step takes, and how that compares with torch in the same process."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+
+from .cases import CASES
+from .contenders import Contender, Ours, TorchBag, TorchRows
+from .timing import alternate
+
+STEP_COUNTS = ["element", "row", "global"]
+THREADS = [1, 2]
+
+
+@functools.cache
+def _warm(make: Callable[..., Contender], case: str, options: tuple[tuple[str, object], ...]) -> Contender:
+    """Make a contender once in a process: asv calls `setup` before each sample, and making one takes seconds.
+
+    Its state goes on from sample to sample. That changes no time: a step does the same work whatever the
+    state holds.
+    """
+    contender = make(CASES[case], **dict(options))
+    contender.warm()
+    return contender
+
+
+class _Steps:
+    number = 1
+    repeat = (8, 40, 4.0)
+    rounds = 1
+    warmup_time = 0.0
+    timeout = 180
+
+    def take(self, make: Callable[..., Contender], case: str, **options: object) -> None:
+        self.contender = _warm(make, case, tuple(options.items()))
+        self.contender.ready()
+
+
+class RowSteps(_Steps):
+    """Unique rows of a table that is several times larger than the cache."""
+
+    param_names = ["case", "step_counts", "threads"]
+    params = [["rows-2Mx64", "rows-2Mx64-shuffled", "rows-4Mx16"], STEP_COUNTS, THREADS]
+
+    def setup(self, case: str, step_counts: str, threads: int) -> None:
+        self.take(Ours, case, step_counts=step_counts, threads=threads)
+
+    def time_step(self, case: str, step_counts: str, threads: int) -> None:
+        self.contender.step()
+
+
+class TorchRowSteps(_Steps):
+    """The same rows in torch.optim.SparseAdam, whose step counts are "global"."""
+
+    param_names = ["case", "coalesced", "threads"]
+    params = [["rows-2Mx64", "rows-4Mx16"], [True, False], THREADS]
+
+    def setup(self, case: str, coalesced: bool, threads: int) -> None:
+        self.take(TorchRows, case, coalesced=coalesced, threads=threads)
+
+    def time_step(self, case: str, coalesced: bool, threads: int) -> None:
+        self.contender.step()
+
+
+class BagSteps(_Steps):
+    """4096 bags of 20 lookups: grouping, summing and the step."""
+
+    param_names = ["case", "step_counts", "threads"]
+    params = [["bag-uniform", "bag-zipf"], STEP_COUNTS, THREADS]
+
+    def setup(self, case: str, step_counts: str, threads: int) -> None:
+        self.take(Ours, case, step_counts=step_counts, threads=threads)
+
+    def time_step(self, case: str, step_counts: str, threads: int) -> None:
+        self.contender.step()
+
+
+class TorchBagSteps(_Steps):
+    """The same bags in torch: the backward pass of EmbeddingBag and the step."""
+
+    param_names = ["case", "threads"]
+    params = [["bag-uniform", "bag-zipf"], THREADS]
+
+    def setup(self, case: str, threads: int) -> None:
+        self.take(TorchBag, case, threads=threads)
+
+    def time_backward_and_step(self, case: str, threads: int) -> None:
+        self.contender.step()
+
+
+class CSRSteps(_Steps):
+    """A CSR matrix with 16 of 64 elements in 100k of 2M rows."""
+
+    param_names = ["step_counts", "threads"]
+    params = [STEP_COUNTS, THREADS]
+
+    def setup(self, step_counts: str, threads: int) -> None:
+        self.take(Ours, "csr-2Mx64", step_counts=step_counts, threads=threads)
+
+    def time_step(self, step_counts: str, threads: int) -> None:
+        self.contender.step()
+
+
+class SmallSteps(_Steps):
+    """What a call costs when there is next to nothing to do."""
+
+    number = 100
+    param_names = ["case"]
+    params = [["small-1x16", "small-32x16"]]
+
+    def setup(self, case: str) -> None:
+        self.take(Ours, case, step_counts="element", threads=1)
+
+    def time_step(self, case: str) -> None:
+        self.contender.step()
+
+
+class NonFinite(_Steps):
+    """What looking for NaN and infinity costs: "propagate" does not look."""
+
+    param_names = ["on_nonfinite"]
+    params = [["raise", "skip", "propagate"]]
+
+    def setup(self, on_nonfinite: str) -> None:
+        self.take(Ours, "rows-2Mx64", step_counts="row", threads=2, on_nonfinite=on_nonfinite)
+
+    def time_step(self, on_nonfinite: str) -> None:
+        self.contender.step()
+
+
+class TimesFasterThanTorch:
+    """torch's median over ours, timed in turn: such a ratio carries over to other machines, times do not."""
+
+    unit = "times faster"
+    timeout = 300
+    param_names = ["step_counts", "threads"]
+    params = [STEP_COUNTS, THREADS]
+
+    def _ratio(self, torch: Contender, ours: Contender) -> float:
+        seconds = alternate({"torch": torch, "ours": ours}, repeats=15)
+        return statistics.median(seconds["torch"]) / statistics.median(seconds["ours"])
+
+    def track_coalesced_rows(self, step_counts: str, threads: int) -> float:
+        case = CASES["rows-2Mx64"]
+        return self._ratio(
+            TorchRows(case, threads=threads, coalesced=True),
+            Ours(case, step_counts=step_counts, threads=threads),
+        )
+
+    def track_uncoalesced_rows(self, step_counts: str, threads: int) -> float:
+        case = CASES["rows-2Mx64-shuffled"]
+        return self._ratio(
+            TorchRows(case, threads=threads, coalesced=False),
+            Ours(case, step_counts=step_counts, threads=threads),
+        )
+
+    def track_zipf_bags(self, step_counts: str, threads: int) -> float:
+        case = CASES["bag-zipf"]
+        return self._ratio(
+            TorchBag(case, threads=threads), Ours(case, step_counts=step_counts, threads=threads)
+        )
+
+
+class Memory:
+    """Peak memory of the process: the difference of the two is what one step of 100k rows of 2M takes."""
+
+    timeout = 180
+    param_names = ["step_counts"]
+    params = [STEP_COUNTS]
+
+    def peakmem_ready(self, step_counts: str) -> None:
+        Ours(CASES["rows-2Mx64"], step_counts=step_counts, threads=2)
+
+    def peakmem_one_step(self, step_counts: str) -> None:
+        Ours(CASES["rows-2Mx64"], step_counts=step_counts, threads=2).step()

@@ -1,0 +1,69 @@
+"""The examples that readers copy: the README's blocks and the docstrings', run and their output compared."""
+
+import contextlib
+import doctest
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nb_sparse_adam
+from nb_sparse_adam import gradients, optimizer
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def blocks():
+    """(line, language, text) of every fenced block."""
+    text = README.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
+
+
+@pytest.mark.jit
+def test_the_examples_print_what_the_readme_says():
+    """The blocks run in order in one namespace. A "text" block is what the block before it prints."""
+    namespace = {"__name__": "__main__"}
+    output, ran = "", 0
+    for line, language, text in blocks():
+        if language == "python":
+            assert output == "", f"README.md, before line {line}: output that the README does not show"
+            stdout = io.StringIO()
+            with contextlib.redirect_stdout(stdout):
+                # Newlines in front, so that a traceback shows the README's line.
+                exec(compile("\n" * line + text, str(README), "exec"), namespace)
+            output, ran = stdout.getvalue(), ran + 1
+        elif language == "text":
+            assert output == text, f"README.md, line {line}"
+            output = ""
+    assert ran >= 5
+    assert output == ""
+
+
+def test_the_first_example_is_on_the_first_screen_and_short():
+    line, _, text = next(block for block in blocks() if block[1] == "python")
+    assert line < 20
+    assert len([row for row in text.splitlines() if row.strip()]) <= 13
+
+
+def test_the_two_commands_are_there():
+    commands = "".join(text for _, language, text in blocks() if language == "sh").splitlines()
+    assert 'pip install ".[train]" && nb-sparse-adam train' in commands
+    assert 'pip install ".[test]" && pytest' in commands
+
+
+def test_links_within_the_repository_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("module", [gradients, optimizer], ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    names = {name: getattr(nb_sparse_adam, name) for name in nb_sparse_adam.__all__}
+    result = doctest.testmod(module, extraglobs={"np": np, **names}, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
