@@ -84,6 +84,13 @@ def _unique_rows(case: Case, rng: np.random.Generator, *, n: int, ordered: bool)
     return Rows(np.sort(rows) if ordered else rows, _normal(rng, n, case.dim))
 
 
+def _half(case: Case, rng: np.random.Generator, *, n: int) -> Rows:
+    """Unique rows, half of whose elements are zero."""
+    rows, values = _unique_rows(case, rng, n=n, ordered=True)
+    values[rng.random(values.shape, dtype=np.float32) < 0.5] = 0
+    return Rows(rows, values)
+
+
 def zipf_ids(rng: np.random.Generator, n: int, rows: int) -> np.ndarray:
     """Draw long-tailed ids: Zipf's ranks, scattered over the table by a multiplicative hash."""
     ranks = rng.zipf(1.2, n).astype(np.uint64)
@@ -109,12 +116,18 @@ _ALL = [
     # Rows: a table several times larger than any cache, unique rows. Ordered is what torch calls coalesced.
     Case("rows-2Mx64", 2_000_000, 64, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
     Case("rows-2Mx64-shuffled", 2_000_000, 64, 4, functools.partial(_unique_rows, n=100_000, ordered=False)),
+    Case("rows-2Mx64-half", 2_000_000, 64, 4, functools.partial(_half, n=100_000)),
+    Case("rows-6Mx16", 6_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
+    Case("rows-3Mx32", 3_000_000, 32, 4, functools.partial(_unique_rows, n=150_000, ordered=True)),
+    Case("rows-1Mx128", 1_000_000, 128, 4, functools.partial(_unique_rows, n=50_000, ordered=True)),
     Case("rows-4Mx16", 4_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
     # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
     Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),
     Case("bag-zipf", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=True)),
     # CSR: a quarter of the elements of 100k rows.
     Case("csr-2Mx64", 2_000_000, 64, 2, functools.partial(_csr, n=100_000, per_row=16)),
+    # CSR of wide rows: 1 % of the columns of 20k of 400k rows.
+    Case("csr-400kx1024", 400_000, 1024, 2, functools.partial(_csr, n=20_000, per_row=10)),
     # Small steps: what a call costs.
     Case("small-1x16", 100_000, 16, 64, functools.partial(_unique_rows, n=1, ordered=True)),
     Case("small-32x16", 100_000, 16, 64, functools.partial(_unique_rows, n=32, ordered=True)),

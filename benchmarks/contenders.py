@@ -7,6 +7,7 @@ their memory at the first write, and that costs more than the step itself).
 
 from __future__ import annotations
 
+import abc
 import itertools
 import os
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import Any
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 
-from .cases import CSR, Arrays, Bag, Case, Rows
+from .cases import Arrays, Bag, Case, Rows
 
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
@@ -26,10 +27,32 @@ def gradient(arrays: Arrays) -> RowGradient | BagGradient | CSRGradient:
     return BagGradient(*arrays) if isinstance(arrays, Bag) else CSRGradient(*arrays)
 
 
-class Ours:
+class Contender(abc.ABC):
+    """Who steps through the gradients of a case."""
+
+    def __init__(self, case: Case) -> None:
+        self._steps_to_warm = 2 * case.gradients
+
+    @abc.abstractmethod
+    def ready(self) -> None:
+        """Do what is not timed: take the next gradient."""
+
+    @abc.abstractmethod
+    def step(self) -> None:
+        """Do what is timed: apply it."""
+
+    def warm(self) -> None:
+        """Step twice through all gradients."""
+        for _ in range(self._steps_to_warm):
+            self.ready()
+            self.step()
+
+
+class Ours(Contender):
     """Our optimizer, stepping through the gradients of a case."""
 
     def __init__(self, case: Case, *, step_counts: str, threads: int, **options: Any) -> None:
+        super().__init__(case)
         if threads > (os.cpu_count() or 1):
             raise NotImplementedError(f"{threads} threads on {os.cpu_count()} cores")
         self.optimizer = SparseAdam(
@@ -37,7 +60,6 @@ class Ours:
         )
         self._turns = itertools.cycle([gradient(arrays) for arrays in case.arrays()])
         self._gradient = next(self._turns)
-        self._warm = 2 * case.gradients
 
     def ready(self) -> None:
         """Take the next gradient."""
@@ -46,12 +68,6 @@ class Ours:
     def step(self) -> None:
         """Apply it."""
         self.optimizer.step(self._gradient)
-
-    def warm(self) -> None:
-        """Step twice through all gradients."""
-        for _ in range(self._warm):
-            self.ready()
-            self.step()
 
 
 def import_torch(threads: int) -> ModuleType:
@@ -64,7 +80,7 @@ def import_torch(threads: int) -> ModuleType:
     return torch
 
 
-class TorchRows:
+class TorchRows(Contender):
     """torch.optim.SparseAdam, given sparse gradients.
 
     ``coalesced=True`` tells torch that the ids are unique and in order, as the case must have them: it then
@@ -72,6 +88,7 @@ class TorchRows:
     """
 
     def __init__(self, case: Case, *, threads: int, coalesced: bool) -> None:
+        super().__init__(case)
         torch = import_torch(threads)
         self._parameter = torch.nn.Parameter(torch.from_numpy(case.table()))
         self._optimizer = torch.optim.SparseAdam([self._parameter], **HYPER)
@@ -85,7 +102,6 @@ class TorchRows:
                 )
             )
         self._turns = itertools.cycle(gradients)
-        self._warm = 2 * case.gradients
 
     def ready(self) -> None:
         """Take the next gradient."""
@@ -95,17 +111,12 @@ class TorchRows:
         """Apply it."""
         self._optimizer.step()
 
-    def warm(self) -> None:
-        """Step twice through all gradients."""
-        for _ in range(self._warm):
-            self.ready()
-            self.step()
 
-
-class TorchBag:
+class TorchBag(Contender):
     """torch's EmbeddingBag(sparse=True) and SparseAdam: the backward pass and the step are timed."""
 
     def __init__(self, case: Case, *, threads: int) -> None:
+        super().__init__(case)
         torch = import_torch(threads)
         self._layer = torch.nn.EmbeddingBag(
             case.rows, case.dim, mode="sum", sparse=True, include_last_offset=True,
@@ -113,7 +124,6 @@ class TorchBag:
         )  # fmt: skip
         self._optimizer = torch.optim.SparseAdam(self._layer.parameters(), **HYPER)
         self._turns = itertools.cycle([tuple(map(torch.from_numpy, arrays)) for arrays in case.arrays()])
-        self._warm = 2 * case.gradients
 
     def ready(self) -> None:
         """Look up the next bags, which is not timed."""
@@ -125,14 +135,3 @@ class TorchBag:
         """Go back through the lookup, and apply the gradient."""
         self._output.backward(self._grad_output)
         self._optimizer.step()
-
-    def warm(self) -> None:
-        """Step twice through all gradients."""
-        for _ in range(self._warm):
-            self.ready()
-            self.step()
-
-
-Contender = Ours | TorchRows | TorchBag
-
-__all__ = ["CSR", "HYPER", "Contender", "Ours", "TorchBag", "TorchRows", "gradient", "import_torch"]

@@ -16,7 +16,7 @@ _RECENT = 8  # pieces of work that "lately" means
 _TRIES = 3  # pieces of work for which an alternative is tried
 _FIRST_WAIT, _LONGEST_WAIT = 32, 4096  # pieces of work between attempts; doubled by each that fails
 _GAIN = 0.9  # an alternative must take less than this share of the time
-_SURPRISE = 2.0  # slower than before by this factor: time to look for an alternative
+_SURPRISE = 2.0  # slower than before by this factor: time to try fewer threads
 
 
 def choices_up_to(most: int) -> list[int]:
@@ -64,8 +64,8 @@ class Pace:
         self._left -= 1
         if len(self._times) == _RECENT:
             lately = fmean(self._times)
-            if lately > _SURPRISE * self._expected:
-                self._wait, self._left = _FIRST_WAIT, 0
+            if lately > _SURPRISE * self._expected and self._favourite > 0:
+                self._wait, self._left, self._direction = _FIRST_WAIT, 0, -1
             if self._left <= 0:
                 self._expected = lately
                 self._start_trial()

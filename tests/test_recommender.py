@@ -3,9 +3,11 @@
 import math
 from dataclasses import fields, replace
 
+import numba
 import numpy as np
 import pytest
 
+from nb_sparse_adam import recommender
 from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, OptionError
 from nb_sparse_adam.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam.ranking import popularity_quality
@@ -92,8 +94,9 @@ def test_epochs_and_seeds_differ_and_repeat():
         assert not np.array_equal(np.sort(one.negatives, axis=0), np.sort(other.negatives, axis=0))
 
 
-def test_the_samples_do_not_depend_on_the_batch_size():
+def test_the_samples_do_not_depend_on_the_batch_size(monkeypatch):
     all_in_one = copies(SMALL, BPROptions(batch_size=10_000, negatives=2))
+    monkeypatch.setattr(recommender, "_CHUNK", 20)  # two batches are sampled at a time
     many = copies(SMALL, BPROptions(batch_size=9, negatives=2))
     np.testing.assert_array_equal(
         np.concatenate([batch.negatives for batch in many]), all_in_one[0].negatives
@@ -185,9 +188,9 @@ def test_same_seed_same_bits_on_any_number_of_threads(step_counts):
     split = hold_out(generate(400, 150, 12.0))
     options = {"dim": 16, "epochs": 2, "batch_size": 512, "step_counts": step_counts, "seed": 4}
     one = result(split, threads=1, **options)
-    assert_same(one, result(split, threads=1, **options))
-    assert_same(one, result(split, threads=2, **options))
-    other = result(split, threads=2, **{**options, "seed": 5})
+    for threads in [1, *range(2, numba.config.NUMBA_NUM_THREADS + 1), None]:
+        assert_same(one, result(split, threads=threads, **options))
+    other = result(split, **{**options, "seed": 5})
     assert not np.array_equal(one.user_table, other.user_table)
 
 
