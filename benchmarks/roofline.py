@@ -4,8 +4,8 @@
 
 A step reads a gradient and, at places drawn at random from memory, reads and writes parameters, moments and
 counts. However clever its arithmetic, it cannot be faster than those reads and writes. For each case the
-limit's kernel adds the gradient's value to each of them: same rows, same prefetching, same threads. The figure is
-*time of the limit / our time*, medians of steps taken in turn: 1 is perfect.
+limit's kernel adds the gradient's value to each of them: same rows, same prefetching, same threads. The
+figure is *time of the limit / our time*, medians of steps taken in turn: 1 is perfect.
 
 With ``on_nonfinite="raise"`` a step must have seen the whole gradient before it writes anything, so its limit
 reads the gradient twice.
