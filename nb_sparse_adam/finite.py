@@ -16,6 +16,8 @@ __all__ = ["largest_magnitude", "squares_are_finite"]
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
 
+BLOCK = 4096  # values; enough for the processor's own prefetching
+
 # By the size of a float: integers of that size, and all of their bits but the sign; rounding unit, and root
 # of the maximum.
 _INTEGERS: dict[int, tuple[Any, Any]] = {
@@ -53,10 +55,19 @@ def squares_are_finite(largest: float, terms: int, dtype: np.dtype[Any]) -> bool
 
 @jit
 def largest_bits_worker(bits: Any, mask: Any, lo: Any, hi: Any) -> Any:
-    """Return the maximum of ``bits[lo:hi] & mask``."""
-    largest = mask & 0
-    for i in range(lo, hi):
-        largest = max(largest, bits[i] & mask)
+    """Return the maximum of ``bits[lo:hi] & mask``.
+
+    From the end to the start, block by block: what was read last, and is still in the cache, is what the
+    step reads first.
+    """
+    integer = bits.dtype.type  # numba widens what & gives to 64 bits, of which fewer fit into a register
+    largest = integer(0)
+    end = hi
+    while end > lo:
+        start = max(end - BLOCK, lo)
+        for i in range(np.uint64(start), np.uint64(end)):  # unsigned: an index that cannot wrap around
+            largest = max(largest, integer(bits[i] & mask))
+        end = start
     return largest
 
 

@@ -166,7 +166,7 @@ def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_sc
             found = min(found + 1, top)
 
 
-@jit
+@jit(allocates=True)
 def _hits(best: Any, users: Any, indptr: Any, indices: Any) -> Any:
     """Return 1.0 where a ranked item is one of the user's in the CSR (sorted), else 0.0; shape of best."""
     hits = np.zeros(best.shape)

@@ -1,4 +1,4 @@
-"""A step is done or not begun, whatever interrupts it: a signal handler's exception, a fork, other threads."""
+"""A step is done or not begun, whatever interrupts it: signal handlers, forks, other threads."""
 
 import multiprocessing
 import os
@@ -34,7 +34,9 @@ class Interrupting:
 
     def __init__(self, work, places):
         self._work, self._places = work, places
-        self._replace = work._replace  # rehearsals are not disturbed
+
+    def __getattr__(self, name):
+        return getattr(self._work, name)  # rehearsals are not disturbed
 
     def run(self, table):
         Interrupting.calls += 1
