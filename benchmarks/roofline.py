@@ -103,7 +103,7 @@ def _read(values, out):
         out[t] = _read_worker(values, len(values) * t // chunks, len(values) * (t + 1) // chunks)
 
 
-class Limit:
+class Limit(Contender):
     """A contender that moves the bytes of a case's steps and does nothing else.
 
     Parameters
@@ -117,12 +117,12 @@ class Limit:
     """
 
     def __init__(self, case: Case, *, step_counts: str, threads: int, reads: int = 1) -> None:
+        super().__init__(case)
         state = TableState("limit", case.table(), step_counts)
         state.arrays.moments[...] = 0.1
         state.arrays.counts[...] = 0
         self._table, self._mode, self._threads, self._reads = state.arrays, state.mode, threads, reads
         self._turns = itertools.cycle([self._arguments(arrays) for arrays in case.arrays()])
-        self._warm = 2 * case.gradients
         self._out = np.empty(threads, np.int32)
 
     def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], np.ndarray, tuple[Any, ...]]:
@@ -144,12 +144,6 @@ class Limit:
             if self._reads == 2:
                 _read(self._values.reshape(-1).view(np.int32), self._out)
             self._kernel(*self._given)
-
-    def warm(self) -> None:
-        """Step twice through all gradients."""
-        for _ in range(self._warm):
-            self.ready()
-            self.step()
 
 
 # case, step_counts, on_nonfinite
