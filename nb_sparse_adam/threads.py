@@ -46,7 +46,7 @@ def usable_threads(requested: int | None) -> int:
     requested : int or None
         None: as many as `numba.get_num_threads` says.
     """
-    if requested == 1:
+    if requested == 1 or max_threads() == 1:
         return 1
     if _launched_in != os.getpid() and os.getpid() != _imported_in and layer_is_running():
         _warn_of_fork()
