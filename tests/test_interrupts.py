@@ -140,7 +140,7 @@ PROGRAM = """
 )
 def test_different_optimizers_step_from_many_threads_on_every_layer(layer):
     """numba's workqueue ends the process where two threads enter it at once."""
-    env = {**os.environ, "NUMBA_THREADING_LAYER": layer}
+    env = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM)],
         env=env,
