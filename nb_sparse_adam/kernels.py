@@ -192,6 +192,16 @@ def update_row(table: Any, r: Any, g: Any, i: Any, factor: Any, step_size: Any, 
 
 
 @jit
+def counts_agree(counts: Any, r: Any) -> bool:
+    """Whether all elements of row r have the same count, as they do where gradients are dense."""
+    k = counts[r, 0]
+    differing = 0
+    for j in range(counts.shape[1]):
+        differing += counts[r, j] != k
+    return differing == 0
+
+
+@jit
 def look_up_corrections(table: Any, r: Any, scratch: Any, t: Any) -> None:
     """``scratch[t]``, ``scratch[t + 1]`` ← step sizes and scales for the next step of each element of row r.
 
@@ -199,22 +209,8 @@ def look_up_corrections(table: Any, r: Any, scratch: Any, t: Any) -> None:
     cannot tell the tables of corrections from the arrays that it writes.
     """
     counts = table.counts
-    dim = counts.shape[1]
-    if dim == 0:
-        return
-    k = counts[r, 0]
-    differing = 0
-    for j in range(dim):
-        differing += counts[r, j] != k
-    if differing == 0:  # as in rows whose gradients are dense
-        step_size, scale = correction(table, np.int64(k) + 1)
-        step_size *= table.lr
-        for j in range(dim):
-            scratch[t, j] = step_size
-            scratch[t + 1, j] = scale
-        return
     last = len(table.step_size) - 1
-    for j in range(dim):
+    for j in range(counts.shape[1]):
         k = counts[r, j]
         if k < last or table.complete:
             at = min(np.int64(k) + 1, last)
@@ -230,12 +226,27 @@ def look_up_corrections(table: Any, r: Any, scratch: Any, t: Any) -> None:
 def update_elements(table: Any, r: Any, g: Any, i: Any, factor: Any, scratch: Any, t: Any) -> None:
     """Every element of row r whose gradient ``factor * g[i]`` is not zero takes a step of its own count.
 
-    Selects instead of branches: an inactive element is written back with the bits that it had, and the loop
-    stays vectorized.
+    Selects instead of branches: an inactive element is written back with the bits that it had, and the loops
+    stay vectorized. There are two, for a row with one count needs no look-ups.
     """
-    look_up_corrections(table, r, scratch, t)
     param, moments, counts = table.param, table.moments, table.counts
+    if param.shape[1] == 0:
+        return
     one = counts.dtype.type(1)
+    if counts_agree(counts, r):
+        step_size, scale = correction(table, np.int64(counts[r, 0]) + 1)
+        step_size *= table.lr
+        for j in range(param.shape[1]):
+            gradient = factor * g[i, j]
+            active = gradient != 0
+            p, m, v, k = param[r, j], moments[r, 0, j], moments[r, 1, j], counts[r, j]
+            next_p, next_m, next_v = adam(p, m, v, gradient, table, step_size, scale)
+            param[r, j] = next_p if active else p
+            moments[r, 0, j] = next_m if active else m
+            moments[r, 1, j] = next_v if active else v
+            counts[r, j] = counts.dtype.type(k + one) if active else k
+        return
+    look_up_corrections(table, r, scratch, t)
     for j in range(param.shape[1]):
         gradient = factor * g[i, j]
         active = gradient != 0
