@@ -36,6 +36,8 @@ def jit(
     * No reference counts (``_nrt``) in functions that one thread runs: a count for each array that is taken
       out of a tuple made a row of dim 16 take 117 ns instead of 68, in cache. Such functions cannot allocate;
       ``allocates=True`` is for the ones that must.
+    * Everything that one thread runs is inlined: a call passes each member of a tuple of arrays, some sixty
+      words, through memory (66 ns a row of dim 16 in cache with calls, 17 without).
     * ``nogil=True``: other Python threads run while a kernel does.
     * ``cache=True`` unless no folder can be written (a read-only install without a home): then the code is
       compiled again in every process. numba's cache sees an edit of the function's own file only, so a
@@ -61,6 +63,7 @@ def _compile_lazily(function: Callable[..., Any], parallel: bool, references: bo
         "nogil": True,
         "parallel": parallel,
         "_nrt": references,
+        "forceinline": not parallel,
     }
     try:
         return numba.njit(cache=True, **options)(function)
