@@ -324,6 +324,7 @@ def prefetch_row(table: Any, mode: Any, r: Any) -> None:
         prefetch(table.param, r * dim + j)
         prefetch(table.moments, 2 * r * dim + j)
         prefetch(table.moments, (2 * r + 1) * dim + j)
+    prefetch(table.param, r * dim + end - 1)  # the user's rows need not begin at a cache line
     if mode == ELEMENT:
         for j in range(0, end, 16):
             prefetch(table.counts, r * dim + j)
