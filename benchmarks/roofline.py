@@ -36,7 +36,8 @@ from .contenders import Contender, Ours
 from .timing import alternate
 
 # As the library compiles, but not kept on disk: numba's cache does not see changes in other files.
-_jit = functools.partial(numba.njit, error_model="numpy", nogil=True)
+_jit = functools.partial(numba.njit, error_model="numpy", nogil=True, forceinline=True, _nrt=False)
+_parallel_jit = functools.partial(numba.njit, error_model="numpy", nogil=True, parallel=True)
 
 
 @_jit()
@@ -49,7 +50,7 @@ def _touch_row(param, moments, counts, r, values, s, mode):
         moments[r, 1, j] += g
     if mode == ELEMENT:
         for j in range(param.shape[1]):
-            counts[r, j] += 1
+            counts[r, j] = np.int32(counts[r, j] + np.int32(1))  # not widened: vectorized as ours are
     elif mode == ROW:
         counts[r, 0] += 1
 
@@ -63,7 +64,7 @@ def _touch_rows_worker(table, mode, rows, values, lo, hi):
         _touch_row(table.param, table.moments, table.counts, rows[s], values, s, mode)
 
 
-@_jit(parallel=True)
+@_parallel_jit()
 def _touch_rows(bounds, table, mode, rows, values):
     for t in prange(len(bounds) - 1):
         _touch_rows_worker(table, mode, rows, values, bounds[t], bounds[t + 1])
@@ -82,7 +83,7 @@ def _touch_entries_worker(table, rows, columns, data, lo, hi):
         table.counts[r, j] += 1
 
 
-@_jit(parallel=True)
+@_parallel_jit()
 def _touch_entries(bounds, table, rows, columns, data):
     for t in prange(len(bounds) - 1):
         _touch_entries_worker(table, rows, columns, data, bounds[t], bounds[t + 1])
@@ -90,13 +91,13 @@ def _touch_entries(bounds, table, rows, columns, data):
 
 @_jit()
 def _read_worker(values, lo, hi):
-    largest = 0
-    for i in range(lo, hi):
+    largest = np.int32(0)
+    for i in range(np.uint64(lo), np.uint64(hi)):  # unsigned, or it is not vectorized
         largest = max(largest, values[i])
     return largest
 
 
-@_jit(parallel=True)
+@_parallel_jit()
 def _read(values, out):
     chunks = len(out)
     for t in prange(chunks):

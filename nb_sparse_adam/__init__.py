@@ -2,8 +2,17 @@
 
 from nb_sparse_adam import errors
 from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam.kernels import apply_row_gradient
 from nb_sparse_adam.optimizer import SparseAdam
 
-__all__ = ["BagGradient", "CSRGradient", "RowGradient", "SparseAdam", "__version__", "errors"]
+__all__ = [
+    "BagGradient",
+    "CSRGradient",
+    "RowGradient",
+    "SparseAdam",
+    "__version__",
+    "apply_row_gradient",
+    "errors",
+]
 
 __version__ = "0.1.0"

@@ -144,9 +144,10 @@ class Rows(NamedTuple):
 
 
 class CompressedRows(NamedTuple):
-    """A checked CSR gradient in which no row holds a column twice."""
+    """A checked CSR gradient: the rows that store entries, none of which holds a column twice."""
 
-    indptr: NDArray[Any]  # int32 or int64, the dtype of indices
+    rows: NDArray[Any]  # (rows present,) ascending, int32 or int64, as are indptr and indices
+    indptr: NDArray[Any]  # (rows present + 1,)
     indices: NDArray[Any]
     data: NDArray[Any]
 
@@ -373,8 +374,8 @@ def _check_monotonic(what: str, offsets: NDArray[Any], last: int, target: Target
     """Check that offsets start at 0, never decrease and stay within ``last``."""
     if offsets[0] != 0:
         raise target.refuse(GradientIndexError, f"{what}[0] is {offsets[0]}, expected 0")
-    at = first_fall(offsets)
-    if at > 0:
+    if falls(offsets):
+        at = int(np.flatnonzero(offsets[1:] < offsets[:-1])[0]) + 1
         value, before = int(offsets[at]), int(offsets[at - 1])
         if before > last:
             at, value = at - 1, before
@@ -411,13 +412,18 @@ def _check_csr(
     indices, data = indices[:nnz], data[:nnz]
     if indptr.dtype != indices.dtype:
         indptr, indices = indptr.astype(np.int64, copy=False), indices.astype(np.int64, copy=False)
-    lowest, highest, distinct = scan_columns(indptr, indices)
+    # Each of these rows has an entry: as many places as entries are enough, and one for the last write.
+    most = min(target.rows, nnz)
+    rows, starts = np.empty(most + 1, indptr.dtype), np.empty(most + 1, indptr.dtype)
+    present = list_present(indptr, rows, starts)
+    rows, starts = rows[:present], starts[: present + 1]
+    lowest, highest, distinct = scan_columns(starts, indices)
     if nnz and (lowest < 0 or highest >= target.dim):
         _refuse_ids(what + "indices", indices, target.dim, "column", target)
     if distinct:
-        return CompressedRows(indptr, indices, data)
+        return CompressedRows(rows, starts, indices, data)
     keys = np.empty(nnz, np.int64)
-    keys_of_rows(indptr, indices, target.dim, keys)
+    keys_of_rows(rows, starts, indices, target.dim, keys)
     return Entries(keys, data)
 
 
@@ -449,7 +455,7 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entri
         if isinstance(checked, Entries):
             columns, rows = np.divmod(checked.keys, max(target.rows, 1))
         else:
-            columns = np.repeat(np.arange(target.dim), np.diff(checked.indptr))
+            columns = np.repeat(checked.rows.astype(np.int64, copy=False), np.diff(checked.indptr))
             rows = checked.indices.astype(np.int64, copy=False)
         return Entries(rows * target.dim + columns, checked.data)
     if one_d:  # a 1-D array names rows, each with one value
@@ -466,31 +472,44 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entri
 
 
 @jit
-def first_fall(offsets: Any) -> int:
-    """The first position at which offsets decrease; 0 if they never do."""
-    for i in range(1, len(offsets)):
-        if offsets[i] < offsets[i - 1]:
-            return i
-    return 0
+def falls(offsets: Any) -> bool:
+    """Whether offsets decrease anywhere. No early exit: a loop with one is not vectorized."""
+    count = 0
+    for i in range(len(offsets) - 1):
+        count += offsets[i + 1] < offsets[i]
+    return count > 0
+
+
+@jit
+def list_present(indptr: Any, rows: Any, starts: Any) -> Any:
+    """List the rows that store entries, and where each one's start, then their end; return how many."""
+    present = 0
+    for r in range(len(indptr) - 1):
+        # Written always and kept where there are entries: no branch to mispredict.
+        rows[present] = r
+        starts[present] = indptr[r]
+        present += indptr[r + 1] > indptr[r]
+    starts[present] = indptr[len(indptr) - 1]
+    return present
 
 
 @jit
 def scan_columns(indptr: Any, indices: Any) -> Any:
     """Smallest and largest column, and whether the columns of every row increase."""
     lowest = highest = indices.dtype.type(0)
-    falls = 0
+    repeats = 0
     for r in range(len(indptr) - 1):
         for e in range(indptr[r], indptr[r + 1]):
             lowest = min(lowest, indices[e])
             highest = max(highest, indices[e])
             if e > indptr[r]:
-                falls += indices[e] <= indices[e - 1]
-    return lowest, highest, falls == 0
+                repeats += indices[e] <= indices[e - 1]
+    return lowest, highest, repeats == 0
 
 
 @jit
-def keys_of_rows(indptr: Any, indices: Any, dim: int, keys: Any) -> None:
+def keys_of_rows(rows: Any, starts: Any, indices: Any, dim: int, keys: Any) -> None:
     """``keys[e]`` ← row * dim + column of entry e."""
-    for r in range(len(indptr) - 1):
-        for e in range(indptr[r], indptr[r + 1]):
-            keys[e] = np.int64(r) * dim + indices[e]
+    for s in range(len(rows)):
+        for e in range(starts[s], starts[s + 1]):
+            keys[e] = np.int64(rows[s]) * dim + indices[e]

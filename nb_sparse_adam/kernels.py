@@ -35,6 +35,7 @@ __all__ = [
     "Segments",
     "Table",
     "TableArrays",
+    "apply_row_gradient",
     "block_sums_parallel",
     "block_sums_serial",
     "csr_parallel",
@@ -58,9 +59,10 @@ BLOCK = 512
 SCRATCH_ROWS = 3
 
 # How far ahead rows are prefetched: enough to cover the latency of memory, not so much that the processor's
-# queue of misses overflows. Measured on two Zen 4 cores: at dim 16 and 64 flat from 4 to 12 rows.
+# queue of misses overflows. Measured on two Zen 5 cores: at dim 16, 12 rows take a tenth less time than 8;
+# from dim 64 on it is flat.
 PREFETCH_ELEMENTS = 512
-MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 8
+MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 12
 ENTRIES_AHEAD = 16  # of a CSR gradient, each of which is a place in memory of its own
 MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by itself
 
@@ -137,10 +139,10 @@ class Segments(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """A gradient in compressed sparse rows; no row holds a column twice."""
+    """A gradient in compressed sparse rows, of which none is empty and none holds a column twice."""
 
-    rows: NDArray[Any]  # the table's row of each row of the gradient, or (0,): "the same"
-    indptr: NDArray[Any]  # (rows of the gradient + 1,)
+    rows: NDArray[Any]  # (rows present,) ascending
+    indptr: NDArray[Any]  # (rows present + 1,)
     indices: NDArray[Any]  # (stored entries,) columns
     data: NDArray[Any]  # (stored entries,) the table's dtype
 
@@ -223,6 +225,24 @@ def look_up_corrections(table: Any, r: Any, scratch: Any, t: Any) -> None:
 
 
 @jit
+def update_elements_alike(table: Any, r: Any, g: Any, i: Any, factor: Any) -> None:
+    """Do what `update_elements` does, for a row whose elements have one count: that of the first."""
+    param, moments, counts = table.param, table.moments, table.counts
+    one = counts.dtype.type(1)
+    step_size, scale = correction(table, np.int64(counts[r, 0]) + 1)
+    step_size *= table.lr
+    for j in range(param.shape[1]):
+        gradient = factor * g[i, j]
+        active = gradient != 0
+        p, m, v, k = param[r, j], moments[r, 0, j], moments[r, 1, j], counts[r, j]
+        next_p, next_m, next_v = adam(p, m, v, gradient, table, step_size, scale)
+        param[r, j] = next_p if active else p
+        moments[r, 0, j] = next_m if active else m
+        moments[r, 1, j] = next_v if active else v
+        counts[r, j] = counts.dtype.type(k + one) if active else k
+
+
+@jit
 def update_elements(table: Any, r: Any, g: Any, i: Any, factor: Any, scratch: Any, t: Any) -> None:
     """Every element of row r whose gradient ``factor * g[i]`` is not zero takes a step of its own count.
 
@@ -234,17 +254,7 @@ def update_elements(table: Any, r: Any, g: Any, i: Any, factor: Any, scratch: An
         return
     one = counts.dtype.type(1)
     if counts_agree(counts, r):
-        step_size, scale = correction(table, np.int64(counts[r, 0]) + 1)
-        step_size *= table.lr
-        for j in range(param.shape[1]):
-            gradient = factor * g[i, j]
-            active = gradient != 0
-            p, m, v, k = param[r, j], moments[r, 0, j], moments[r, 1, j], counts[r, j]
-            next_p, next_m, next_v = adam(p, m, v, gradient, table, step_size, scale)
-            param[r, j] = next_p if active else p
-            moments[r, 0, j] = next_m if active else m
-            moments[r, 1, j] = next_v if active else v
-            counts[r, j] = counts.dtype.type(k + one) if active else k
+        update_elements_alike(table, r, g, i, factor)
         return
     look_up_corrections(table, r, scratch, t)
     for j in range(param.shape[1]):
@@ -299,6 +309,68 @@ def apply_row(
         k = table.global_step
     step_size, scale = correction(table, k)
     update_row(table, r, g, i, factor, table.lr * step_size, scale)
+
+
+@jit
+def apply_row_gradient(table: Any, row: Any, gradient: Any) -> bool:
+    """Apply the gradient of one row, from inside a user's own ``@njit`` function.
+
+    Parameters
+    ----------
+    table : tuple
+        What `SparseAdam.kernel_table` gives.
+    row : int
+        In 0..rows - 1.
+    gradient : (dim,) array
+        C-contiguous, of the table's dtype; (1,) for a 1-D table. Duplicates are the caller's: each call is
+        a step of the row.
+
+    Returns
+    -------
+    bool
+        False if the row was left out, because ``on_nonfinite="skip"`` and the gradient, or its square, is
+        not finite. `SparseAdam.skipped_rows` does not count it.
+
+    Raises
+    ------
+    IndexError
+        If there is no such row.
+    ValueError
+        If the gradient has another length than a row.
+
+    Notes
+    -----
+    The formula, the order of operations and so the bits are those of `SparseAdam.step`: Kingma & Ba 2015,
+    Algorithm 1. Nothing is locked: threads that update one row at the same time lose updates, as Hogwild
+    accepts (Niu et al. 2011); with rows of their own they are exact. A count stays at the end of its type
+    (2³¹ − 1 for int32) instead of overflowing: the corrections have long been 1 there.
+    """
+    if row < 0 or row >= table.param.shape[0]:
+        raise IndexError("apply_row_gradient: no such row, expected 0 <= row < len(table)")
+    if len(gradient) != table.param.shape[1]:
+        raise ValueError("apply_row_gradient: expected a gradient as long as a row")
+    r = np.int64(row)
+    g = gradient.reshape((1, -1))
+    if table.check and poisons(g, 0, table.sign):
+        return False
+    counts = table.counts
+    if table.mode != GLOBAL:
+        most = np.int64(2**31 - 1) if counts.itemsize == 4 else np.int64(2**63 - 1)
+        for j in range(counts.shape[1]):
+            if counts[r, j] == most and (table.mode == ROW or g[0, j] != 0):
+                counts[r, j] = counts.dtype.type(most - 1)
+    if table.mode == ELEMENT:
+        if counts.shape[1] > 0 and counts_agree(counts, r):
+            update_elements_alike(table, r, g, 0, table.sign)
+            return True
+        # Without scratch memory for the corrections of each element: one after the other. `update_elements`
+        # would need it, if another thread were to change a count after we have looked.
+        for j in range(counts.shape[1]):
+            if g[0, j] != 0:
+                update_element(table, r, j, table.sign * g[0, j])
+        return True
+    apply_row(table, r, g, 0, table.sign, g, 0)
+    return True
 
 
 @jit
@@ -558,30 +630,12 @@ def prefetch_element(table: Any, r: Any, j: Any) -> None:
 
 
 @jit
-def stored_row(g: Any, s: Any) -> Any:
-    """Return the table's row of row s of a compressed gradient."""
-    return np.int64(g.rows[s]) if len(g.rows) > 0 else np.int64(s)
-
-
-@jit
-def prefetch_stored_rows(table: Any, g: Any, s: Any, hi: Any, count: Any) -> Any:
-    """Prefetch up to ``count`` rows with entries, from s on; return the next one, and how many it were."""
-    found = 0
-    while s < hi and found < count:
-        if g.indptr[s + 1] > g.indptr[s]:
-            prefetch_row(table, table.mode, stored_row(g, s))
-            found += 1
-        s += 1
-    return s, found
-
-
-@jit
 def prefetch_entries(table: Any, g: Any, s: Any, start: Any, end: Any) -> Any:
     """Prefetch the entries start:end, the first of them in row s or later; return the last one's row."""
     for e in range(start, end):
         while g.indptr[s + 1] <= e:
             s += 1
-        prefetch_element(table, stored_row(g, s), np.int64(g.indices[e]))
+        prefetch_element(table, np.int64(g.rows[s]), np.int64(g.indices[e]))
     return s
 
 
@@ -594,19 +648,16 @@ def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> An
     at = SCRATCH_ROWS * t
     ahead = rows_ahead(table.param.shape[1])
     last = np.int64(indptr[hi])
-    next_row, next_entry, in_flight = np.int64(lo), np.int64(indptr[lo]), 0  # to be prefetched
+    next_row, next_entry = np.int64(lo), np.int64(indptr[lo])  # to be prefetched
     skipped = 0
     for s in range(lo, hi):
         start, end = np.int64(indptr[s]), np.int64(indptr[s + 1])
-        if start == end:
-            continue
         if table.mode == ELEMENT:
             reach = min(end + ENTRIES_AHEAD, last)
             next_row = prefetch_entries(table, g, next_row, next_entry, reach)
             next_entry = reach
-        else:
-            next_row, found = prefetch_stored_rows(table, g, next_row, hi, ahead + 1 - in_flight)
-            in_flight += found - 1
+        elif s + ahead < hi:
+            prefetch_row(table, table.mode, np.int64(g.rows[s + ahead]))
         if table.check:
             bad = False
             for e in range(start, end):
@@ -614,7 +665,7 @@ def csr_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> An
             if bad:
                 skipped += 1
                 continue
-        r = stored_row(g, s)
+        r = np.int64(g.rows[s])
         if table.mode == ELEMENT:
             for e in range(start, end):
                 if data[e, 0] != 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,14 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels, options
 from nb_sparse_adam.corrections import corrections
-from nb_sparse_adam.errors import GradientTypeError, StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.errors import (
+    GradientTypeError,
+    OptionError,
+    StateError,
+    StateTypeError,
+    TableError,
+    TableTypeError,
+)
 from nb_sparse_adam.gradients import Target, check
 from nb_sparse_adam.kernels import GLOBAL, Hyperparameters
 from nb_sparse_adam.planning import Work, plan
@@ -296,19 +304,85 @@ class SparseAdam:
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
         work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads)
         table.make_room_for_a_step()
+        return _Run(work, self._for_kernels(table, work.check))
+
+    def _for_kernels(self, table: TableState, check: bool) -> kernels.Table:
         k = int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0
-        return _Run(
-            work,
-            kernels.Table(
-                *table.arrays,
-                *self._hyperparameters(table.dtype),
-                *corrections(*self._betas, self._eps_hat, table.dtype),
-                mode=table.mode,
-                global_step=k,
-                check=work.check,
-                totals=table.totals,
-            ),
+        return kernels.Table(
+            *table.arrays,
+            *self._hyperparameters(table.dtype),
+            *corrections(*self._betas, self._eps_hat, table.dtype),
+            mode=table.mode,
+            global_step=k,
+            check=check,
+            totals=table.totals,
         )
+
+    @contextmanager
+    def kernel_table(self, name: str | None = None) -> Iterator[kernels.Table]:
+        """Lend a table to a user's own ``@njit`` function, which updates it with `apply_row_gradient`.
+
+        For trainers whose loop goes from sample to sample: skip-gram, matrix factorization, Hogwild.
+
+        Parameters
+        ----------
+        name : str, optional
+            Which table; not needed if there is only one.
+
+        Yields
+        ------
+        tuple
+            To be passed to compiled functions, its first member, ``param``, being the (rows, dim)
+            parameters. Use it inside the ``with`` block only: other steps of this optimizer wait until
+            the block is left. With ``step_counts="global"`` the block is one step of the table.
+
+        Raises
+        ------
+        TableError
+            If no table has that name, or several could be meant.
+        OptionError
+            With ``on_nonfinite="raise"``: a loop that has begun to write cannot refuse a whole step.
+
+        Notes
+        -----
+        After the block, the next step reads all counts of the table once, to see that there is room.
+
+        Examples
+        --------
+        >>> from numba import njit
+        >>> from nb_sparse_adam import apply_row_gradient
+        >>> @njit
+        ... def pull(table, row, target):
+        ...     apply_row_gradient(table, row, table.param[row] - target)
+        >>> optimizer = SparseAdam(np.zeros((4, 2), np.float32), lr=0.1, on_nonfinite="skip")
+        >>> with optimizer.kernel_table() as table:
+        ...     pull(table, 2, np.ones(2, np.float32))
+        >>> optimizer.tables["table"][2]
+        array([0.1, 0.1], dtype=float32)
+        """
+        with self._lock:
+            table = self._table_named(name)
+            if self._on_nonfinite == "raise":
+                raise OptionError(
+                    "kernel_table with on_nonfinite='raise': a loop that has begun to write cannot refuse a "
+                    "whole step; set optimizer.on_nonfinite = 'skip' (apply_row_gradient then leaves such a "
+                    "row out and returns False) or 'propagate'"
+                )
+            table.check_writeable()
+            table.make_room_for_a_step()
+            lent = self._for_kernels(table, self._on_nonfinite == "skip")
+            try:
+                yield lent
+            finally:
+                table.counts_have_changed(lent.global_step)
+
+    def _table_named(self, name: str | None) -> TableState:
+        if name is None and len(self._tables) == 1:
+            return next(iter(self._tables.values()))
+        if name not in self._tables:
+            names = ", ".join(map(repr, self._tables))
+            raise TableError(f"kernel_table got {name!r}, expected one of {names}")
+        return self._tables[name]
 
     # --- state --------------------------------------------------------------------------------------------
 

@@ -23,8 +23,6 @@ __all__ = ["Work", "plan"]
 # this many (5 µs; measured on two Zen 4 cores, omp).
 PARALLEL_ELEMENTS = 1 << 13
 
-NO_ROWS = np.empty(0, np.int64)
-
 
 class Work(NamedTuple):
     """A step of one table, up to the first write."""
@@ -172,21 +170,21 @@ def _plan_csr(
     # A stored entry costs more than an element of a row: it is a place in memory of its own.
     threads = _threads_for(4 * len(checked.data), num_threads)
     largest = _largest("data", checked.data, target, on_nonfinite, threads)
-    rows, compressed = NO_ROWS, checked
+    compressed = checked
     if isinstance(compressed, Entries):
-        rows, compressed = _compress(compressed, target, threads)
+        compressed = _compress(compressed, target, threads)
         if on_nonfinite != "propagate":
             largest = largest_magnitude(compressed.data, threads)
-    indptr, indices, data = compressed
+    rows, indptr, _, data = compressed
     check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(data[:, None]))
         if at >= 0:
             row = int(np.searchsorted(indptr, at, side="right")) - 1
-            raise _overflow(target, int(rows[row]) if len(rows) else row, 1)
+            raise _overflow(target, int(rows[row]), 1)
         check = False
     bounds = _cut_csr(indptr, threads)
-    gradient = kernels.Compressed(rows, indptr, indices, data)
+    gradient = kernels.Compressed(*compressed)
     kernel = kernels.csr_serial if threads == 1 else kernels.csr_parallel
     return Work(kernel, bounds, (gradient, _scratch(threads, target.dim, target.dtype)), check, threads)
 
@@ -198,12 +196,12 @@ def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
     return bounds
 
 
-def _compress(entries: Entries, target: Target, threads: int) -> tuple[NDArray[np.int64], CompressedRows]:
+def _compress(entries: Entries, target: Target, threads: int) -> CompressedRows:
     """Sort entries by row and column, sum the repeated ones in their order, and list the rows present."""
     n = len(entries.keys)
     if n == 0:
         nothing = np.empty(0, np.int64)
-        return nothing, CompressedRows(np.zeros(1, np.int64), nothing, entries.data)
+        return CompressedRows(nothing, np.zeros(1, np.int64), nothing, entries.data)
     rows = Rows(entries.keys, entries.data[:, None], nondecreasing=False, increasing=False)
     as_column = target._replace(rows=target.rows * target.dim, dim=1)
     segments, _ = _group(rows, as_column, threads)
@@ -212,7 +210,7 @@ def _compress(entries: Entries, target: Target, threads: int) -> tuple[NDArray[n
     keys = segments.packed[segments.starts[:-1]] >> segments.row_shift
     row_of_entry, columns = np.divmod(keys, target.dim)
     first = np.flatnonzero(np.diff(row_of_entry, prepend=-1))
-    return row_of_entry[first], CompressedRows(np.append(first, len(keys)), columns, sums[:, 0])
+    return CompressedRows(row_of_entry[first], np.append(first, len(keys)), columns, sums[:, 0])
 
 
 # --- values that are not finite ---------------------------------------------------------------------------

@@ -118,6 +118,13 @@ class TableState:
                 self.arrays = self.arrays._replace(counts=self.arrays.counts.astype(np.int64))
         self._highest_count += 1
 
+    def counts_have_changed(self, global_step: int) -> None:
+        """Take note that a user's own kernel has stepped, nobody knows how often."""
+        if self.mode == GLOBAL:
+            self.arrays.counts[0, 0] = global_step
+        elif self.arrays.counts.dtype == np.int32:
+            self._highest_count = MAX_INT32  # look at all of them before the next step
+
     def copy(self) -> dict[str, Any]:
         """Its part of a state dict."""
         return {

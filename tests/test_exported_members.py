@@ -7,7 +7,15 @@ import re
 import nb_sparse_adam
 from nb_sparse_adam import errors
 
-PUBLIC = ["BagGradient", "CSRGradient", "RowGradient", "SparseAdam", "__version__", "errors"]
+PUBLIC = [
+    "BagGradient",
+    "CSRGradient",
+    "RowGradient",
+    "SparseAdam",
+    "__version__",
+    "apply_row_gradient",
+    "errors",
+]
 
 
 def test_public_names():
