@@ -29,6 +29,7 @@ class Bag(NamedTuple):
     indices: np.ndarray  # (lookups,) int64
     offsets: np.ndarray  # (bags + 1,) int64
     grad_output: np.ndarray  # (bags, dim)
+    weights: np.ndarray | None = None  # (lookups,)
 
 
 class CSR(NamedTuple):
@@ -103,6 +104,29 @@ def _bag(case: Case, rng: np.random.Generator, *, bags: int, lookups: int, zipf:
     return Bag(indices, np.arange(bags + 1, dtype=np.int64) * lookups, _normal(rng, bags, case.dim))
 
 
+def _zipf_rows(case: Case, rng: np.random.Generator, *, n: int) -> Rows:
+    """Rows of which many come more than once, in no order."""
+    return Rows(zipf_ids(rng, n, case.rows), _normal(rng, n, case.dim))
+
+
+def _hot_bag(case: Case, rng: np.random.Generator, *, bags: int, lookups: int, hot: bool) -> Bag:
+    """Bags half of whose ids are one row; with ``hot=False`` the same bags without it."""
+    indices = rng.integers(case.rows, size=(bags, lookups))
+    if hot:
+        indices[:, ::2] = case.rows // 3
+    else:
+        indices = indices[:, 1::2]
+    offsets = np.arange(bags + 1, dtype=np.int64) * indices.shape[1]
+    return Bag(np.ascontiguousarray(indices).ravel(), offsets, _normal(rng, bags, case.dim))
+
+
+def _design_matrix(case: Case, rng: np.random.Generator, *, samples: int, nonzeros: int) -> Bag:
+    """A batch of a sparse linear model: weights of one number each, features with values, residuals."""
+    n = samples * nonzeros
+    offsets = np.arange(samples + 1, dtype=np.int64) * nonzeros
+    return Bag(rng.integers(case.rows, size=n), offsets, _normal(rng, samples, 1), _normal(rng, n))
+
+
 def _csr(case: Case, rng: np.random.Generator, *, n: int, per_row: int) -> CSR:
     counts = np.zeros(case.rows, dtype=np.int64)
     counts[rng.choice(case.rows, size=n, replace=False)] = per_row
@@ -120,10 +144,15 @@ _ALL = [
     Case("rows-6Mx16", 6_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
     Case("rows-3Mx32", 3_000_000, 32, 4, functools.partial(_unique_rows, n=150_000, ordered=True)),
     Case("rows-1Mx128", 1_000_000, 128, 4, functools.partial(_unique_rows, n=50_000, ordered=True)),
-    Case("rows-4Mx16", 4_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
     # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
     Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),
     Case("bag-zipf", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=True)),
+    Case("rows-zipf", 2_000_000, 64, 4, functools.partial(_zipf_rows, n=82_000)),
+    # One row that takes half of all ids, and the batch without it.
+    Case("bag-hot", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=True)),
+    Case("bag-hot-without", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=False)),
+    # Dim 1: a sparse linear model of 2**24 weights.
+    Case("linear", 1 << 24, 1, 4, functools.partial(_design_matrix, samples=8192, nonzeros=40)),
     # CSR: a quarter of the elements of 100k rows.
     Case("csr-2Mx64", 2_000_000, 64, 2, functools.partial(_csr, n=100_000, per_row=16)),
     # CSR of wide rows: 1 % of the columns of 20k of 400k rows.

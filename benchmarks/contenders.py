@@ -123,13 +123,18 @@ class TorchBag(Contender):
             _weight=torch.from_numpy(case.table()),
         )  # fmt: skip
         self._optimizer = torch.optim.SparseAdam(self._layer.parameters(), **HYPER)
-        self._turns = itertools.cycle([tuple(map(torch.from_numpy, arrays)) for arrays in case.arrays()])
+        self._turns = itertools.cycle(
+            [
+                tuple(None if array is None else torch.from_numpy(array) for array in arrays)
+                for arrays in case.arrays()
+            ]
+        )
 
     def ready(self) -> None:
         """Look up the next bags, which is not timed."""
-        indices, offsets, self._grad_output = next(self._turns)
+        indices, offsets, self._grad_output, weights = next(self._turns)
         self._optimizer.zero_grad()
-        self._output = self._layer(indices, offsets)
+        self._output = self._layer(indices, offsets, per_sample_weights=weights)
 
     def step(self) -> None:
         """Go back through the lookup, and apply the gradient."""

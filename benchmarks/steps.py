@@ -5,9 +5,15 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from typing import cast
 
-from .cases import CASES
+import numpy as np
+
+from nb_sparse_adam.grouping import group_ids
+
+from .cases import CASES, Rows
 from .contenders import Contender, Ours, TorchBag, TorchRows
+from .roofline import LINES, fraction
 from .timing import alternate
 
 STEP_COUNTS = ["element", "row", "global"]
@@ -42,7 +48,11 @@ class RowSteps(_Steps):
     """Unique rows of a table that is several times larger than the cache."""
 
     param_names = ["case", "step_counts", "threads"]
-    params = [["rows-2Mx64", "rows-2Mx64-shuffled", "rows-4Mx16"], STEP_COUNTS, THREADS]
+    params = [
+        ["rows-6Mx16", "rows-2Mx64", "rows-2Mx64-shuffled", "rows-2Mx64-half", "rows-1Mx128", "rows-zipf"],
+        STEP_COUNTS,
+        THREADS,
+    ]
 
     def setup(self, case: str, step_counts: str, threads: int) -> None:
         self.take(Ours, case, step_counts=step_counts, threads=threads)
@@ -55,7 +65,7 @@ class TorchRowSteps(_Steps):
     """The same rows in torch.optim.SparseAdam, whose step counts are "global"."""
 
     param_names = ["case", "coalesced", "threads"]
-    params = [["rows-2Mx64", "rows-4Mx16"], [True, False], THREADS]
+    params = [["rows-2Mx64", "rows-6Mx16"], [True, False], THREADS]
 
     def setup(self, case: str, coalesced: bool, threads: int) -> None:
         self.take(TorchRows, case, coalesced=coalesced, threads=threads)
@@ -68,7 +78,7 @@ class BagSteps(_Steps):
     """4096 bags of 20 lookups: grouping, summing and the step."""
 
     param_names = ["case", "step_counts", "threads"]
-    params = [["bag-uniform", "bag-zipf"], STEP_COUNTS, THREADS]
+    params = [["bag-uniform", "bag-zipf", "bag-hot", "bag-hot-without", "linear"], STEP_COUNTS, THREADS]
 
     def setup(self, case: str, step_counts: str, threads: int) -> None:
         self.take(Ours, case, step_counts=step_counts, threads=threads)
@@ -81,7 +91,7 @@ class TorchBagSteps(_Steps):
     """The same bags in torch: the backward pass of EmbeddingBag and the step."""
 
     param_names = ["case", "threads"]
-    params = [["bag-uniform", "bag-zipf"], THREADS]
+    params = [["bag-uniform", "bag-zipf", "linear"], THREADS]
 
     def setup(self, case: str, threads: int) -> None:
         self.take(TorchBag, case, threads=threads)
@@ -91,16 +101,49 @@ class TorchBagSteps(_Steps):
 
 
 class CSRSteps(_Steps):
-    """A CSR matrix with 16 of 64 elements in 100k of 2M rows."""
+    """CSR: 16 of 64 elements in 100k of 2M rows; 1 % of the columns in 20k of 400k rows of 1024."""
 
-    param_names = ["step_counts", "threads"]
-    params = [STEP_COUNTS, THREADS]
+    param_names = ["case", "threads"]
+    params = [["csr-2Mx64", "csr-400kx1024"], THREADS]
 
-    def setup(self, step_counts: str, threads: int) -> None:
-        self.take(Ours, "csr-2Mx64", step_counts=step_counts, threads=threads)
+    def setup(self, case: str, threads: int) -> None:
+        self.take(Ours, case, step_counts="element", threads=threads)
 
-    def time_step(self, step_counts: str, threads: int) -> None:
+    def time_step(self, case: str, threads: int) -> None:
         self.contender.step()
+
+
+class Grouping:
+    """Sorting 82k long-tailed ids and cutting them into segments, and NumPy's way to do it."""
+
+    number = 1
+    repeat = (8, 40, 4.0)
+    rounds = 1
+    param_names = ["threads"]
+    params = [THREADS]
+
+    def setup(self, threads: int) -> None:
+        self.ids = cast("Rows", CASES["rows-zipf"].arrays()[0]).rows
+        group_ids(self.ids, 2_000_000 - 1, False, threads=threads)
+
+    def time_group(self, threads: int) -> None:
+        group_ids(self.ids, 2_000_000 - 1, False, threads=threads)
+
+    def time_numpy_unique(self, threads: int) -> None:
+        np.unique(self.ids, return_inverse=True)
+
+
+class Roofline:
+    """The time of a kernel that moves the same bytes over ours, timed in turn: 1 is perfect."""
+
+    unit = "of the limit"
+    timeout = 300
+    param_names = ["line"]
+    params = [[" ".join(line) for line in LINES]]
+
+    def track_fraction(self, line: str) -> float:
+        name, step_counts, on_nonfinite = line.split()
+        return fraction(name, step_counts, on_nonfinite, threads=2, repeats=15)["fraction"]
 
 
 class SmallSteps(_Steps):
@@ -154,6 +197,19 @@ class TimesFasterThanTorch:
         return self._ratio(
             TorchRows(case, threads=threads, coalesced=False),
             Ours(case, step_counts=step_counts, threads=threads),
+        )
+
+    def track_zipf_rows(self, step_counts: str, threads: int) -> float:
+        case = CASES["rows-zipf"]
+        return self._ratio(
+            TorchRows(case, threads=threads, coalesced=False),
+            Ours(case, step_counts=step_counts, threads=threads),
+        )
+
+    def track_linear_model(self, step_counts: str, threads: int) -> float:
+        case = CASES["linear"]
+        return self._ratio(
+            TorchBag(case, threads=threads), Ours(case, step_counts=step_counts, threads=threads)
         )
 
     def track_zipf_bags(self, step_counts: str, threads: int) -> float:

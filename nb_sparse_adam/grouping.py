@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam.jit import jit
 from nb_sparse_adam.threads import team
 
-__all__ = ["Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
+__all__ = ["Buffers", "Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
 
 # 2 048 counters of 8 bytes and as many write positions: both stay in the first-level cache.
 DIGIT_BITS = 11
@@ -32,12 +32,38 @@ class Grouping(NamedTuple):
     spare: NDArray[Any]  # (n,) of starts' dtype: memory that the sort no longer needs
 
 
+class Buffers:
+    """The two arrays that ids are sorted in, kept from step to step.
+
+    Memory that is fresh from the system costs a page fault for every 4 kB, which took longer than the sort.
+    They are lent: whoever takes them is alone with them until they are given back, and a step that begins
+    within another one (in a signal handler) finds none and makes its own.
+    """
+
+    _TOO_LARGE = 16  # times what is needed: given up
+
+    def __init__(self) -> None:
+        self._kept: NDArray[np.int64] | None = None
+
+    def take(self, n: int) -> NDArray[np.int64]:
+        """Return an (2, n or more) array of any content."""
+        kept, self._kept = self._kept, None
+        if kept is None or not n <= kept.shape[1] <= self._TOO_LARGE * max(n, 1 << 12):
+            return np.empty((2, n), np.int64)
+        return kept
+
+    def give_back(self, memory: NDArray[np.int64]) -> None:
+        """Keep the memory for the next step; nobody uses it any more."""
+        self._kept = memory
+
+
 def group_ids(
     ids: NDArray[Any],
     highest: int,
     nondecreasing: bool,
     offsets: NDArray[Any] | None = None,
     threads: int = 1,
+    memory: NDArray[np.int64] | None = None,
 ) -> Grouping | None:
     """Sort ids and cut them into segments.
 
@@ -53,6 +79,8 @@ def group_ids(
         With it, the payload of an id is its bag; without it, its position.
     threads : int, default 1
         Threads to sort with; the result does not depend on it, for a stable sort has only one.
+    memory : (2, n + 1 or more) int64 array, optional
+        To sort in; the result is a part of it.
 
     Returns
     -------
@@ -65,7 +93,7 @@ def group_ids(
     id_bits = highest.bit_length()
     if id_bits + row_shift > 63:
         return None
-    packed, other = np.empty(n + 1, np.int64), np.empty(n + 1, np.int64)
+    packed, other = np.empty((2, n + 1), np.int64) if memory is None else memory[:, : n + 1]
     if offsets is None:
         pack_positions(ids, row_shift, packed)
     else:
@@ -218,18 +246,31 @@ def fill_long(starts: Any, block: Any, long: Any, long_first: Any) -> None:
 
 
 @jit
-def cut_evenly(starts: Any, row_cost: Any, block: Any, bounds: Any) -> None:
+def cut_evenly(starts: Any, row_cost: Any, block: Any, any_long: Any, bounds: Any) -> None:
     """Cut segments into ``len(bounds) - 1`` runs of about equal cost.
 
     A segment costs its ids plus ``row_cost``; one longer than a block costs one id a block, for its blocks
     have been summed already.
     """
     segments = len(starts) - 1
+    chunks = len(bounds) - 1
+    bounds[0] = 0
+    if not any_long:  # what the first s segments cost is known without a sum: search for the places
+        total = np.int64(starts[segments]) + row_cost * segments
+        for at in range(1, chunks):
+            low, high = bounds[at - 1], np.int64(segments)
+            while low < high:
+                middle = (low + high) // 2
+                if (np.int64(starts[middle]) + row_cost * middle) * chunks < at * total:
+                    low = middle + 1
+                else:
+                    high = middle
+            bounds[at] = low
+        bounds[chunks] = segments
+        return
     total = 0
     for s in range(segments):
         total += segment_cost(starts, s, row_cost, block)
-    chunks = len(bounds) - 1
-    bounds[0] = 0
     at = 1
     cost = 0
     for s in range(segments):

@@ -281,8 +281,11 @@ class SparseAdam:
         """
         with self._lock:
             named = self._named_gradients(gradient)
-            runs = [self._prepare(self._tables[name], given) for name, given in named.items()]
-            _run_all(runs)
+            runs = {name: self._prepare(self._tables[name], given) for name, given in named.items()}
+            _run_all(list(runs.values()))
+            for name, run in runs.items():
+                if run.work.memory is not None:
+                    self._tables[name].buffers.give_back(run.work.memory)
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -302,7 +305,7 @@ class SparseAdam:
     def _prepare(self, table: TableState, gradient: Any) -> _Run:
         table.check_writeable()
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
-        work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads)
+        work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads, table.buffers)
         table.make_room_for_a_step()
         return _Run(work, self._for_kernels(table, work.check))
 

@@ -14,7 +14,7 @@ from nb_sparse_adam import kernels
 from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
 from nb_sparse_adam.gradients import CompressedRows, Entries, Rows, Target
-from nb_sparse_adam.grouping import count_long, cut_evenly, fill_bags, fill_long, group_ids
+from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
 from nb_sparse_adam.threads import team, usable_threads
 
 __all__ = ["Work", "plan"]
@@ -32,6 +32,7 @@ class Work(NamedTuple):
     arguments: tuple[Any, ...]  # of the driver, after (bounds, skipped, table)
     check: bool  # whether rows may have to be skipped
     threads: int
+    memory: NDArray[np.int64] | None = None  # what was taken from `Buffers`, in use until it has run
 
     def run(self, table: kernels.Table) -> None:
         """Apply it."""
@@ -41,7 +42,11 @@ class Work(NamedTuple):
 
 
 def plan(
-    checked: Rows | CompressedRows | Entries, target: Target, on_nonfinite: str, num_threads: int | None
+    checked: Rows | CompressedRows | Entries,
+    target: Target,
+    on_nonfinite: str,
+    num_threads: int | None,
+    buffers: Buffers,
 ) -> Work:
     """Prepare a checked gradient for the table that it was checked for.
 
@@ -55,6 +60,8 @@ def plan(
         "raise" looks for values and sums that are not finite here, before anything is written.
     num_threads : int or None
         As `SparseAdam` takes it.
+    buffers : Buffers
+        The table's; its memory is to be given back when the work has been run.
 
     Raises
     ------
@@ -64,7 +71,7 @@ def plan(
     if isinstance(checked, Rows):
         if checked.increasing and checked.offsets is None:
             return _plan_distinct_rows(checked, target, on_nonfinite, num_threads)
-        return _plan_segments(checked, target, on_nonfinite, num_threads)
+        return _plan_segments(checked, target, on_nonfinite, num_threads, buffers)
     return _plan_csr(checked, target, on_nonfinite, num_threads)
 
 
@@ -97,10 +104,13 @@ def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, num_threa
     return Work(kernel, _evenly(len(rows.ids), threads), (rows.ids, rows.values, scratch), check, threads)
 
 
-def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None) -> Work:
+def _plan_segments(
+    rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None, buffers: Buffers
+) -> Work:
     n = len(rows.ids)
     threads = _threads_for(n * target.dim, num_threads)
-    segments, longest = _group(rows, target, threads)
+    memory = buffers.take(n + 1)
+    segments, longest = _group(rows, target, threads, memory)
     scratch = _scratch(threads, target.dim, target.dtype)
     what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
     largest = _largest(what, rows.values, target, on_nonfinite, threads)
@@ -114,25 +124,28 @@ def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, num_threads: i
             raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
         check = False
     bounds = np.empty(threads + 1, np.int64)
-    cut_evenly(segments.starts, 4, kernels.BLOCK, bounds)
+    cut_evenly(segments.starts, 4, kernels.BLOCK, len(segments.long) > 0, bounds)
     kernel = kernels.segments_serial if threads == 1 else kernels.segments_parallel
-    return Work(kernel, bounds, (segments, scratch), check, threads)
+    return Work(kernel, bounds, (segments, scratch), check, threads, memory)
 
 
-def _group(rows: Rows, target: Target, threads: int) -> tuple[kernels.Segments, int]:
+def _group(
+    rows: Rows, target: Target, threads: int, memory: NDArray[np.int64] | None = None
+) -> tuple[kernels.Segments, int]:
     """Group ids, sum the blocks of long segments; also the length of the longest segment."""
     n = len(rows.ids)
     empty = np.empty(0, target.dtype)
     payload = None if rows.per_id else rows.offsets
-    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, threads)
+    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, threads, memory)
     if grouping is None:
         raise _too_many_bits(target, n)
     source = grouping.spare
     if rows.per_id:
         fill_bags(rows.offsets, source)
     longest, long_segments, blocks = count_long(grouping.starts, kernels.BLOCK)
-    long, long_first = np.empty(long_segments, np.int64), np.empty(long_segments + 1, np.int64)
-    fill_long(grouping.starts, kernels.BLOCK, long, long_first)
+    long, long_first = np.empty(long_segments, np.int64), np.zeros(long_segments + 1, np.int64)
+    if long_segments:
+        fill_long(grouping.starts, kernels.BLOCK, long, long_first)
     segments = kernels.Segments(
         packed=grouping.packed,
         starts=grouping.starts,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.grouping import Buffers
 from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
 
 __all__ = ["STATE_VERSION", "TableState"]
@@ -55,6 +56,7 @@ class TableState:
             _zeros(shapes[self.mode], np.dtype(np.int64 if self.mode == GLOBAL else np.int32)),
         )
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
+        self.buffers = Buffers()
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:

@@ -1,0 +1,103 @@
+"""The loops that take the time are vectorized: read from the machine code, for nothing else would tell.
+
+A loop that stops being vectorized gives the same bits, passes every other test, and takes several times as
+long.
+"""
+
+import re
+
+import numba
+import numpy as np
+import pytest
+
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, finite, kernels, optimizer
+
+pytestmark = [
+    pytest.mark.jit,
+    pytest.mark.skipif(bool(numba.config.BOUNDSCHECK), reason="checks keep every loop from being vectorized"),
+]
+
+ROWS, DIM = 50, 24
+PACKED = {  # x86-64 and AArch64
+    (np.float32, "square roots"): r"\bv?sqrtps\b|\bfsqrt\b[^\n]*\.4s",
+    (np.float32, "divisions"): r"\bv?divps\b|\bfdiv\b[^\n]*\.4s",
+    (np.float64, "square roots"): r"\bv?sqrtpd\b|\bfsqrt\b[^\n]*\.2d",
+    (np.float64, "divisions"): r"\bv?divpd\b|\bfdiv\b[^\n]*\.2d",
+}
+
+
+def machine_code(function, *arguments):
+    """Assembly of a kernel, compiled for these arguments and not taken from the cache."""
+    compiled = numba.njit(error_model="numpy", nogil=True, _nrt=False)(function.py_func)
+    compiled.compile(tuple(numba.typeof(argument) for argument in arguments))
+    (code,) = compiled.inspect_asm().values()
+    return code
+
+
+def step_arguments(monkeypatch, gradient, dtype):
+    """What a step hands to its driver: the table, and the driver's other arguments."""
+    runs = []
+    monkeypatch.setattr(optimizer, "_run_all", runs.extend)
+    SparseAdam(np.zeros((ROWS, DIM), dtype), num_threads=1).step(gradient)
+    return runs[0].table, runs[0].work.arguments
+
+
+def gradients(dtype):
+    values = np.ones((3, DIM), dtype)
+    return {
+        "rows": (kernels.rows_worker, RowGradient(np.array([1, 2, 3]), values)),
+        "bags": (kernels.segments_worker, BagGradient(np.array([1, 2, 1]), np.arange(4), values)),
+        "csr": (
+            kernels.csr_worker,
+            CSRGradient(np.arange(ROWS + 1), np.zeros(ROWS, np.int64), np.ones(ROWS, dtype)),
+        ),
+    }
+
+
+def count(code, dtype, what):
+    return len(re.findall(PACKED[dtype, what], code))
+
+
+@pytest.mark.parametrize("what", ["square roots", "divisions"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_each_loop_over_a_row(monkeypatch, dtype, what):
+    table, (_, values, scratch) = step_arguments(monkeypatch, gradients(dtype)["rows"][1], dtype)
+    one = dtype(1)
+    loops = {
+        "update_row": machine_code(kernels.update_row, table, 0, values, 0, one, one, one),
+        "update_elements_alike": machine_code(kernels.update_elements_alike, table, 0, values, 0, one),
+        "update_elements": machine_code(kernels.update_elements, table, 0, values, 0, one, scratch, 1),
+    }
+    counts = {name: count(code, dtype, what) for name, code in loops.items()}
+    assert counts["update_row"] > 0
+    assert counts["update_elements_alike"] > 0
+    # It has a loop of its own besides the one that is inlined.
+    assert counts["update_elements"] > counts["update_elements_alike"]
+
+
+@pytest.mark.parametrize("what", ["square roots", "divisions"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("form", ["rows", "bags", "csr"])
+def test_the_loops_once_they_are_inlined_into_a_worker(monkeypatch, form, dtype, what):
+    """A loop over more arrays can stop being vectorized: the whole worker has what its parts have."""
+    worker, gradient = gradients(dtype)[form]
+    table, arguments = step_arguments(monkeypatch, gradient, dtype)
+    *_, scratch = arguments
+    one = dtype(1)
+    row = count(machine_code(kernels.update_row, table, 0, scratch, 0, one, one, one), dtype, what)
+    code = machine_code(worker, table, *arguments, 0, 0, 1)
+    if form == "csr":  # by elements it goes from entry to entry
+        assert count(code, dtype, what) >= row
+        return
+    elements = count(
+        machine_code(kernels.update_elements, table, 0, scratch, 0, one, scratch, 1), dtype, what
+    )
+    copies = {"rows": 1, "bags": 2}[form]  # bags: for rows of one id, and for sums
+    assert count(code, dtype, what) >= copies * (row + elements)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_the_screen_for_values_that_are_not_finite(dtype):
+    code = machine_code(finite.largest_bits_worker, np.zeros(9, dtype), dtype(1), 0, 9)
+    width = {np.int32: "d", np.int64: "q"}[dtype]
+    assert re.search(rf"\bv?pmaxs{width}\b|\bvpcmpgt{width}\b|\bsmax\b|\bcmgt\b", code)
