@@ -64,6 +64,7 @@ SCRATCH_ROWS = 3
 PREFETCH_ELEMENTS = 512
 MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 12
 ENTRIES_AHEAD = 16  # of a CSR gradient, each of which is a place in memory of its own
+VALUES_PREFETCHED = 1 << 19  # gradients of fewer elements are in the second-level cache, more or less
 MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by itself
 
 
@@ -546,15 +547,32 @@ def sum_segment(g: Any, s: Any, which: Any, out: Any, t: Any) -> Any:
 
 
 @jit
+def prefetch_values(g: Any, i: Any) -> None:
+    """Ask for the values of the i-th smallest id: after sorting they come in any order."""
+    dim = g.values.shape[1]
+    if g.per_id:
+        prefetch(g.coefficients, g.packed[i] & g.payload_mask)
+    if g.values.size < VALUES_PREFETCHED:
+        return
+    at, _ = locate(g, i)
+    for j in range(0, min(dim, MAX_ELEMENTS_PREFETCHED), 64 // g.values.itemsize):
+        prefetch(g.values, at * dim + j)
+
+
+@jit
 def segments_worker(table: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the segments lo:hi, each row with the sum of its ids; return how many were skipped."""
     ahead = rows_ahead(g.values.shape[1])
     sign = table.sign
+    far = g.per_id or g.values.size >= VALUES_PREFETCHED
     skipped = 0
     which = first_long(g, lo)
     for s in range(lo, hi):
         if s + ahead < hi:
-            prefetch_row(table, table.mode, g.packed[g.starts[s + ahead]] >> g.row_shift)
+            first = np.int64(g.starts[s + ahead])
+            prefetch_row(table, table.mode, g.packed[first] >> g.row_shift)
+            if far:
+                prefetch_values(g, first)
         start = np.int64(g.starts[s])
         row = g.packed[start] >> g.row_shift
         if g.starts[s + 1] - start == 1:  # nothing to sum: no copy
