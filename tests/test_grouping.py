@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nb_sparse_adam.grouping import Buffers, cut_evenly, group_ids
+from nb_sparse_adam.threads import max_threads
 
 
-@given(ids=st.lists(st.integers(0, 300), min_size=1, max_size=200), threads=st.integers(1, 2))
+@given(
+    ids=st.lists(st.integers(0, 300), min_size=1, max_size=200), threads=st.integers(1, min(2, max_threads()))
+)
 def test_groups_are_those_of_a_stable_sort(ids, threads):
     ids = np.array(ids)
     memory = np.full((2, len(ids) + 5), -1)
