@@ -181,42 +181,36 @@ class TimesFasterThanTorch:
     param_names = ["step_counts", "threads"]
     params = [STEP_COUNTS, THREADS]
 
-    def _ratio(self, torch: Contender, ours: Contender) -> float:
-        seconds = alternate({"torch": torch, "ours": ours}, repeats=15)
+    def _ratio(
+        self,
+        torch: Callable[..., Contender],
+        case_name: str,
+        step_counts: str,
+        threads: int,
+        **options: object,
+    ) -> float:
+        case = CASES[case_name]
+        contenders: dict[str, Contender] = {
+            "torch": torch(case, threads=threads, **options),
+            "ours": Ours(case, step_counts=step_counts, threads=threads),
+        }
+        seconds = alternate(contenders, repeats=15)
         return statistics.median(seconds["torch"]) / statistics.median(seconds["ours"])
 
     def track_coalesced_rows(self, step_counts: str, threads: int) -> float:
-        case = CASES["rows-2Mx64"]
-        return self._ratio(
-            TorchRows(case, threads=threads, coalesced=True),
-            Ours(case, step_counts=step_counts, threads=threads),
-        )
+        return self._ratio(TorchRows, "rows-2Mx64", step_counts, threads, coalesced=True)
 
     def track_uncoalesced_rows(self, step_counts: str, threads: int) -> float:
-        case = CASES["rows-2Mx64-shuffled"]
-        return self._ratio(
-            TorchRows(case, threads=threads, coalesced=False),
-            Ours(case, step_counts=step_counts, threads=threads),
-        )
+        return self._ratio(TorchRows, "rows-2Mx64-shuffled", step_counts, threads, coalesced=False)
 
     def track_zipf_rows(self, step_counts: str, threads: int) -> float:
-        case = CASES["rows-zipf"]
-        return self._ratio(
-            TorchRows(case, threads=threads, coalesced=False),
-            Ours(case, step_counts=step_counts, threads=threads),
-        )
+        return self._ratio(TorchRows, "rows-zipf", step_counts, threads, coalesced=False)
 
     def track_linear_model(self, step_counts: str, threads: int) -> float:
-        case = CASES["linear"]
-        return self._ratio(
-            TorchBag(case, threads=threads), Ours(case, step_counts=step_counts, threads=threads)
-        )
+        return self._ratio(TorchBag, "linear", step_counts, threads)
 
     def track_zipf_bags(self, step_counts: str, threads: int) -> float:
-        case = CASES["bag-zipf"]
-        return self._ratio(
-            TorchBag(case, threads=threads), Ours(case, step_counts=step_counts, threads=threads)
-        )
+        return self._ratio(TorchBag, "bag-zipf", step_counts, threads)
 
 
 class Memory:

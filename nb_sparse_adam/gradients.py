@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
 from nb_sparse_adam.grouping import scan_ids
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.kernels import Compressed
 
 __all__ = ["BagGradient", "CSRGradient", "RowGradient"]
 
@@ -143,15 +144,6 @@ class Rows(NamedTuple):
     per_id: bool = False  # which of the two
 
 
-class CompressedRows(NamedTuple):
-    """A checked CSR gradient: the rows that store entries, none of which holds a column twice."""
-
-    rows: NDArray[Any]  # (rows present,) ascending, int32 or int64, as are indptr and indices
-    indptr: NDArray[Any]  # (rows present + 1,)
-    indices: NDArray[Any]
-    data: NDArray[Any]
-
-
 class Entries(NamedTuple):
     """Checked single entries in any order, repeated ones included."""
 
@@ -159,7 +151,7 @@ class Entries(NamedTuple):
     data: NDArray[Any]
 
 
-def check(gradient: object, target: Target) -> Rows | CompressedRows | Entries:
+def check(gradient: object, target: Target) -> Rows | Compressed | Entries:
     """Turn what a user passed into arrays that kernels can trust, or raise a `GradientError`."""
     if isinstance(gradient, RowGradient):
         return _check_rows(gradient, target)
@@ -393,7 +385,7 @@ def _check_monotonic(what: str, offsets: NDArray[Any], last: int, target: Target
 
 def _check_csr(
     target: Target, what: str, indptr: Any, indices: Any, data: Any, exact: bool
-) -> CompressedRows | Entries:
+) -> Compressed | Entries:
     """``exact``: the arrays hold what indptr names and no more. SciPy allows capacity beyond it."""
     indptr = _integers(what + "indptr", indptr, target, target.rows + 1)
     indices = _integers(what + "indices", indices, target)
@@ -421,13 +413,13 @@ def _check_csr(
     if nnz and (lowest < 0 or highest >= target.dim):
         _refuse_ids(what + "indices", indices, target.dim, "column", target)
     if distinct:
-        return CompressedRows(rows, starts, indices, data)
+        return Compressed(rows, starts, indices, data)
     keys = np.empty(nnz, np.int64)
     keys_of_rows(rows, starts, indices, target.dim, keys)
     return Entries(keys, data)
 
 
-def _check_scipy(gradient: Any, target: Target) -> Rows | CompressedRows | Entries:
+def _check_scipy(gradient: Any, target: Target) -> Rows | Compressed | Entries:
     what = f"scipy.sparse {gradient.format.upper()}"
     if gradient.format not in ("csr", "csc", "coo"):
         raise target.refuse(

@@ -142,7 +142,7 @@ class Segments(NamedTuple):
 class Compressed(NamedTuple):
     """A gradient in compressed sparse rows, of which none is empty and none holds a column twice."""
 
-    rows: NDArray[Any]  # (rows present,) ascending
+    rows: NDArray[Any]  # (rows present,) ascending, int32 or int64, as are indptr and indices
     indptr: NDArray[Any]  # (rows present + 1,)
     indices: NDArray[Any]  # (stored entries,) columns
     data: NDArray[Any]  # (stored entries,) the table's dtype

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam import kernels
 from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
-from nb_sparse_adam.gradients import CompressedRows, Entries, Rows, Target
+from nb_sparse_adam.gradients import Entries, Rows, Target
 from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
 from nb_sparse_adam.threads import team, usable_threads
 
@@ -42,7 +42,7 @@ class Work(NamedTuple):
 
 
 def plan(
-    checked: Rows | CompressedRows | Entries,
+    checked: Rows | kernels.Compressed | Entries,
     target: Target,
     on_nonfinite: str,
     num_threads: int | None,
@@ -52,7 +52,7 @@ def plan(
 
     Parameters
     ----------
-    checked : Rows, CompressedRows or Entries
+    checked : Rows, Compressed or Entries
         What `gradients.check` returned.
     target : Target
         The table.
@@ -178,7 +178,7 @@ def _too_many_bits(target: Target, n: int) -> GradientError:
 
 
 def _plan_csr(
-    checked: CompressedRows | Entries, target: Target, on_nonfinite: str, num_threads: int | None
+    checked: kernels.Compressed | Entries, target: Target, on_nonfinite: str, num_threads: int | None
 ) -> Work:
     # A stored entry costs more than an element of a row: it is a place in memory of its own.
     threads = _threads_for(4 * len(checked.data), num_threads)
@@ -197,9 +197,8 @@ def _plan_csr(
             raise _overflow(target, int(rows[row]), 1)
         check = False
     bounds = _cut_csr(indptr, threads)
-    gradient = kernels.Compressed(*compressed)
     kernel = kernels.csr_serial if threads == 1 else kernels.csr_parallel
-    return Work(kernel, bounds, (gradient, _scratch(threads, target.dim, target.dtype)), check, threads)
+    return Work(kernel, bounds, (compressed, _scratch(threads, target.dim, target.dtype)), check, threads)
 
 
 def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
@@ -209,12 +208,12 @@ def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
     return bounds
 
 
-def _compress(entries: Entries, target: Target, threads: int) -> CompressedRows:
+def _compress(entries: Entries, target: Target, threads: int) -> kernels.Compressed:
     """Sort entries by row and column, sum the repeated ones in their order, and list the rows present."""
     n = len(entries.keys)
     if n == 0:
         nothing = np.empty(0, np.int64)
-        return CompressedRows(nothing, np.zeros(1, np.int64), nothing, entries.data)
+        return kernels.Compressed(nothing, np.zeros(1, np.int64), nothing, entries.data)
     rows = Rows(entries.keys, entries.data[:, None], nondecreasing=False, increasing=False)
     as_column = target._replace(rows=target.rows * target.dim, dim=1)
     segments, _ = _group(rows, as_column, threads)
@@ -223,7 +222,7 @@ def _compress(entries: Entries, target: Target, threads: int) -> CompressedRows:
     keys = segments.packed[segments.starts[:-1]] >> segments.row_shift
     row_of_entry, columns = np.divmod(keys, target.dim)
     first = np.flatnonzero(np.diff(row_of_entry, prepend=-1))
-    return CompressedRows(row_of_entry[first], np.append(first, len(keys)), columns, sums[:, 0])
+    return kernels.Compressed(row_of_entry[first], np.append(first, len(keys)), columns, sums[:, 0])
 
 
 # --- values that are not finite ---------------------------------------------------------------------------
