@@ -9,7 +9,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
-from nb_sparse_adam.threads import team
+from nb_sparse_adam.threads import ALONE, Crew, team
 
 __all__ = ["largest_magnitude", "squares_are_finite"]
 
@@ -30,7 +30,7 @@ _LIMITS = {
 }
 
 
-def largest_magnitude(values: NDArray[Any], threads: int) -> float:
+def largest_magnitude(values: NDArray[Any], crew: Crew) -> float:
     """The largest absolute value of a C-contiguous float array; NaN if it holds one, 0 if it is empty.
 
     Without its sign bit a floating-point number compares like an integer, infinity above every number and
@@ -38,9 +38,11 @@ def largest_magnitude(values: NDArray[Any], threads: int) -> float:
     """
     integer, mask = _INTEGERS[values.itemsize]
     bits = values.reshape(-1).view(integer)
-    largest = np.zeros(threads if len(bits) >= PARALLEL_VALUES else 1, integer)
-    find_largest = largest_bits_serial if len(largest) == 1 else largest_bits_parallel
-    with team(len(largest)):
+    if len(bits) < PARALLEL_VALUES:
+        crew = ALONE
+    largest = np.zeros(crew.parts, integer)
+    find_largest = largest_bits_serial if crew.parts == 1 else largest_bits_parallel
+    with team(crew):
         find_largest(bits, mask, largest)
     return float(largest.max().view(values.dtype))
 

@@ -14,7 +14,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
-from nb_sparse_adam.threads import team
+from nb_sparse_adam.threads import ALONE, Crew, team
 
 __all__ = ["Buffers", "Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
 
@@ -62,7 +62,7 @@ def group_ids(
     highest: int,
     nondecreasing: bool,
     offsets: NDArray[Any] | None = None,
-    threads: int = 1,
+    crew: Crew = ALONE,
     memory: NDArray[np.int64] | None = None,
 ) -> Grouping | None:
     """Sort ids and cut them into segments.
@@ -77,8 +77,8 @@ def group_ids(
         Whether the ids are in order already.
     offsets : (bags + 1,) integer array, optional
         With it, the payload of an id is its bag; without it, its position.
-    threads : int, default 1
-        Threads to sort with; the result does not depend on it, for a stable sort has only one.
+    crew : Crew, default `ALONE`
+        Threads to sort with; the result does not depend on them, for a stable sort has only one.
     memory : (2, n + 1 or more) int64 array, optional
         To sort in; the result is a part of it.
 
@@ -101,10 +101,10 @@ def group_ids(
     if not nondecreasing and id_bits:
         passes = -(-id_bits // DIGIT_BITS)
         digit_bits = -(-id_bits // passes)
-        ends = np.empty((threads, 1 << digit_bits), np.int64)
-        with team(threads):
+        ends = np.empty((crew.parts, 1 << digit_bits), np.int64)
+        with team(crew):
             for number in range(passes):
-                one_pass = radix_pass_serial if threads == 1 else radix_pass_parallel
+                one_pass = radix_pass_serial if crew.parts == 1 else radix_pass_parallel
                 one_pass(packed[:n], other[:n], row_shift + number * digit_bits, ends)
                 packed, other = other, packed
     halves = other.view(np.int32) if n < 2**31 - 1 else np.empty(2 * (n + 1), np.int64)

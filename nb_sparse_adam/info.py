@@ -17,7 +17,7 @@ from nb_sparse_adam import bpr
 from nb_sparse_adam.errors import MissingExtraError
 from nb_sparse_adam.extras import EXTRAS, install_command, require
 from nb_sparse_adam.jit import jit
-from nb_sparse_adam.threads import team
+from nb_sparse_adam.threads import Crew, max_threads, team
 
 __all__ = ["report_lines", "threading_layer", "unusable", "versions"]
 
@@ -51,8 +51,8 @@ def threading_layer() -> str:
     if numba.config.DISABLE_JIT:
         return "none: NUMBA_DISABLE_JIT is set"
     try:
-        with team(numba.get_num_threads()):
-            _count(np.empty(numba.get_num_threads(), dtype=np.int64))
+        with team(Crew(max_threads(), numba.get_num_threads())):
+            _count(np.empty(max_threads(), dtype=np.int64))
         return str(numba.threading_layer())
     except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that cannot be loaded
         return f"none: {error}".partition("\n")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -23,7 +24,8 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import Target, check
 from nb_sparse_adam.kernels import GLOBAL, Hyperparameters
-from nb_sparse_adam.planning import Work, plan
+from nb_sparse_adam.pacing import Pace
+from nb_sparse_adam.planning import Work, plan, size_of
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
 
 __all__ = ["SparseAdam"]
@@ -69,7 +71,8 @@ class SparseAdam:
         before anything is written. "skip": rows that receive one keep their bits and are counted in
         `skipped_rows`. "propagate": let it through, at the caller's risk; nothing is checked.
     num_threads : int, optional
-        Threads for large steps; `numba.get_num_threads` by default. Results do not depend on it.
+        Threads for large steps. By default at most `numba.get_num_threads`, and fewer while the clock says
+        that this is faster, beside other programs on the same cores. Results do not depend on it.
 
     Raises
     ------
@@ -220,7 +223,7 @@ class SparseAdam:
 
     @property
     def num_threads(self) -> int | None:
-        """Threads for large steps, None for numba's setting; settable between steps."""
+        """Threads for large steps, None for numba's setting or fewer; settable between steps."""
         return self._num_threads
 
     @num_threads.setter
@@ -286,6 +289,7 @@ class SparseAdam:
             for name, run in runs.items():
                 if run.work.memory is not None:
                     self._tables[name].buffers.give_back(run.work.memory)
+                run.tell_pace()
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -303,11 +307,17 @@ class SparseAdam:
         return gradient
 
     def _prepare(self, table: TableState, gradient: Any) -> _Run:
+        start = time.perf_counter()
         table.check_writeable()
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
-        work = plan(check(gradient, target), target, self._on_nonfinite, self._num_threads, table.buffers)
+        checked = check(gradient, target)
+        size = size_of(checked, target)
+        crew, pace = table.paces.crew_for(type(checked).__name__, size, self._num_threads)
+        work = plan(checked, target, self._on_nonfinite, crew, table.buffers)
         table.make_room_for_a_step()
-        return _Run(work, self._for_kernels(table, work.check))
+        run = _Run(work, self._for_kernels(table, work.check), size, pace)
+        run.seconds = time.perf_counter() - start
+        return run
 
     def _for_kernels(self, table: TableState, check: bool) -> kernels.Table:
         k = int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0
@@ -447,16 +457,24 @@ class SparseAdam:
 class _Run:
     """The work of one table in a step, and whether it has been done."""
 
-    def __init__(self, work: Work, table: kernels.Table) -> None:
-        self.work, self.table = work, table
+    def __init__(self, work: Work, table: kernels.Table, size: int, pace: Pace | None) -> None:
+        self.work, self.table, self.size, self.pace = work, table, size, pace
         self.goal = int(table.totals[0]) + 1
+        self.seconds = 0.0  # that this table has taken so far
 
     @property
     def done(self) -> bool:
         return int(self.table.totals[0]) == self.goal
 
     def __call__(self) -> None:
+        start = time.perf_counter()
         self.work.run(self.table)
+        self.seconds += time.perf_counter() - start
+
+    def tell_pace(self) -> None:
+        """Report how long it took, for the choice of the next step's threads."""
+        if self.pace is not None:
+            self.pace.took(self.seconds / self.size)
 
     def rehearse(self) -> None:
         """Have the kernel compiled, by running it over no rows with counters of its own."""

@@ -15,29 +15,25 @@ from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
 from nb_sparse_adam.gradients import Entries, Rows, Target
 from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
-from nb_sparse_adam.threads import team, usable_threads
+from nb_sparse_adam.threads import Crew, team
 
-__all__ = ["Work", "plan"]
-
-# Elements that a step must touch before a second thread pays: starting a team costs about as much as updating
-# this many (5 µs; measured on two Zen 4 cores, omp).
-PARALLEL_ELEMENTS = 1 << 13
+__all__ = ["Work", "plan", "size_of"]
 
 
 class Work(NamedTuple):
     """A step of one table, up to the first write."""
 
     kernel: Any  # a driver of `kernels`
-    bounds: NDArray[np.int64]  # (chunks + 1,)
+    bounds: NDArray[np.int64]  # (crew.parts + 1,)
     arguments: tuple[Any, ...]  # of the driver, after (bounds, skipped, table)
     check: bool  # whether rows may have to be skipped
-    threads: int
+    crew: Crew
     memory: NDArray[np.int64] | None = None  # what was taken from `Buffers`, in use until it has run
 
     def run(self, table: kernels.Table) -> None:
         """Apply it."""
         skipped = np.empty(len(self.bounds) - 1, np.int64)
-        with team(self.threads):
+        with team(self.crew):
             self.kernel(self.bounds, skipped, table, *self.arguments)
 
 
@@ -45,7 +41,7 @@ def plan(
     checked: Rows | kernels.Compressed | Entries,
     target: Target,
     on_nonfinite: str,
-    num_threads: int | None,
+    crew: Crew,
     buffers: Buffers,
 ) -> Work:
     """Prepare a checked gradient for the table that it was checked for.
@@ -58,8 +54,8 @@ def plan(
         The table.
     on_nonfinite : {"raise", "skip", "propagate"}
         "raise" looks for values and sums that are not finite here, before anything is written.
-    num_threads : int or None
-        As `SparseAdam` takes it.
+    crew : Crew
+        For how many threads it is cut up, and how many prepare it.
     buffers : Buffers
         The table's; its memory is to be given back when the work has been run.
 
@@ -70,52 +66,51 @@ def plan(
     """
     if isinstance(checked, Rows):
         if checked.increasing and checked.offsets is None:
-            return _plan_distinct_rows(checked, target, on_nonfinite, num_threads)
-        return _plan_segments(checked, target, on_nonfinite, num_threads, buffers)
-    return _plan_csr(checked, target, on_nonfinite, num_threads)
+            return _plan_distinct_rows(checked, target, on_nonfinite, crew)
+        return _plan_segments(checked, target, on_nonfinite, crew, buffers)
+    return _plan_csr(checked, target, on_nonfinite, crew)
 
 
-def _threads_for(elements: int, num_threads: int | None) -> int:
-    return 1 if elements < PARALLEL_ELEMENTS else usable_threads(num_threads)
+def size_of(checked: Rows | kernels.Compressed | Entries, target: Target) -> int:
+    """How large a step is: the elements of the table that it touches, or reads to sum duplicates."""
+    if isinstance(checked, Rows):
+        return len(checked.ids) * target.dim
+    return 4 * len(checked.data)  # a stored entry costs more than an element of a row: it is alone in memory
 
 
 def _evenly(n: int, chunks: int) -> NDArray[np.int64]:
     return np.array([n * t // chunks for t in range(chunks + 1)], np.int64)
 
 
-def _scratch(threads: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    return np.empty((threads * kernels.SCRATCH_ROWS, dim), dtype)
+def _scratch(parts: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.empty((parts * kernels.SCRATCH_ROWS, dim), dtype)
 
 
 # --- rows -------------------------------------------------------------------------------------------------
 
 
-def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None) -> Work:
-    threads = _threads_for(rows.values.size, num_threads)
-    largest = _largest("RowGradient.values", rows.values, target, on_nonfinite, threads)
+def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, crew: Crew) -> Work:
+    largest = _largest("RowGradient.values", rows.values, target, on_nonfinite, crew)
     check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(rows.values))
         if at >= 0:
             raise _overflow(target, int(rows.ids[at]), 1)
         check = False
-    kernel = kernels.rows_serial if threads == 1 else kernels.rows_parallel
-    scratch = _scratch(threads, target.dim, target.dtype)
-    return Work(kernel, _evenly(len(rows.ids), threads), (rows.ids, rows.values, scratch), check, threads)
+    kernel = kernels.rows_serial if crew.parts == 1 else kernels.rows_parallel
+    scratch = _scratch(crew.parts, target.dim, target.dtype)
+    return Work(kernel, _evenly(len(rows.ids), crew.parts), (rows.ids, rows.values, scratch), check, crew)
 
 
-def _plan_segments(
-    rows: Rows, target: Target, on_nonfinite: str, num_threads: int | None, buffers: Buffers
-) -> Work:
+def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, crew: Crew, buffers: Buffers) -> Work:
     n = len(rows.ids)
-    threads = _threads_for(n * target.dim, num_threads)
     memory = buffers.take(n + 1)
-    segments, longest = _group(rows, target, threads, memory)
-    scratch = _scratch(threads, target.dim, target.dtype)
+    segments, longest = _group(rows, target, crew, memory)
+    scratch = _scratch(crew.parts, target.dim, target.dtype)
     what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
-    largest = _largest(what, rows.values, target, on_nonfinite, threads)
+    largest = _largest(what, rows.values, target, on_nonfinite, crew)
     if rows.per_id and rows.coefficients is not None:
-        largest *= _largest("BagGradient.weights", rows.coefficients, target, on_nonfinite, threads)
+        largest *= _largest("BagGradient.weights", rows.coefficients, target, on_nonfinite, crew)
     check = not squares_are_finite(largest, max(longest, 1), target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_segment(segments, scratch))
@@ -123,20 +118,20 @@ def _plan_segments(
             start, end = (int(x) for x in segments.starts[at : at + 2])
             raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
         check = False
-    bounds = np.empty(threads + 1, np.int64)
+    bounds = np.empty(crew.parts + 1, np.int64)
     cut_evenly(segments.starts, 4, kernels.BLOCK, len(segments.long) > 0, bounds)
-    kernel = kernels.segments_serial if threads == 1 else kernels.segments_parallel
-    return Work(kernel, bounds, (segments, scratch), check, threads, memory)
+    kernel = kernels.segments_serial if crew.parts == 1 else kernels.segments_parallel
+    return Work(kernel, bounds, (segments, scratch), check, crew, memory)
 
 
 def _group(
-    rows: Rows, target: Target, threads: int, memory: NDArray[np.int64] | None = None
+    rows: Rows, target: Target, crew: Crew, memory: NDArray[np.int64] | None = None
 ) -> tuple[kernels.Segments, int]:
     """Group ids, sum the blocks of long segments; also the length of the longest segment."""
     n = len(rows.ids)
     empty = np.empty(0, target.dtype)
     payload = None if rows.per_id else rows.offsets
-    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, threads, memory)
+    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, crew, memory)
     if grouping is None:
         raise _too_many_bits(target, n)
     source = grouping.spare
@@ -160,9 +155,9 @@ def _group(
         block_sums=np.empty((blocks, target.dim), target.dtype),
     )
     if blocks:
-        block_sums = kernels.block_sums_serial if threads == 1 else kernels.block_sums_parallel
-        with team(threads):
-            block_sums(_evenly(blocks, threads), segments)
+        block_sums = kernels.block_sums_serial if crew.parts == 1 else kernels.block_sums_parallel
+        with team(crew):
+            block_sums(_evenly(blocks, crew.parts), segments)
     return segments, int(longest)
 
 
@@ -177,17 +172,13 @@ def _too_many_bits(target: Target, n: int) -> GradientError:
 # --- compressed rows --------------------------------------------------------------------------------------
 
 
-def _plan_csr(
-    checked: kernels.Compressed | Entries, target: Target, on_nonfinite: str, num_threads: int | None
-) -> Work:
-    # A stored entry costs more than an element of a row: it is a place in memory of its own.
-    threads = _threads_for(4 * len(checked.data), num_threads)
-    largest = _largest("data", checked.data, target, on_nonfinite, threads)
+def _plan_csr(checked: kernels.Compressed | Entries, target: Target, on_nonfinite: str, crew: Crew) -> Work:
+    largest = _largest("data", checked.data, target, on_nonfinite, crew)
     compressed = checked
     if isinstance(compressed, Entries):
-        compressed = _compress(compressed, target, threads)
+        compressed = _compress(compressed, target, crew)
         if on_nonfinite != "propagate":
-            largest = largest_magnitude(compressed.data, threads)
+            largest = largest_magnitude(compressed.data, crew)
     rows, indptr, _, data = compressed
     check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
@@ -196,9 +187,9 @@ def _plan_csr(
             row = int(np.searchsorted(indptr, at, side="right")) - 1
             raise _overflow(target, int(rows[row]), 1)
         check = False
-    bounds = _cut_csr(indptr, threads)
-    kernel = kernels.csr_serial if threads == 1 else kernels.csr_parallel
-    return Work(kernel, bounds, (compressed, _scratch(threads, target.dim, target.dtype)), check, threads)
+    bounds = _cut_csr(indptr, crew.parts)
+    kernel = kernels.csr_serial if crew.parts == 1 else kernels.csr_parallel
+    return Work(kernel, bounds, (compressed, _scratch(crew.parts, target.dim, target.dtype)), check, crew)
 
 
 def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
@@ -208,7 +199,7 @@ def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:
     return bounds
 
 
-def _compress(entries: Entries, target: Target, threads: int) -> kernels.Compressed:
+def _compress(entries: Entries, target: Target, crew: Crew) -> kernels.Compressed:
     """Sort entries by row and column, sum the repeated ones in their order, and list the rows present."""
     n = len(entries.keys)
     if n == 0:
@@ -216,7 +207,7 @@ def _compress(entries: Entries, target: Target, threads: int) -> kernels.Compres
         return kernels.Compressed(nothing, np.zeros(1, np.int64), nothing, entries.data)
     rows = Rows(entries.keys, entries.data[:, None], nondecreasing=False, increasing=False)
     as_column = target._replace(rows=target.rows * target.dim, dim=1)
-    segments, _ = _group(rows, as_column, threads)
+    segments, _ = _group(rows, as_column, crew)
     sums = np.empty((len(segments.starts) - 1, 1), target.dtype)
     kernels.sum_segments(segments, sums)
     keys = segments.packed[segments.starts[:-1]] >> segments.row_shift
@@ -228,11 +219,11 @@ def _compress(entries: Entries, target: Target, threads: int) -> kernels.Compres
 # --- values that are not finite ---------------------------------------------------------------------------
 
 
-def _largest(what: str, values: NDArray[Any], target: Target, on_nonfinite: str, threads: int) -> float:
+def _largest(what: str, values: NDArray[Any], target: Target, on_nonfinite: str, crew: Crew) -> float:
     """Return the largest magnitude, 0 if nobody wants to know; with "raise" refuse what is not finite."""
     if on_nonfinite == "propagate":
         return 0.0
-    largest = largest_magnitude(values, threads)
+    largest = largest_magnitude(values, crew)
     if on_nonfinite == "raise" and not largest < np.inf:
         _refuse_nonfinite(what, values, target)
     return largest

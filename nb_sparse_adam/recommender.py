@@ -32,7 +32,7 @@ from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.options import STEP_COUNTS
 from nb_sparse_adam.pacing import Pace, choices_up_to
 from nb_sparse_adam.ranking import Quality, evaluate
-from nb_sparse_adam.threads import team, usable_threads
+from nb_sparse_adam.threads import Crew, team, usable_threads
 
 __all__ = ["DOMAINS", "BPRModel", "BPROptions", "Batch", "EpochRecord", "epoch_batches", "train"]
 
@@ -183,7 +183,7 @@ def _launch(kernel: str, requested: int | None, interactions: int, *arguments: A
     if threads == 1 or interactions < 4 * bpr.BLOCK:
         getattr(bpr, f"{kernel}_serial")(*arguments)
     else:
-        with team(threads):
+        with team(Crew(threads, threads)):
             getattr(bpr, f"{kernel}_parallel")(*arguments)
 
 

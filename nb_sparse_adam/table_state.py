@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
 from nb_sparse_adam.grouping import Buffers
 from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
+from nb_sparse_adam.pacing import Paces
 
 __all__ = ["STATE_VERSION", "TableState"]
 
@@ -57,6 +58,7 @@ class TableState:
         )
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self.buffers = Buffers()
+        self.paces = Paces()
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:

@@ -11,17 +11,32 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from typing import NamedTuple
 
 import numba
 
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["max_threads", "team", "usable_threads"]
+__all__ = ["ALONE", "Crew", "max_threads", "team", "usable_threads"]
 
 _imported_in = os.getpid()
 _launched_in: int | None = None  # the process in which a parallel kernel is known to work
 _warned_in: int | None = None
 _turn = threading.RLock()
+
+
+class Crew(NamedTuple):
+    """Into how many parts work is cut, and how many threads take them at once.
+
+    Work of one part is for the serial kernels and starts no thread. A crew with more parts than threads runs
+    the same compiled kernel as one with as many of both: `pacing` tries fewer threads without compiling.
+    """
+
+    parts: int
+    threads: int
+
+
+ALONE = Crew(1, 1)
 
 
 def max_threads() -> int:
@@ -68,36 +83,36 @@ def _warn_of_fork() -> None:
 
 
 class team:  # noqa: N801 (used like a function; a generator's context manager costs twice as much)
-    """Run kernels in the body on so many threads: ``with team(2): ...``. The caller's setting is restored.
+    """Run kernels in the body on a crew's threads: ``with team(crew): ...``. numba's setting is restored.
 
-    A team of one starts no thread, and takes no turn: its kernels must be serial ones.
+    A crew of one part starts no thread, and takes no turn: its kernels must be serial ones.
     """
 
-    __slots__ = ("before", "takes_turn", "threads")
+    __slots__ = ("before", "crew", "takes_turn")
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
         self.takes_turn = False
-        self.before = threads
+        self.before = crew.threads
 
     def __enter__(self) -> None:
         global _launched_in
-        if self.threads == 1:
+        if self.crew.parts == 1:
             return
         self.takes_turn = not layer_is_running() or numba.threading_layer() == "workqueue"
         if self.takes_turn:
             _turn.acquire()
         try:
             self.before = numba.get_num_threads()
-            if self.before != self.threads:
-                numba.set_num_threads(self.threads)
+            if self.before != self.crew.threads:
+                numba.set_num_threads(self.crew.threads)
             _launched_in = os.getpid()
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *exception: object) -> None:
-        if self.before != self.threads:
+        if self.before != self.crew.threads:
             numba.set_num_threads(self.before)
         if self.takes_turn:
             _turn.release()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nb_sparse_adam.grouping import Buffers, cut_evenly, group_ids
-from nb_sparse_adam.threads import max_threads
+from nb_sparse_adam.threads import Crew, max_threads
 
 
 @given(
@@ -17,7 +17,7 @@ from nb_sparse_adam.threads import max_threads
 def test_groups_are_those_of_a_stable_sort(ids, threads):
     ids = np.array(ids)
     memory = np.full((2, len(ids) + 5), -1)
-    got = group_ids(ids, 300, False, threads=threads, memory=memory)
+    got = group_ids(ids, 300, False, crew=Crew(threads, threads), memory=memory)
     order = np.argsort(ids, kind="stable")
     np.testing.assert_array_equal(got.packed >> got.row_shift, ids[order])
     np.testing.assert_array_equal(got.packed & got.payload_mask, order)

@@ -1,9 +1,13 @@
 """The choice of the number of threads, by a clock that the test sets."""
 
+import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam.pacing import Pace, choices_up_to
+from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam.pacing import PARALLEL_ELEMENTS, Pace, Paces, choices_up_to
+from nb_sparse_adam.threads import ALONE as ONE_PART
+from nb_sparse_adam.threads import Crew, max_threads
 
 ALONE = {1: 2.0, 2: 1.2, 4: 0.7}
 CROWDED = {1: 2.5, 2: 9.0, 4: 40.0}
@@ -60,3 +64,54 @@ def test_no_choice():
         [1, 2, 4],
         [1, 8, 16],
     ]
+
+
+needs_threads = pytest.mark.skipif(max_threads() == 1, reason="there is one thread to choose from")
+
+
+@needs_threads
+def test_a_number_that_was_asked_for_is_obeyed():
+    paces = Paces()
+    assert paces.crew_for("Rows", PARALLEL_ELEMENTS, 2) == (Crew(2, 2), None)
+    assert paces.crew_for("Rows", PARALLEL_ELEMENTS, 1) == (ONE_PART, None)
+    assert paces.crew_for("Rows", PARALLEL_ELEMENTS - 1, 2) == (ONE_PART, None)
+    assert paces.crew_for("Rows", PARALLEL_ELEMENTS - 1, None) == (ONE_PART, None)
+
+
+@needs_threads
+def test_steps_of_a_kind_share_a_pace_and_are_cut_alike_however_many_threads_it_asks_for():
+    paces = Paces()
+    most = numba.get_num_threads()
+    crew, pace = paces.crew_for("Rows", 100_000, None)
+    assert crew == (most, most)
+    assert paces.crew_for("Rows", 110_000, None)[1] is pace
+    assert paces.crew_for("Rows", 1_000_000, None)[1] is not pace
+    assert paces.crew_for("Compressed", 100_000, None)[1] is not pace
+    for _ in range(200):
+        crew, pace = paces.crew_for("Rows", 100_000, None)
+        assert crew.parts == most
+        pace.took(1.0 if crew.threads == 1 else 9.0)
+    assert crew == (most, 1)
+
+
+@needs_threads
+@pytest.mark.jit
+def test_a_pace_that_changes_from_step_to_step_changes_no_bit(monkeypatch):
+    rng = np.random.default_rng(5)
+    rows, values = rng.integers(0, 500, 4000), rng.normal(size=(4000, 16)).astype(np.float32)
+    told = []
+
+    def train(num_threads):
+        table = np.zeros((500, 16), np.float32)
+        optimizer = SparseAdam(table, num_threads=num_threads)
+        for _ in range(5):
+            optimizer.step(RowGradient(rows, values))
+        return table
+
+    expected = train(1)
+    turns = iter([2, 1, 1, 2, 1])
+    monkeypatch.setattr(Pace, "threads", property(lambda _: next(turns)))
+    monkeypatch.setattr(Pace, "took", lambda _, seconds: told.append(seconds))
+    np.testing.assert_array_equal(train(None), expected)
+    assert len(told) == 5
+    assert all(0 < seconds < 1e-3 for seconds in told[1:])  # of an element, not of the step
