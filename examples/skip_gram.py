@@ -113,7 +113,6 @@ def main(argv=None):
     optimizer = SparseAdam({"words": words, "contexts": contexts}, lr=args.lr, on_nonfinite="skip")
 
     history = []
-    numba.set_num_threads(args.threads)
     for epoch in range(args.epochs):
         losses, pairs = np.zeros(args.threads), np.zeros(args.threads, np.int64)
         scratch = np.empty((2 * args.threads, args.dim), np.float32)

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and readable assertions in the helper modules."""
+"""Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone."""
 
 import os
 
@@ -19,3 +19,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 if numba.config.DISABLE_JIT:
     # Interpreted kernels compute with NumPy's scalars, which warn where compiled code is silent.
     np.seterr(over="ignore", invalid="ignore", divide="ignore")
+
+
+@pytest.fixture(autouse=True)
+def _numbas_threads_are_left_alone():
+    """A promise of the library; and what a test leaves behind here is what the next one starts with."""
+    before = numba.get_num_threads()
+    yield
+    after = numba.get_num_threads()
+    numba.set_num_threads(before)
+    assert after == before
