@@ -1,1 +1,1 @@
-"""The asv suite, and the scripts that print the figures of the README. See README.md beside this file."""
+"""The asv suite, made of the parts of `nb_sparse_adam.bench`. See README.md beside this file."""

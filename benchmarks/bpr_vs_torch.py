@@ -22,18 +22,20 @@ from typing import Any
 import numba
 
 import nb_sparse_adam
+from nb_sparse_adam.bench.contenders import Contender
+from nb_sparse_adam.bench.peers import TorchRows, import_peer
+from nb_sparse_adam.bench.timing import alternate
 from nb_sparse_adam.interactions import Split, generate, hold_out
 from nb_sparse_adam.reading import read_interactions
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches
-
-from .contenders import import_torch
-from .timing import alternate
 
 TARGET = 5.0  # what is promised: a fifth of torch's time
 
 
 class Ours:
     """Our model; each step is an epoch."""
+
+    rest = Contender.rest
 
     def __init__(self, split: Split, options: BPROptions) -> None:
         self._model, self._epoch = BPRModel(split, options), 0
@@ -56,8 +58,11 @@ class Ours:
 class Torch:
     """The same in torch; each step is an epoch."""
 
+    rest = TorchRows.rest
+
     def __init__(self, split: Split, options: BPROptions, threads: int) -> None:
-        self._torch = torch = import_torch(threads)
+        self._torch = torch = import_peer("torch")
+        torch.set_num_threads(threads)
         self._split, self._options, self._epoch = split, options, 0
         start = BPRModel(split, options)  # for its initial vectors
         self._user, self._item = (
@@ -127,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     threads = args.threads or numba.get_num_threads()
     try:
-        torch = import_torch(threads)
+        torch = import_peer("torch")
     except NotImplementedError as error:
-        print(f'{error}\nThis comparison needs it: pip install ".[torch]"', file=sys.stderr)
+        print(f"{error}\nThis comparison needs it.", file=sys.stderr)
         return 1
 
     split = hold_out(read_interactions(args.interactions) if args.interactions else generate())

@@ -1,8 +1,9 @@
-"""The command line: ``nb-sparse-adam train`` and ``nb-sparse-adam info``."""
+"""The command line: ``nb-sparse-adam train``, ``bench`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from nb_sparse_adam import info, report
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
 from nb_sparse_adam.extras import require
+from nb_sparse_adam.files import prepare_folder, write_whole
 from nb_sparse_adam.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam.options import STEP_COUNTS
 from nb_sparse_adam.ranking import Quality, popularity_quality
@@ -55,19 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit code: 0; 1 for an error; 130 after Ctrl-C. Wrong arguments exit with 2, as argparse does.
     """
-    parser, train_parser = _parsers()
+    parser, train_parser, bench_parser = _parsers()
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "info":
             for line in info.report_lines():
                 print(line)
             return 0
+        if arguments.command == "bench":
+            return _bench(arguments)
         return _train(arguments, train_parser)
     except KeyboardInterrupt:
-        print("\ninterrupted before the training: nothing was saved", file=sys.stderr)
+        print("\ninterrupted before there were results: nothing was saved", file=sys.stderr)
         return _INTERRUPTED
     except OptionError as error:
-        train_parser.error(str(error))
+        (bench_parser if arguments.command == "bench" else train_parser).error(str(error))
     except NonFiniteGradientError as error:
         print(f"error: the training diverged ({error}); try a smaller --lr or --init-std", file=sys.stderr)
         return 1
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(prog="nb-sparse-adam", description="Sparse Adam in Numba, on CPUs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
@@ -84,6 +88,41 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="train a recommender on interactions",
         description="Train a matrix-factorization recommender with the BPR loss (Rendle et al. 2009), "
         "compare it with a popularity ranking on held-out items, and save its vectors.",
+    )
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed on this machine, beside other libraries",
+        description="Time steps beside kernels that only move the same bytes, and beside other libraries, "
+        "taking turns in one run; print a table, and write bench.json and bench.png. Without --quick it "
+        "takes about ten minutes and up to 8 GB of memory (19 for one of the lines).",
+    )
+    bench.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help="torch, fbgemm and paddle, separated by commas, or none (default: those that are installed)",
+    )
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        help="small tables and few repeats: to see that it works, in about a minute",
+    )
+    bench.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only the lines whose names in bench.json begin so, for example bag or rows-64; a wrong name is "
+        "answered with all of them",
+    )
+    bench.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("nb-sparse-adam-bench"),
+        metavar="DIR",
+        help="folder for bench.json and bench.png (default: %(default)s)",
     )
     commands.add_parser("info", help="show versions, threads, the kernel cache, and which extras work")
 
@@ -128,7 +167,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     output.add_argument(
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
-    return parser, train
+    return parser, train, bench
 
 
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
@@ -211,6 +250,44 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     for name, content in report.FILES.items():
         print(f"  {name:24} {content}")
     return _INTERRUPTED if interrupted else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from nb_sparse_adam.bench import chart, comparison  # the other commands need none of it
+    from nb_sparse_adam.bench.worker import Settings
+
+    settings = Settings(
+        comparison.choose_peers(arguments.peers),
+        comparison.choose_threads(arguments.threads),
+        arguments.quick,
+    )
+    lines = comparison.choose_lines(arguments.only, arguments.quick)
+    require("matplotlib.figure", "bench", "drawing the chart")
+    folder = prepare_folder(arguments.out)
+    result = comparison.describe(settings)
+    print(chart.headline(result))
+    for name, command in result["missing_peers"].items():
+        print(f"{name} is not installed: {command}")
+    if arguments.quick:
+        print("a quick run, with small tables: its figures are not to be compared with anything")
+    section = None
+    result["interrupted"], result["lines"] = False, []
+    try:
+        for line in comparison.run(lines, settings):
+            if line["section"] != section:
+                section = line["section"]
+                print(f"\n{section}\n{'-' * len(section)}")
+            result["lines"].append(line)
+            for text in chart.text_lines(line):
+                print(text, flush=True)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        print(f"interrupted after {len(result['lines'])} of {len(lines)} lines: saving what there is")
+    text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False)
+    write_whole(folder / "bench.json", (text + "\n").encode())
+    write_whole(folder / "bench.png", chart.draw(result))
+    print(f"\nsaved in {folder.resolve()}: bench.json, bench.png")
+    return _INTERRUPTED if result["interrupted"] else 0
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:

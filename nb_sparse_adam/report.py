@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from nb_sparse_adam.extras import require
+from nb_sparse_adam.files import prepare_folder, write_whole
 from nb_sparse_adam.info import versions
 from nb_sparse_adam.ranking import Quality
 from nb_sparse_adam.recommender import BPRModel
@@ -55,12 +56,7 @@ def prepare(folder: str | os.PathLike[str]) -> Path:
     """
     require("safetensors.numpy", "train", "saving the vectors")
     require("matplotlib.figure", "train", "drawing the chart")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
-    _write(probe, b"")  # better to learn now than after the training that nothing can be written there
-    probe.unlink()
-    return path
+    return prepare_folder(folder)
 
 
 def save_model(folder: Path, model: BPRModel) -> None:
@@ -75,7 +71,7 @@ def save_model(folder: Path, model: BPRModel) -> None:
     """
     safetensors = require("safetensors.numpy", "train", "saving the vectors")
     tables = {"user": model.user_table, "item": model.item_table}
-    _write(folder / "embeddings.safetensors", safetensors.save(tables))
+    write_whole(folder / "embeddings.safetensors", safetensors.save(tables))
     for name, ids in (("user", model.split.user_ids), ("item", model.split.item_ids)):
         _write_csv(folder / f"{name}s.csv", ["row", "id"], list(enumerate(ids.tolist())))
 
@@ -128,7 +124,7 @@ def save_metrics(
         "versions": versions(),
     }
     text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
-    _write(folder / "metrics.json", (text + "\n").encode())
+    write_whole(folder / "metrics.json", (text + "\n").encode())
     _write_csv(
         folder / "history.csv",
         ["epoch", "loss", "seconds", "interactions_per_second", f"recall@{top}", f"ndcg@{top}"],
@@ -144,7 +140,7 @@ def save_metrics(
             for record in history
         ],
     )
-    _write(folder / "training.png", _chart(model, popularity, str(data.get("description", ""))))
+    write_whole(folder / "training.png", _chart(model, popularity, str(data.get("description", ""))))
     return metrics
 
 
@@ -188,14 +184,4 @@ def _write_csv(path: Path, header: list[str], rows: list[Any]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    _write(path, text.getvalue().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put a file in its place, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.getvalue().encode())

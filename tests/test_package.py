@@ -74,6 +74,10 @@ def test_importing_does_not_import_the_recommender(imported):
     assert not names & set(imported["modules"])
 
 
+def test_importing_does_not_import_the_benchmarks(imported):
+    assert not [name for name in imported["modules"] if name.startswith("nb_sparse_adam.bench")]
+
+
 def test_the_command_line_starts_without_optional_dependencies():
     program = (
         "import sys, numba; before = set(sys.modules); import nb_sparse_adam.__main__; "

@@ -1,11 +1,11 @@
 """The limit: kernels that move the bytes of a step, at the same addresses, and compute next to nothing.
 
-    python -m benchmarks.roofline [--repeats N] [--threads N] [--case NAME ...] [--json FILE]
-
 A step reads a gradient and, at places drawn at random from memory, reads and writes parameters, moments and
 counts. However clever its arithmetic, it cannot be faster than those reads and writes. For each case the
 limit's kernel adds the gradient's value to each of them: same rows, same prefetching, same threads. The
-figure is *time of the limit / our time*, medians of steps taken in turn: 1 is perfect.
+figure is *time of the limit / our time*, medians of steps taken in turn: 1 is perfect. The limit of bags is
+given its ids grouped, and reads one number of each cache line that a step must add up: it bounds the update,
+not the sorting.
 
 With ``on_nonfinite="raise"`` a step must have seen the whole gradient before it writes anything, so its limit
 reads the gradient twice.
@@ -13,35 +13,42 @@ reads the gradient twice.
 
 from __future__ import annotations
 
-import argparse
-import functools
 import itertools
-import json
-import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numba import prange
+from numpy.typing import NDArray
 
+from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
+from nb_sparse_adam.bench.contenders import Contender
+from nb_sparse_adam.grouping import group_ids
 from nb_sparse_adam.kernels import ELEMENT, ROW, prefetch_element, prefetch_row, rows_ahead
 from nb_sparse_adam.table_state import TableState
-from nb_sparse_adam.threads import team
+from nb_sparse_adam.threads import Crew, team
 
-from .cases import CASES, CSR, Arrays, Case, Rows
-from .contenders import Contender, Ours
-from .timing import alternate
+__all__ = ["Limit"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 # As the library compiles, but not kept on disk: numba's cache does not see changes in other files.
-_jit = functools.partial(numba.njit, error_model="numpy", nogil=True, forceinline=True, _nrt=False)
-_parallel_jit = functools.partial(numba.njit, error_model="numpy", nogil=True, parallel=True)
+def _jit() -> Callable[[Function], Function]:
+    options = {"error_model": "numpy", "nogil": True, "forceinline": True, "_nrt": False}
+    return cast("Callable[[Function], Function]", numba.njit(**options))
+
+
+def _parallel_jit() -> Callable[[Function], Function]:
+    return cast("Callable[[Function], Function]", numba.njit(error_model="numpy", nogil=True, parallel=True))
+
+
+FLOATS_IN_A_LINE = 16
 
 
 @_jit()
-def _touch_row(param, moments, counts, r, values, s, mode):
+def _touch_row(param: Any, moments: Any, counts: Any, r: Any, values: Any, s: Any, mode: Any) -> None:
     """Read and write everything that a step of row r reads and writes."""
     for j in range(param.shape[1]):
         g = values[s, j]
@@ -56,7 +63,7 @@ def _touch_row(param, moments, counts, r, values, s, mode):
 
 
 @_jit()
-def _touch_rows_worker(table, mode, rows, values, lo, hi):
+def _touch_rows_worker(table: Any, mode: Any, rows: Any, values: Any, lo: Any, hi: Any) -> None:
     ahead = rows_ahead(values.shape[1])
     for s in range(lo, hi):
         if s + ahead < hi:
@@ -65,13 +72,13 @@ def _touch_rows_worker(table, mode, rows, values, lo, hi):
 
 
 @_parallel_jit()
-def _touch_rows(bounds, table, mode, rows, values):
+def _touch_rows(bounds: Any, table: Any, mode: Any, rows: Any, values: Any) -> None:
     for t in prange(len(bounds) - 1):
         _touch_rows_worker(table, mode, rows, values, bounds[t], bounds[t + 1])
 
 
 @_jit()
-def _touch_entries_worker(table, rows, columns, data, lo, hi):
+def _touch_entries_worker(table: Any, rows: Any, columns: Any, data: Any, lo: Any, hi: Any) -> None:
     ahead = 16
     for e in range(lo, hi):
         if e + ahead < hi:
@@ -84,13 +91,40 @@ def _touch_entries_worker(table, rows, columns, data, lo, hi):
 
 
 @_parallel_jit()
-def _touch_entries(bounds, table, rows, columns, data):
+def _touch_entries(bounds: Any, table: Any, rows: Any, columns: Any, data: Any) -> None:
     for t in prange(len(bounds) - 1):
         _touch_entries_worker(table, rows, columns, data, bounds[t], bounds[t + 1])
 
 
 @_jit()
-def _read_worker(values, lo, hi):
+def _touch_segments_worker(
+    table: Any, mode: Any, segments: Any, values: Any, weights: Any, sums: Any, t: Any, lo: Any, hi: Any
+) -> None:
+    rows, starts, source = segments
+    ahead = rows_ahead(values.shape[1])
+    for s in range(lo, hi):
+        if s + ahead < hi:
+            prefetch_row(table, mode, rows[s + ahead])
+        total = np.float32(0)
+        for i in range(starts[s], starts[s + 1]):
+            for j in range(0, values.shape[1], FLOATS_IN_A_LINE):
+                total += values[source[0, i], j]
+            if len(weights) > 0:
+                total += weights[source[1, i]]
+        sums[t, 0] = total
+        _touch_row(table.param, table.moments, table.counts, rows[s], sums, t, mode)
+
+
+@_parallel_jit()
+def _touch_segments(
+    bounds: Any, table: Any, mode: Any, segments: Any, values: Any, weights: Any, sums: Any
+) -> None:
+    for t in prange(len(bounds) - 1):
+        _touch_segments_worker(table, mode, segments, values, weights, sums, t, bounds[t], bounds[t + 1])
+
+
+@_jit()
+def _read_worker(values: Any, lo: Any, hi: Any) -> Any:
     largest = np.int32(0)
     for i in range(np.uint64(lo), np.uint64(hi)):  # unsigned, or it is not vectorized
         largest = max(largest, values[i])
@@ -98,7 +132,7 @@ def _read_worker(values, lo, hi):
 
 
 @_parallel_jit()
-def _read(values, out):
+def _read(values: Any, out: Any) -> None:
     chunks = len(out)
     for t in prange(chunks):
         out[t] = _read_worker(values, len(values) * t // chunks, len(values) * (t + 1) // chunks)
@@ -110,7 +144,7 @@ class Limit(Contender):
     Parameters
     ----------
     case : Case
-        Rows, unique and in order, or CSR.
+        Rows, unique and in order; bags; or CSR.
     step_counts : {"element", "row", "global"}
     threads : int
     reads : int
@@ -126,14 +160,32 @@ class Limit(Contender):
         self._turns = itertools.cycle([self._arguments(arrays) for arrays in case.arrays()])
         self._out = np.empty(threads, np.int32)
 
-    def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], np.ndarray, tuple[Any, ...]]:
+    def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], NDArray[Any], tuple[Any, ...]]:
         if isinstance(arrays, Rows):
             bounds = np.arange(self._threads + 1) * len(arrays.rows) // self._threads
             return _touch_rows, arrays.values, (bounds, self._table, self._mode, *arrays)
-        assert isinstance(arrays, CSR)
+        if isinstance(arrays, Bag):
+            return _touch_segments, arrays.grad_output, self._grouped(arrays)
         rows = np.repeat(np.arange(len(arrays.indptr) - 1, dtype=np.int32), np.diff(arrays.indptr))
         bounds = np.arange(self._threads + 1) * len(rows) // self._threads
         return _touch_entries, arrays.data, (bounds, self._table, rows, arrays.indices, arrays.data)
+
+    def _grouped(self, bag: Bag) -> tuple[Any, ...]:
+        """Sort the ids by row, and find for each its bag and its weight's place."""
+        grouping = group_ids(bag.indices, len(self._table.param) - 1, False)
+        assert grouping is not None
+        position = grouping.packed & grouping.payload_mask
+        bag_of = np.repeat(np.arange(len(bag.offsets) - 1), np.diff(bag.offsets))[position]
+        source = np.stack([bag_of, position]).astype(np.int32)
+        rows = (grouping.packed >> grouping.row_shift)[grouping.starts[:-1]]
+        ids = np.arange(self._threads + 1) * len(bag.indices) // self._threads
+        bounds = np.searchsorted(grouping.starts, ids)  # about as many ids each
+        bounds[-1] = len(rows)
+        dim = bag.grad_output.shape[1]
+        sums = np.zeros((self._threads, max(dim, 64)), np.float32)[:, :dim]  # no shared cache lines
+        weights = np.empty(0, np.float32) if bag.weights is None else bag.weights
+        segments = rows, grouping.starts.copy(), source
+        return bounds, self._table, self._mode, segments, bag.grad_output, weights, sums
 
     def ready(self) -> None:
         """Take the next gradient."""
@@ -141,65 +193,7 @@ class Limit(Contender):
 
     def step(self) -> None:
         """Move its bytes."""
-        with team(self._threads):
+        with team(Crew(self._threads, self._threads)):
             if self._reads == 2:
                 _read(self._values.reshape(-1).view(np.int32), self._out)
             self._kernel(*self._given)
-
-
-# case, step_counts, on_nonfinite
-LINES = [
-    *[
-        (name, "row", on_nonfinite)
-        for name in ("rows-6Mx16", "rows-3Mx32", "rows-2Mx64", "rows-1Mx128")
-        for on_nonfinite in ("propagate", "raise")
-    ],
-    *[
-        (name, "element", "propagate")
-        for name in ("rows-6Mx16", "rows-2Mx64", "rows-2Mx64-half", "csr-400kx1024")
-    ],
-]
-
-
-def fraction(name: str, step_counts: str, on_nonfinite: str, threads: int, repeats: int) -> dict[str, float]:
-    """Time a case and its limit in turn; return the medians in seconds, and the fraction."""
-    case = CASES[name]
-    reads = 2 if on_nonfinite == "raise" else 1
-    contenders: dict[str, Contender] = {
-        "limit": Limit(case, step_counts=step_counts, threads=threads, reads=reads),
-        "ours": Ours(case, step_counts=step_counts, threads=threads, on_nonfinite=on_nonfinite),
-    }
-    seconds = alternate(contenders, repeats)
-    medians = {who: statistics.median(times) for who, times in seconds.items()}
-    return {**medians, "fraction": medians["limit"] / medians["ours"]}
-
-
-def main() -> int:
-    """Measure, print, and write a JSON file if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each contender (default 15)")
-    parser.add_argument("--threads", type=int, default=2, help="default 2")
-    parser.add_argument("--case", nargs="*", help="only these cases")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args()
-    figures = []
-    print(f"{'case':<18}{'counts':<9}{'non-finite':<11}{'limit ms':>9}{'ours ms':>9}{'fraction':>10}")
-    for name, step_counts, on_nonfinite in LINES:
-        if args.case and name not in args.case:
-            continue
-        figure = fraction(name, step_counts, on_nonfinite, args.threads, args.repeats)
-        print(
-            f"{name:<18}{step_counts:<9}{on_nonfinite:<11}{figure['limit'] * 1e3:9.2f}"
-            f"{figure['ours'] * 1e3:9.2f}{figure['fraction']:10.3f}",
-            flush=True,
-        )
-        figures.append({"case": name, "step_counts": step_counts, "on_nonfinite": on_nonfinite, **figure})
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

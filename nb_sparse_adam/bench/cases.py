@@ -1,17 +1,21 @@
-"""One registry of cases: what is updated, by which gradients. asv and the scripts both read it.
+"""One registry of cases: what is updated, by which gradients.
 
-A case is named, seeded and the same on every machine. It comes as plain arrays, so that every contender is
-given the same work; `benchmarks.contenders` turns it into steps.
+A case is named, seeded and the same on every machine and for ever: another one gets another name, or the
+history of figures would compare what is not alike. It comes as plain arrays, so that every contender is given
+the same work.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CASES", "CSR", "Arrays", "Bag", "Case", "Rows", "zipf_ids"]
 
 SEED = 20260101
 
@@ -19,25 +23,25 @@ SEED = 20260101
 class Rows(NamedTuple):
     """Gradients of single rows, as the backward pass of an embedding lookup gives them."""
 
-    rows: np.ndarray  # (n,) int64
-    values: np.ndarray  # (n, dim)
+    rows: NDArray[Any]  # (n,) int64
+    values: NDArray[Any]  # (n, dim)
 
 
 class Bag(NamedTuple):
     """The gradient of pooled lookups: `offsets` has one entry more than there are bags."""
 
-    indices: np.ndarray  # (lookups,) int64
-    offsets: np.ndarray  # (bags + 1,) int64
-    grad_output: np.ndarray  # (bags, dim)
-    weights: np.ndarray | None = None  # (lookups,)
+    indices: NDArray[Any]  # (lookups,) int64
+    offsets: NDArray[Any]  # (bags + 1,) int64
+    grad_output: NDArray[Any]  # (bags, dim)
+    weights: NDArray[Any] | None = None  # (lookups,)
 
 
 class CSR(NamedTuple):
     """A sparse matrix of the table's shape."""
 
-    indptr: np.ndarray  # (rows + 1,) int64
-    indices: np.ndarray  # (stored,) int32
-    data: np.ndarray  # (stored,)
+    indptr: NDArray[Any]  # (rows + 1,) int64
+    indices: NDArray[Any]  # (stored,) int32
+    data: NDArray[Any]  # (stored,)
 
 
 Arrays = Rows | Bag | CSR
@@ -66,17 +70,21 @@ class Case:
     gradients: int
     make: Callable[[Case, np.random.Generator], Arrays]
 
+    def smaller(self) -> Case:
+        """Give a case that is quick to set up: a tenth of the rows, two gradients. Its times mean little."""
+        return replace(self, rows=self.rows // 10, gradients=2)
+
     def arrays(self) -> list[Arrays]:
         """Make the gradients, the same ones at every call."""
         rng = np.random.default_rng(SEED)
         return [self.make(self, rng) for _ in range(self.gradients)]
 
-    def table(self) -> np.ndarray:
+    def table(self) -> NDArray[Any]:
         """Make the table, float32, each of its pages written to."""
         return np.full((self.rows, self.dim), 0.1, dtype=np.float32)
 
 
-def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+def _normal(rng: np.random.Generator, *shape: int) -> NDArray[Any]:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
@@ -92,7 +100,7 @@ def _half(case: Case, rng: np.random.Generator, *, n: int) -> Rows:
     return Rows(rows, values)
 
 
-def zipf_ids(rng: np.random.Generator, n: int, rows: int) -> np.ndarray:
+def zipf_ids(rng: np.random.Generator, n: int, rows: int) -> NDArray[Any]:
     """Draw long-tailed ids: Zipf's ranks, scattered over the table by a multiplicative hash."""
     ranks = rng.zipf(1.2, n).astype(np.uint64)
     return ((ranks * np.uint64(2654435761)) % np.uint64(rows)).astype(np.int64)
@@ -143,6 +151,8 @@ _ALL = [
     Case("rows-2Mx64-half", 2_000_000, 64, 4, functools.partial(_half, n=100_000)),
     Case("rows-6Mx16", 6_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=True)),
     Case("rows-3Mx32", 3_000_000, 32, 4, functools.partial(_unique_rows, n=150_000, ordered=True)),
+    Case("rows-10Mx16", 10_000_000, 16, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
+    Case("rows-80Mx16", 80_000_000, 16, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
     Case("rows-1Mx128", 1_000_000, 128, 4, functools.partial(_unique_rows, n=50_000, ordered=True)),
     # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
     Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),

@@ -1,0 +1,226 @@
+"""One line of the comparison, measured in a process of its own: ``python -m nb_sparse_adam.bench.worker``.
+
+A process of its own, so that memory is given back, that a library that crashes takes one line with it, and
+that no two libraries of the comparison have to live with each other's threads but where they are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nb_sparse_adam.bench.cases import CASES, Arrays, Bag, Case, Rows
+from nb_sparse_adam.bench.contenders import Contender, Ours, gradient
+from nb_sparse_adam.bench.lines import LINES, Entry, Line
+from nb_sparse_adam.bench.timing import alternate
+
+__all__ = ["CannotMeasureError", "Settings", "command", "measure"]
+
+REPEATS = 21
+SECONDS_OF_STEPS = 3.0  # of two processes, side by side
+
+
+class CannotMeasureError(Exception):
+    """A line cannot be measured here, for the reason that the message gives."""
+
+
+class Settings(NamedTuple):
+    """What the person who measures has chosen.
+
+    Attributes
+    ----------
+    peers : tuple of str
+        Keys of `peers.PEERS`, all of them installed.
+    threads : int
+    quick : bool
+        Small tables, few repeats.
+    """
+
+    peers: tuple[str, ...]
+    threads: int
+    quick: bool
+
+
+def command(*arguments: str) -> list[str]:
+    """Return the command of a worker."""
+    return [sys.executable, "-m", "nb_sparse_adam.bench.worker", *arguments]
+
+
+def measure(line: Line, settings: Settings) -> dict[str, float]:
+    """Measure a line here; return its numbers by name, times in seconds.
+
+    Raises
+    ------
+    CannotMeasureError
+        If it cannot be measured here, with the reason.
+    """
+    return _MEASURES[line.measure](line, settings)
+
+
+def _times(line: Line, settings: Settings) -> dict[str, float]:
+    contenders: dict[str, Contender] = {}
+    for entry in line.entries:
+        if entry.peer is None or entry.peer in settings.peers:
+            try:
+                contenders[entry.name] = entry.contender(settings.threads, settings.quick)
+            except NotImplementedError as error:
+                raise CannotMeasureError(str(error)) from error
+    seconds = alternate(contenders, 5 if settings.quick else REPEATS, line.loop)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def _scratch(line: Line, settings: Settings) -> dict[str, float]:
+    """Memory that NumPy is asked for in a first step, for each further id, when all kernels are compiled.
+
+    The peak of a whole gradient less that of its first half, over the ids of the other half: what does not
+    depend on the number of ids (counters of the radix sort, 16 kB a thread) is a number of its own.
+    """
+    numbers = {}
+    for entry in line.entries:
+        case = CASES[entry.case].smaller() if settings.quick else CASES[entry.case]
+        whole = case.arrays()[0]
+        half = _first_half(whole)
+        _peak(entry, case, whole, settings)  # compiles
+        peaks = [_peak(entry, case, arrays, settings) for arrays in (half, whole)]
+        ids = [len(arrays[0]) for arrays in (half, whole)]
+        numbers[entry.name] = (peaks[1] - peaks[0]) / (ids[1] - ids[0])
+        numbers[f"{entry.name}, bytes besides"] = peaks[1] - numbers[entry.name] * ids[1]
+    return numbers
+
+
+def _first_half(arrays: Arrays) -> Arrays:
+    if isinstance(arrays, Rows):
+        return Rows(*(array[: len(array) // 2] for array in arrays))
+    assert isinstance(arrays, Bag)
+    bags = len(arrays.grad_output) // 2
+    ids = arrays.offsets[bags]
+    weights = None if arrays.weights is None else arrays.weights[:ids]
+    return Bag(arrays.indices[:ids], arrays.offsets[: bags + 1], arrays.grad_output[:bags], weights)
+
+
+def _peak(entry: Entry, case: Case, arrays: Arrays, settings: Settings) -> int:
+    contender = entry.make(case, settings.threads)
+    assert isinstance(contender, Ours)
+    given = gradient(arrays)
+    tracemalloc.start()
+    try:
+        contender.optimizer.step(given)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# --- two processes ----------------------------------------------------------------------------------------
+
+
+def _processes(line: Line, _: Settings) -> dict[str, float]:
+    """Mean time of a step alone, and beside a second process that does the same on the same two cores."""
+    numbers = {}
+    environment = _environment(line.layer)
+    for entry in line.entries:
+        steppers = [
+            subprocess.Popen(
+                command("stepper", line.key, entry.name),
+                env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        try:
+            for stepper in steppers:
+                _listen(stepper)
+            numbers[f"{entry.name}, alone"] = _ask(steppers[:1])
+            numbers[f"{entry.name}, beside another"] = _ask(steppers)
+        finally:
+            for stepper in steppers:
+                stepper.kill()
+                stepper.communicate()
+    return numbers
+
+
+def _environment(layer: str) -> dict[str, str]:
+    """Give the variables with which numba runs 2 threads on a layer."""
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
+    if layer == "tbb" and sys.platform == "linux":
+        # pip puts TBB's library where the system's loader does not look for it.
+        folders = [str(Path(sys.prefix, "lib")), os.environ.get("LD_LIBRARY_PATH")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    return environment
+
+
+def _ask(steppers: list[subprocess.Popen[str]]) -> float:
+    for stepper in steppers:
+        assert stepper.stdin is not None
+        stepper.stdin.write("go\n")
+        stepper.stdin.flush()
+    return statistics.fmean(float(_listen(stepper)) for stepper in steppers)
+
+
+def _listen(stepper: subprocess.Popen[str]) -> str:
+    assert stepper.stdout is not None
+    said = stepper.stdout.readline()
+    if not said:
+        _, errors = stepper.communicate()
+        raise CannotMeasureError(_reason(errors))
+    return said
+
+
+def _reason(errors: str) -> str:
+    """Say in a line why a stepper ended, of what it wrote to stderr."""
+    if "No threading layer could be loaded" in errors:
+        return f"numba cannot load this threading layer{': pip install tbb' if 'TBB' in errors else ''}"
+    return (errors.strip().splitlines() or ["the process ended"])[-1]
+
+
+def _stepper(entry: Entry) -> None:
+    """Step for some seconds whenever a line comes in; print the mean time of a step."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    contender = entry.contender(2, quick=False)
+    assert isinstance(contender, Ours)
+    contender.optimizer.num_threads = None  # as it is by default: 2 threads, or fewer
+    contender.warm()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        steps = 0
+        start = time.perf_counter()
+        while time.perf_counter() - start < SECONDS_OF_STEPS:
+            contender.ready()
+            contender.step()
+            steps += 1
+        print((time.perf_counter() - start) / steps, flush=True)
+
+
+_MEASURES: dict[str, Callable[[Line, Settings], dict[str, float]]] = {
+    "times": _times,
+    "scratch": _scratch,
+    "processes": _processes,
+}
+
+
+def _main(what: str, key: str, given: str) -> None:
+    line = LINES[key]
+    if what == "stepper":
+        _stepper(next(entry for entry in line.entries if entry.name == given))
+        return
+    peers, threads, quick = json.loads(given)
+    try:
+        answer: dict[str, Any] = {"numbers": measure(line, Settings(tuple(peers), threads, quick))}
+    except CannotMeasureError as error:
+        answer = {"skipped": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
