@@ -26,13 +26,14 @@ class Corrections(NamedTuple):
     * ``eps_hat=True``: ``step_size = √c₂/c₁``, ``scale = 1`` (the same, end of section 2).
 
     ``k > K`` takes entry K where the table is ``complete``: both corrections have rounded to 1 there. Where
-    it is not (β very near 1) they are computed from ``log_beta1`` and ``log_beta2``.
+    it is not (β very near 1) they are computed from ``log_betas``.
+
+    The two of one k lie side by side: rows whose elements have different counts look up each of them, and
+    find both in one cache line.
     """
 
-    step_size: NDArray[Any]  # (K + 1,), the table's dtype; entry 0 is never applied
-    scale: NDArray[Any]  # (K + 1,), the table's dtype
-    log_beta1: float
-    log_beta2: float
+    pairs: NDArray[Any]  # (2 * (K + 1),), the table's dtype: step_size and scale by turns, from k = 0 on
+    log_betas: NDArray[np.float64]  # (2,)
     eps_hat: bool
     complete: bool
 
@@ -55,20 +56,19 @@ def corrections(beta1: float, beta2: float, eps_hat: bool, dtype: np.dtype[Any])
     Corrections
         Shared by every table with these options: not to be written to.
     """
-    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    logs = np.array([math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)])
     k = np.arange(1, MAX_ENTRIES, dtype=np.float64)
     # 1 − βᵏ loses most of its digits for β near 1 and small k; −expm1(k·log β) does not.
-    c1, c2 = -np.expm1(k * log_beta1), -np.expm1(k * log_beta2)
-    step_size = np.ones(MAX_ENTRIES, dtype)
-    scale = np.ones(MAX_ENTRIES, dtype)
+    c1, c2 = -np.expm1(k * logs[0]), -np.expm1(k * logs[1])
+    pairs = np.ones((MAX_ENTRIES, 2), dtype)
     if eps_hat:
-        step_size[1:] = np.sqrt(c2) / c1
+        pairs[1:, 0] = np.sqrt(c2) / c1
     else:
-        step_size[1:] = 1 / c1
-        scale[1:] = 1 / np.sqrt(c2)
+        pairs[1:, 0] = 1 / c1
+        pairs[1:, 1] = 1 / np.sqrt(c2)
     # Once 1 − βᵏ itself rounds to 1 for both, every later entry is 1.
     unsettled = np.flatnonzero((c1.astype(dtype) != 1) | (c2.astype(dtype) != 1))
     last_unsettled = int(unsettled[-1]) + 1 if len(unsettled) else 0
     size = min(last_unsettled + 2, MAX_ENTRIES)
     complete = last_unsettled + 1 < MAX_ENTRIES
-    return Corrections(step_size[:size], scale[:size], log_beta1, log_beta2, eps_hat, complete)
+    return Corrections(pairs[:size].reshape(-1), logs, eps_hat, complete)

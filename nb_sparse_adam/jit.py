@@ -6,11 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import numba
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-__all__ = ["jit", "prefetch"]
+__all__ = ["jit"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -71,36 +68,3 @@ def _compile_lazily(function: Callable[..., Any], parallel: bool, references: bo
         if "cache" not in str(error):
             raise
         return numba.njit(**options)(function)
-
-
-if numba.config.DISABLE_JIT:
-
-    def prefetch(array: Any, offset: Any) -> None:
-        """Do nothing: without the compiler there is nothing to hint at."""
-
-else:
-
-    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-    def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:  # noqa: ARG001 (numba fixes the signature)
-        """Ask the processor for the cache line of ``array.data[offset]``, to be written soon.
-
-        ``offset`` counts elements from the start of a contiguous array. A hint only: it reads nothing and
-        cannot fault. Rows drawn at random from a table are cache misses that the hardware cannot foresee;
-        asking a few rows ahead hides them (a row step on 2M×64: 24 ms without, 12 ms with; measured on two
-        Zen 4 cores).
-        """
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            data = context.make_array(signature.args[0])(context, builder, args[0]).data
-            address = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
-            i32 = ir.IntType(32)
-            hint = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32]),
-                "llvm.prefetch.p0",
-            )
-            write, keep_in_all_caches, data_not_code = i32(1), i32(3), i32(1)
-            builder.call(hint, [address, write, keep_in_all_caches, data_not_code])
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp), codegen

@@ -23,7 +23,7 @@ from nb_sparse_adam.errors import (
     TableTypeError,
 )
 from nb_sparse_adam.gradients import Target, check
-from nb_sparse_adam.kernels import GLOBAL, Hyperparameters
+from nb_sparse_adam.kernels import ELEMENT, Hyperparameters
 from nb_sparse_adam.pacing import Pace
 from nb_sparse_adam.planning import Work, plan, size_of
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
@@ -105,9 +105,9 @@ class SparseAdam:
     __slots__ = (
         "__weakref__",
         "_betas",
-        "_constants",
         "_eps",
         "_eps_hat",
+        "_for_kernels",
         "_lock",
         "_lr",
         "_maximize",
@@ -144,7 +144,7 @@ class SparseAdam:
         _refuse_overlap(self._tables)
         self._memory = tuple(array for table in self._tables.values() for array in table.memory)
         self._lock = threading.RLock()
-        self._constants: dict[np.dtype[Any], Hyperparameters] = {}
+        self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
         self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
         self.betas = betas
         self.eps = eps
@@ -239,7 +239,7 @@ class SparseAdam:
         with self._lock:
             for name, value in values.items():
                 setattr(self, name, value)
-            self._constants.clear()
+            self._for_kernels.clear()
 
     def _dtypes(self) -> set[np.dtype[Any]]:
         return {table.dtype for table in self._tables.values()}
@@ -247,13 +247,36 @@ class SparseAdam:
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in options.SAVED}
 
-    def _hyperparameters(self, dtype: np.dtype[Any]) -> Hyperparameters:
-        constants = self._constants.get(dtype)
-        if constants is None:
+    def _arrays_for_kernels(self, table: TableState, check: bool) -> kernels.Table:
+        """What kernels need to know of a table; kept until an option or the table's memory changes."""
+        arrays, made = self._for_kernels.get((table.name, check), (None, None))
+        if made is None or arrays is not table.arrays:
+            arrays = table.arrays
             beta1, beta2 = self._betas
-            values = (beta1, 1 - beta1, beta2, 1 - beta2, self._lr, self._eps, -1 if self._maximize else 1)
-            constants = self._constants[dtype] = Hyperparameters(*(dtype.type(value) for value in values))
-        return constants
+            known = corrections(beta1, beta2, self._eps_hat, table.dtype)
+            constants = Hyperparameters(
+                beta1, 1 - beta1, beta2, 1 - beta2, self._lr, self._eps, -1 if self._maximize else 1
+            )
+            settings = kernels.Settings(
+                moment_stride=arrays.moment_stride,
+                count_stride=arrays.count_stride,
+                mode=table.mode,
+                eps_hat=known.eps_hat,
+                complete=known.complete,
+                check=check,
+            )
+            made = kernels.Table(
+                param=arrays.param,
+                moments=arrays.moments,
+                counts=arrays.counts,
+                corrections=known.pairs,
+                log_betas=known.log_betas,
+                hyperparameters=np.array(constants, table.dtype),
+                settings=np.array(settings, np.int64),
+                totals=table.totals,
+            )
+            self._for_kernels[table.name, check] = arrays, made
+        return made
 
     # --- steps --------------------------------------------------------------------------------------------
 
@@ -315,21 +338,9 @@ class SparseAdam:
         crew, pace = table.paces.crew_for(type(checked).__name__, size, self._num_threads)
         work = plan(checked, target, self._on_nonfinite, crew, table.buffers)
         table.make_room_for_a_step()
-        run = _Run(work, self._for_kernels(table, work.check), size, pace)
+        run = _Run(work, self._arrays_for_kernels(table, work.check), size, pace)
         run.seconds = time.perf_counter() - start
         return run
-
-    def _for_kernels(self, table: TableState, check: bool) -> kernels.Table:
-        k = int(table.arrays.counts[0, 0]) + 1 if table.mode == GLOBAL else 0
-        return kernels.Table(
-            *table.arrays,
-            *self._hyperparameters(table.dtype),
-            *corrections(*self._betas, self._eps_hat, table.dtype),
-            mode=table.mode,
-            global_step=k,
-            check=check,
-            totals=table.totals,
-        )
 
     @contextmanager
     def kernel_table(self, name: str | None = None) -> Iterator[kernels.Table]:
@@ -383,11 +394,10 @@ class SparseAdam:
                 )
             table.check_writeable()
             table.make_room_for_a_step()
-            lent = self._for_kernels(table, self._on_nonfinite == "skip")
             try:
-                yield lent
+                yield self._arrays_for_kernels(table, self._on_nonfinite == "skip")
             finally:
-                table.counts_have_changed(lent.global_step)
+                table.counts_have_changed()
 
     def _table_named(self, name: str | None) -> TableState:
         if name is None and len(self._tables) == 1:
@@ -481,7 +491,9 @@ class _Run:
         key = (self.work.kernel, *_dtypes(self.table), *_dtypes(self.work.arguments))
         if key in _rehearsed:
             return
-        nothing = self.table._replace(mode=kernels.ELEMENT, totals=np.zeros(2, np.int64))
+        settings = self.table.settings.copy()
+        settings[kernels.Settings._fields.index("mode")] = ELEMENT  # no count of steps to settle
+        nothing = self.table._replace(settings=settings, totals=np.zeros(2, np.int64))
         self.work._replace(bounds=np.zeros(1, np.int64)).run(nothing)
         _rehearsed.add(key)
 

@@ -182,7 +182,7 @@ def _plan_csr(checked: kernels.Compressed | Entries, target: Target, on_nonfinit
     rows, indptr, _, data = compressed
     check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
-        at = int(kernels.first_poisoned_row(data[:, None]))
+        at = int(kernels.first_poisoned_row(data.reshape(-1, 1)))
         if at >= 0:
             row = int(np.searchsorted(indptr, at, side="right")) - 1
             raise _overflow(target, int(rows[row]), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
 from nb_sparse_adam.grouping import Buffers
 from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
+from nb_sparse_adam.memory import CACHE_LINE
 from nb_sparse_adam.pacing import Paces
 
 __all__ = ["STATE_VERSION", "TableState"]
@@ -20,7 +20,6 @@ STATE_VERSION = 1
 
 MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
 READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
-CACHE_LINE = 64  # bytes
 MAX_INT32 = np.iinfo(np.int32).max
 
 
@@ -38,8 +37,9 @@ class TableState:
 
     Notes
     -----
-    The two moments of a row lie side by side, (rows, 2, dim): a row's update then touches two places in
-    memory besides its count, instead of three. The memory comes zeroed from the system, and costs nothing
+    The two moments of a row lie side by side, and so do the counts where a row has as many as elements, or is
+    short: a row's update then touches two places in memory, its parameters and its record, and not four. The
+    memory comes zeroed from the system, and costs nothing
     until a row is touched; NumPy asks for pages of 2 MB where the system has them, which doubles the
     speed of updates at random rows and makes 2 MB the grain of what a touched row occupies.
     """
@@ -50,12 +50,7 @@ class TableState:
         self.mode = MODES[step_counts]
         self.rows: int = len(param)
         self.dim: int = param.shape[1] if param.ndim == 2 else 1
-        shapes = {ELEMENT: (self.rows, self.dim), ROW: (self.rows, 1), GLOBAL: (1, 1)}
-        self.arrays = TableArrays(
-            np.asarray(param).reshape(self.rows, self.dim),
-            _zeros((self.rows, 2, self.dim), param.dtype),
-            _zeros(shapes[self.mode], np.dtype(np.int64 if self.mode == GLOBAL else np.int32)),
-        )
+        self.arrays = _allocate(np.asarray(param).reshape(self.rows, self.dim), self.mode)
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self.buffers = Buffers()
         self.paces = Paces()
@@ -77,7 +72,7 @@ class TableState:
     @property
     def memory(self) -> tuple[NDArray[Any], ...]:
         """What no gradient may share memory with."""
-        return self.arrays
+        return self.arrays[:3]
 
     @property
     def skipped_rows(self) -> int:
@@ -97,15 +92,23 @@ class TableState:
     @property
     def steps(self) -> NDArray[Any]:
         """Active steps so far (k)."""
-        counts = self.arrays.counts
+        counts = self._counts()
         if self.mode == GLOBAL:
             return _read_only(counts.reshape(()))
-        if self.mode == ROW or self.param.ndim == 1:
-            return _read_only(counts[:, 0])
-        return _read_only(counts)
+        return _read_only(counts[:, 0] if self.mode == ROW or self.param.ndim == 1 else counts)
+
+    def _counts(self) -> NDArray[Any]:
+        """All counts, writeable: (rows, dim), (rows, 1) or (1, 1)."""
+        rows, columns = _shape_of_counts(self.rows, self.dim, self.mode)
+        return _strided(self.arrays.counts, rows, columns, self.arrays.count_stride)
+
+    def _moments(self, which: int) -> NDArray[Any]:
+        """exp_avg (0) or exp_avg_sq (1), (rows, dim), writeable."""
+        flat = self.arrays.moments[which * self.dim :]
+        return _strided(flat, self.rows, self.dim, self.arrays.moment_stride)
 
     def _moment(self, which: int) -> NDArray[Any]:
-        moment = self.arrays.moments[:, which, :]
+        moment = self._moments(which)
         return _read_only(moment[:, 0] if self.param.ndim == 1 else moment)
 
     def check_writeable(self) -> None:
@@ -117,15 +120,20 @@ class TableState:
         """Widen the counts before one of them could overflow. Changes no value."""
         if self.arrays.counts.dtype == np.int32:
             if self._highest_count >= MAX_INT32:
-                self._highest_count = int(self.arrays.counts.max(initial=0))
+                self._highest_count = int(self._counts().max(initial=0))
             if self._highest_count >= MAX_INT32:
-                self.arrays = self.arrays._replace(counts=self.arrays.counts.astype(np.int64))
+                self._set_counts(self._counts().astype(np.int64))
         self._highest_count += 1
 
-    def counts_have_changed(self, global_step: int) -> None:
+    def _set_counts(self, counts: NDArray[np.int64]) -> None:
+        """Go on with wider counts, in memory of their own."""
+        stride = 0 if self.mode == GLOBAL else counts.shape[1]
+        self.arrays = self.arrays._replace(counts=counts.reshape(-1), count_stride=stride)
+
+    def counts_have_changed(self) -> None:
         """Take note that a user's own kernel has stepped, nobody knows how often."""
         if self.mode == GLOBAL:
-            self.arrays.counts[0, 0] = global_step
+            self.arrays.counts[0] += 1
         elif self.arrays.counts.dtype == np.int32:
             self._highest_count = MAX_INT32  # look at all of them before the next step
 
@@ -164,34 +172,66 @@ class TableState:
         if isinstance(skipped, bool) or not isinstance(skipped, (int, np.integer)) or skipped < 0:
             raise StateError(f"{where}: skipped_rows is {skipped!r}, expected an integer >= 0")
         highest = int(steps.max(initial=0))
-        counts = self.arrays.counts
-        if highest > np.iinfo(counts.dtype).max:
-            counts = np.empty(counts.shape, np.int64)
+        wider = None
+        if highest > np.iinfo(self.arrays.counts.dtype).max:
+            wider = np.empty(_shape_of_counts(self.rows, self.dim, self.mode), np.int64)
         moments = [
             moment.reshape(self.rows, self.dim) for moment in (arrays["exp_avg"], arrays["exp_avg_sq"])
         ]
 
         def load() -> None:
+            if wider is not None:
+                self._set_counts(wider)
+            counts = self._counts()
             counts[...] = steps.reshape(counts.shape)
-            self.arrays = self.arrays._replace(counts=counts)
             for which, moment in enumerate(moments):
-                self.arrays.moments[:, which, :] = moment
+                self._moments(which)[...] = moment
             self.totals[1] = skipped
             self._highest_count = highest
 
         return load
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _shape_of_counts(rows: int, dim: int, mode: int) -> tuple[int, int]:
+    return {ELEMENT: (rows, dim), ROW: (rows, 1), GLOBAL: (1, 1)}[mode]
+
+
+def _allocate(param: NDArray[Any], mode: int) -> TableArrays:
+    """Lay out a table's state: a record a row, of two moments and, where it pays, its counts.
+
+    A row's one count goes into the record of short rows only. Where two moments fill whole cache lines, a
+    record with a count would lie on a line more, as often as counts of their own cost one.
+    """
+    rows, dim = param.shape
+    size = param.itemsize
+    count_rows, columns = _shape_of_counts(rows, dim, mode)
+    record = 2 * dim * size + columns * 4
+    short = record <= CACHE_LINE
+    if (mode == ELEMENT or (mode == ROW and short)) and record % size == 0:
+        moments = _zeros(rows * record // size, param.dtype)
+        counts = moments.view(np.int32)[2 * dim * size // 4 :]
+        return TableArrays(param, moments, counts, record // size, record // 4)
+    dtype = np.dtype(np.int64 if mode == GLOBAL else np.int32)
+    stride = 0 if mode == GLOBAL else columns
+    counts = _zeros(count_rows * columns, dtype)
+    return TableArrays(param, _zeros(2 * rows * dim, param.dtype), counts, 2 * dim, stride)
+
+
+def _strided(flat: NDArray[Any], rows: int, columns: int, stride: int) -> NDArray[Any]:
+    strides = (stride * flat.itemsize, flat.itemsize)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), strides)
+
+
+def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Zeros that begin at a cache line, so that a row touches no more lines than it must.
 
     NumPy begins 16 bytes after one: of a table of dim 16, whose rows are as long as a line, every row would
     lie on two.
     """
-    size = math.prod(shape) * dtype.itemsize
+    size = length * dtype.itemsize
     memory = np.zeros(size + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return memory[start : start + size].view(dtype)
 
 
 def _check_table(name: str, table: Any) -> NDArray[Any]:

@@ -26,11 +26,21 @@ PACKED = {  # x86-64 and AArch64
 }
 
 
-def machine_code(function, *arguments):
-    """Assembly of a kernel, compiled for these arguments and not taken from the cache."""
+def compiled_for(function, *arguments):
+    """A kernel, compiled for these arguments and not taken from the cache."""
     compiled = numba.njit(error_model="numpy", nogil=True, _nrt=False)(function.py_func)
     compiled.compile(tuple(numba.typeof(argument) for argument in arguments))
-    (code,) = compiled.inspect_asm().values()
+    return compiled
+
+
+def machine_code(function, *arguments):
+    (code,) = compiled_for(function, *arguments).inspect_asm().values()
+    return code
+
+
+def intermediate_code(function, *arguments):
+    """LLVM's own language, as it is when everything has been optimized."""
+    (code,) = compiled_for(function, *arguments).inspect_llvm().values()
     return code
 
 
@@ -58,21 +68,52 @@ def count(code, dtype, what):
     return len(re.findall(PACKED[dtype, what], code))
 
 
+def loops_over_a_row(monkeypatch, dtype, get=machine_code):
+    """Machine code of the three loops that update a row, each with what a worker knows of its table."""
+    table, (_, values, scratch) = step_arguments(monkeypatch, gradients(dtype)["rows"][1], dtype)
+    one, k, dim = dtype(1), np.int32(1), np.int64(DIM)
+    view = kernels.view
+
+    def update_all(table, g, dim):
+        kernels.update_all(view(table), 0, g, 0, one, one, one, 0, dim)
+
+    def update_active(table, g, dim):
+        kernels.update_active(view(table), 0, g, 0, one, k, one, one, 0, dim)
+
+    def update_active_each(table, g, scratch, dim):
+        kernels.update_active_each(view(table), 0, g, 0, one, scratch, dim, 0, dim)
+
+    return {
+        "update_all": get(numba.njit(update_all), table, values, dim),
+        "update_active": get(numba.njit(update_active), table, values, dim),
+        "update_active_each": get(numba.njit(update_active_each), table, values, scratch, dim),
+    }
+
+
 @pytest.mark.parametrize("what", ["square roots", "divisions"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_each_loop_over_a_row(monkeypatch, dtype, what):
-    table, (_, values, scratch) = step_arguments(monkeypatch, gradients(dtype)["rows"][1], dtype)
-    one = dtype(1)
-    loops = {
-        "update_row": machine_code(kernels.update_row, table, 0, values, 0, one, one, one),
-        "update_elements_alike": machine_code(kernels.update_elements_alike, table, 0, values, 0, one),
-        "update_elements": machine_code(kernels.update_elements, table, 0, values, 0, one, scratch, 1),
-    }
-    counts = {name: count(code, dtype, what) for name, code in loops.items()}
-    assert counts["update_row"] > 0
-    assert counts["update_elements_alike"] > 0
-    # It has a loop of its own besides the one that is inlined.
-    assert counts["update_elements"] > counts["update_elements_alike"]
+    for name, code in loops_over_a_row(monkeypatch, dtype).items():
+        assert count(code, dtype, what) > 0, name
+
+
+CHECK = "vector.memcheck"  # what LLVM calls the comparison of addresses before a loop
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_loop_over_a_row_compares_addresses_first(monkeypatch, dtype):
+    """The compiler has been told what does not overlap."""
+    for name, code in loops_over_a_row(monkeypatch, dtype, intermediate_code).items():
+        assert "vector.body" in code, name
+        assert CHECK not in code, name
+
+
+def test_a_loop_that_compares_addresses_would_be_seen():
+    def add(a, b):
+        for i in range(len(a)):
+            a[i] += b[i]
+
+    assert CHECK in intermediate_code(numba.njit(add), np.ones(3), np.ones(3))
 
 
 @pytest.mark.parametrize("what", ["square roots", "divisions"])
@@ -82,18 +123,14 @@ def test_the_loops_once_they_are_inlined_into_a_worker(monkeypatch, form, dtype,
     """A loop over more arrays can stop being vectorized: the whole worker has what its parts have."""
     worker, gradient = gradients(dtype)[form]
     table, arguments = step_arguments(monkeypatch, gradient, dtype)
-    *_, scratch = arguments
-    one = dtype(1)
-    row = count(machine_code(kernels.update_row, table, 0, scratch, 0, one, one, one), dtype, what)
+    loops = {name: count(code, dtype, what) for name, code in loops_over_a_row(monkeypatch, dtype).items()}
     code = machine_code(worker, table, *arguments, 0, 0, 1)
     if form == "csr":  # by elements it goes from entry to entry
-        assert count(code, dtype, what) >= row
+        assert count(code, dtype, what) >= loops["update_all"]
         return
-    elements = count(
-        machine_code(kernels.update_elements, table, 0, scratch, 0, one, scratch, 1), dtype, what
-    )
     copies = {"rows": 1, "bags": 2}[form]  # bags: for rows of one id, and for sums
-    assert count(code, dtype, what) >= copies * (row + elements)
+    pieces = 3  # besides the loops: each of them over a piece, of which no loop is left
+    assert count(code, dtype, what) >= copies * (sum(loops.values()) + pieces)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

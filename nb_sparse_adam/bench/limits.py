@@ -25,8 +25,30 @@ from numpy.typing import NDArray
 from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam.bench.contenders import Contender
 from nb_sparse_adam.grouping import group_ids
-from nb_sparse_adam.kernels import ELEMENT, ROW, prefetch_element, prefetch_row, rows_ahead
-from nb_sparse_adam.table_state import TableState
+from nb_sparse_adam.kernels import (
+    ELEMENT,
+    ENTRIES_AHEAD,
+    PIECE,
+    ROW,
+    prefetch_element,
+    prefetch_piece,
+    prefetch_rest,
+    prefetch_row,
+    rows_ahead,
+    view,
+)
+from nb_sparse_adam.memory import (
+    load_count,
+    load_exp_avg,
+    load_exp_avg_sq,
+    load_gradient,
+    load_param,
+    store_count,
+    store_exp_avg,
+    store_exp_avg_sq,
+    store_param,
+)
+from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.threads import Crew, team
 
 __all__ = ["Limit"]
@@ -48,46 +70,71 @@ FLOATS_IN_A_LINE = 16
 
 
 @_jit()
-def _touch_row(param: Any, moments: Any, counts: Any, r: Any, values: Any, s: Any, mode: Any) -> None:
-    """Read and write everything that a step of row r reads and writes."""
-    for j in range(param.shape[1]):
-        g = values[s, j]
-        param[r, j] += g
-        moments[r, 0, j] += g
-        moments[r, 1, j] += g
-    if mode == ELEMENT:
-        for j in range(param.shape[1]):
-            counts[r, j] = np.int32(counts[r, j] + np.int32(1))  # not widened: vectorized as ours are
-    elif mode == ROW:
-        counts[r, 0] += 1
+def _touch_span(table: Any, r: Any, values: Any, at: Any, start: Any, stop: Any) -> None:
+    p_at, m_at, k_at = r * table.dim, r * table.moment_stride, r * table.count_stride
+    v_at = m_at + table.dim
+    if table.mode == ELEMENT:
+        for j in range(start, stop):
+            g = load_gradient(values, at + j)
+            store_param(table.param, p_at + j, load_param(table.param, p_at + j) + g)
+            store_exp_avg(table.moments, m_at + j, load_exp_avg(table.moments, m_at + j) + g)
+            store_exp_avg_sq(table.moments, v_at + j, load_exp_avg_sq(table.moments, v_at + j) + g)
+            store_count(table.counts, k_at + j, np.int32(load_count(table.counts, k_at + j) + np.int32(1)))
+        return
+    for j in range(start, stop):
+        g = load_gradient(values, at + j)
+        store_param(table.param, p_at + j, load_param(table.param, p_at + j) + g)
+        store_exp_avg(table.moments, m_at + j, load_exp_avg(table.moments, m_at + j) + g)
+        store_exp_avg_sq(table.moments, v_at + j, load_exp_avg_sq(table.moments, v_at + j) + g)
 
 
 @_jit()
-def _touch_rows_worker(table: Any, mode: Any, rows: Any, values: Any, lo: Any, hi: Any) -> None:
-    ahead = rows_ahead(values.shape[1])
+def _touch_row(table: Any, r: Any, values: Any, at: Any, following: Any) -> None:
+    """Read and write everything that a step of row r reads and writes."""
+    start = np.int64(0)
+    if following >= 0:
+        while start + PIECE <= table.dim:
+            prefetch_piece(table, following, start)
+            _touch_span(table, r, values, at, start, start + PIECE)
+            start += PIECE
+        prefetch_rest(table, following, start)
+    _touch_span(table, r, values, at, start, table.dim)
+    if table.mode == ROW:
+        k_at = r * table.count_stride
+        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + np.int32(1)))
+
+
+@_jit()
+def _touch_rows_worker(arrays: Any, rows: Any, values: Any, lo: Any, hi: Any) -> None:
+    table = view(arrays)
+    ahead = rows_ahead(table.dim)
     for s in range(lo, hi):
-        if s + ahead < hi:
-            prefetch_row(table, mode, rows[s + ahead])
-        _touch_row(table.param, table.moments, table.counts, rows[s], values, s, mode)
+        following = np.int64(rows[s + ahead]) if s + ahead < hi else np.int64(-1)
+        if following >= 0 and (table.dim < PIECE or table.mode == ELEMENT):  # whichever takes less time
+            prefetch_row(table, following)
+            following = np.int64(-1)
+        _touch_row(table, rows[s], values, s * table.dim, following)
 
 
 @_parallel_jit()
-def _touch_rows(bounds: Any, table: Any, mode: Any, rows: Any, values: Any) -> None:
+def _touch_rows(bounds: Any, table: Any, rows: Any, values: Any) -> None:
     for t in prange(len(bounds) - 1):
-        _touch_rows_worker(table, mode, rows, values, bounds[t], bounds[t + 1])
+        _touch_rows_worker(table, rows, values, bounds[t], bounds[t + 1])
 
 
 @_jit()
-def _touch_entries_worker(table: Any, rows: Any, columns: Any, data: Any, lo: Any, hi: Any) -> None:
-    ahead = 16
+def _touch_entries_worker(arrays: Any, rows: Any, columns: Any, data: Any, lo: Any, hi: Any) -> None:
+    table = view(arrays)
     for e in range(lo, hi):
-        if e + ahead < hi:
-            prefetch_element(table, rows[e + ahead], columns[e + ahead])
-        r, j, g = rows[e], columns[e], data[e]
-        table.param[r, j] += g
-        table.moments[r, 0, j] += g
-        table.moments[r, 1, j] += g
-        table.counts[r, j] += 1
+        if e + ENTRIES_AHEAD < hi:
+            prefetch_element(table, np.int64(rows[e + ENTRIES_AHEAD]), np.int64(columns[e + ENTRIES_AHEAD]))
+        r, j, g = np.int64(rows[e]), np.int64(columns[e]), data[e]
+        p_at, m_at, k_at = r * table.dim + j, r * table.moment_stride + j, r * table.count_stride + j
+        v_at = m_at + table.dim
+        store_param(table.param, p_at, load_param(table.param, p_at) + g)
+        store_exp_avg(table.moments, m_at, load_exp_avg(table.moments, m_at) + g)
+        store_exp_avg_sq(table.moments, v_at, load_exp_avg_sq(table.moments, v_at) + g)
+        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + np.int32(1)))
 
 
 @_parallel_jit()
@@ -98,29 +145,30 @@ def _touch_entries(bounds: Any, table: Any, rows: Any, columns: Any, data: Any) 
 
 @_jit()
 def _touch_segments_worker(
-    table: Any, mode: Any, segments: Any, values: Any, weights: Any, sums: Any, t: Any, lo: Any, hi: Any
+    arrays: Any, segments: Any, values: Any, weights: Any, sums: Any, t: Any, lo: Any, hi: Any
 ) -> None:
+    table = view(arrays)
     rows, starts, source = segments
-    ahead = rows_ahead(values.shape[1])
+    ahead = rows_ahead(table.dim)
     for s in range(lo, hi):
-        if s + ahead < hi:
-            prefetch_row(table, mode, rows[s + ahead])
+        following = np.int64(rows[s + ahead]) if s + ahead < hi else np.int64(-1)
+        if following >= 0 and (table.dim < PIECE or table.mode == ELEMENT):  # whichever takes less time
+            prefetch_row(table, following)
+            following = np.int64(-1)
         total = np.float32(0)
         for i in range(starts[s], starts[s + 1]):
-            for j in range(0, values.shape[1], FLOATS_IN_A_LINE):
+            for j in range(0, table.dim, FLOATS_IN_A_LINE):
                 total += values[source[0, i], j]
             if len(weights) > 0:
                 total += weights[source[1, i]]
         sums[t, 0] = total
-        _touch_row(table.param, table.moments, table.counts, rows[s], sums, t, mode)
+        _touch_row(table, rows[s], sums, t * sums.shape[1], following)
 
 
 @_parallel_jit()
-def _touch_segments(
-    bounds: Any, table: Any, mode: Any, segments: Any, values: Any, weights: Any, sums: Any
-) -> None:
+def _touch_segments(bounds: Any, table: Any, segments: Any, values: Any, weights: Any, sums: Any) -> None:
     for t in prange(len(bounds) - 1):
-        _touch_segments_worker(table, mode, segments, values, weights, sums, t, bounds[t], bounds[t + 1])
+        _touch_segments_worker(table, segments, values, weights, sums, t, bounds[t], bounds[t + 1])
 
 
 @_jit()
@@ -153,17 +201,22 @@ class Limit(Contender):
 
     def __init__(self, case: Case, *, step_counts: str, threads: int, reads: int = 1) -> None:
         super().__init__(case)
-        state = TableState("limit", case.table(), step_counts)
-        state.arrays.moments[...] = 0.1
+        # The memory of an optimizer, laid out as it is, and each page of it written to.
+        self.optimizer = SparseAdam(case.table(), step_counts=step_counts)
+        (state,) = self.optimizer.state.values()
+        state.arrays.moments[...] = 0
         state.arrays.counts[...] = 0
-        self._table, self._mode, self._threads, self._reads = state.arrays, state.mode, threads, reads
+        self.optimizer.on_nonfinite = "propagate"
+        with self.optimizer.kernel_table() as table:  # and its layout
+            self._table = table
+        self._threads, self._reads = threads, reads
         self._turns = itertools.cycle([self._arguments(arrays) for arrays in case.arrays()])
         self._out = np.empty(threads, np.int32)
 
     def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], NDArray[Any], tuple[Any, ...]]:
         if isinstance(arrays, Rows):
             bounds = np.arange(self._threads + 1) * len(arrays.rows) // self._threads
-            return _touch_rows, arrays.values, (bounds, self._table, self._mode, *arrays)
+            return _touch_rows, arrays.values, (bounds, self._table, *arrays)
         if isinstance(arrays, Bag):
             return _touch_segments, arrays.grad_output, self._grouped(arrays)
         rows = np.repeat(np.arange(len(arrays.indptr) - 1, dtype=np.int32), np.diff(arrays.indptr))
@@ -182,10 +235,10 @@ class Limit(Contender):
         bounds = np.searchsorted(grouping.starts, ids)  # about as many ids each
         bounds[-1] = len(rows)
         dim = bag.grad_output.shape[1]
-        sums = np.zeros((self._threads, max(dim, 64)), np.float32)[:, :dim]  # no shared cache lines
+        sums = np.zeros((self._threads, max(dim, 64)), np.float32)  # no shared cache lines
         weights = np.empty(0, np.float32) if bag.weights is None else bag.weights
         segments = rows, grouping.starts.copy(), source
-        return bounds, self._table, self._mode, segments, bag.grad_output, weights, sums
+        return bounds, self._table, segments, bag.grad_output, weights, sums
 
     def ready(self) -> None:
         """Take the next gradient."""

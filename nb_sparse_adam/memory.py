@@ -1,0 +1,195 @@
+"""Loads and stores of kernels, with what the compiler cannot find out by itself: what does not overlap.
+
+A step reads and writes parameters, two moments and counts, and reads a gradient: five pieces of memory of
+which none overlaps another, for the state is ours and a gradient that shares memory with it is refused. The
+compiler does not know. It puts a comparison of all their addresses before every row's loop, with a second,
+slow copy of the loop behind it, and it will not put a table look-up into a loop that writes. So each of these
+places in memory is an *alias scope* of LLVM's, and a load or store says which scopes it cannot meet
+(https://llvm.org/docs/LangRef.html#noalias-and-alias-scope-metadata). Measured on two Zen 4 cores, rows of
+dim 64 drawn from 2M: 5.6 ms instead of 6.7, and 8.0 instead of 9.5 with counts of elements.
+
+``load_x(array, at)`` is ``array.reshape(-1)[at]`` for a contiguous array, unchecked; ``store_x(array, at,
+value)`` writes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, register_jitable
+
+__all__ = [
+    "CACHE_LINE",
+    "address",
+    "copy_correction",
+    "load_correction",
+    "load_count",
+    "load_exp_avg",
+    "load_exp_avg_sq",
+    "load_gradient",
+    "load_param",
+    "load_row_correction",
+    "load_sum",
+    "load_value",
+    "prefetch_line",
+    "store_count",
+    "store_exp_avg",
+    "store_exp_avg_sq",
+    "store_param",
+    "store_row_correction",
+    "store_sum",
+]
+
+# Scope -> the scopes that it cannot meet. A sum is read as a gradient later on: these two are not kept apart.
+_STATE = ["param", "exp_avg", "exp_avg_sq", "count"]
+_READ = ["gradient", "correction", "row correction"]
+_APART = {
+    **{scope: [*_STATE, *_READ] for scope in [*_STATE, *_READ]},
+    "value": ["sum"],
+    "sum": ["value"],
+}
+
+_Access = Callable[..., Any]
+
+
+def _plain_load(array: Any, at: Any) -> Any:
+    return array.reshape(-1)[at]
+
+
+def _plain_store(array: Any, at: Any, value: Any) -> None:
+    array.reshape(-1)[at] = value
+
+
+def _say_where(builder: Any, instruction: Any, scope: str) -> None:
+    """Attach its scope to a load or store."""
+
+    def node(of: str) -> Any:
+        return module.add_metadata([ir.MetaDataString(module, of), domain])
+
+    module = builder.module
+    domain = module.add_metadata([ir.MetaDataString(module, "nb_sparse_adam")])
+    apart = [node(other) for other in _APART[scope] if other != scope]
+    instruction.set_metadata("alias.scope", module.add_metadata([node(scope)]))
+    instruction.set_metadata("noalias", module.add_metadata(apart))
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [at], inbounds=True)
+
+
+def _accesses(scope: str) -> tuple[_Access, _Access]:
+    """Make the load and the store of one scope."""
+    if numba.config.DISABLE_JIT or numba.config.BOUNDSCHECK:  # to be stepped through, or to be checked
+        return register_jitable(_plain_load), register_jitable(_plain_store)
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def load(typingctx: Any, array: Any, at: Any) -> Any:  # noqa: ARG001 (numba fixes the signature)
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load(_address(context, builder, signature.args[0], *args))
+            _say_where(builder, value, scope)
+            return value
+
+        return array.dtype(array, types.intp), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def store(typingctx: Any, array: Any, at: Any, value: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = _address(context, builder, signature.args[0], *args[:2])
+            _say_where(builder, builder.store(args[2], address), scope)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, array.dtype), codegen
+
+    return load, store
+
+
+def _pair_copier(source: str, destination: str) -> _Access:
+    """Make ``copy(array, at, to, to_at)``: the elements at and at + 1, in one piece."""
+    if numba.config.DISABLE_JIT or numba.config.BOUNDSCHECK:
+
+        def plain(array: Any, at: Any, to: Any, to_at: Any) -> None:
+            for i in range(2):
+                to.reshape(-1)[to_at + i] = array.reshape(-1)[at + i]
+
+        return register_jitable(plain)  # type: ignore[no-any-return]
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def copy(typingctx: Any, array: Any, at: Any, to: Any, to_at: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            element = context.get_data_type(array.dtype)
+            pair, size = ir.VectorType(element, 2).as_pointer(), array.dtype.bitwidth // 8
+            start = builder.bitcast(_address(context, builder, array, *args[:2]), pair)
+            end = builder.bitcast(_address(context, builder, to, *args[2:]), pair)
+            value = builder.load(start, align=size)
+            _say_where(builder, value, source)
+            _say_where(builder, builder.store(value, end, align=size), destination)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, to, types.intp), codegen
+
+    return copy  # type: ignore[no-any-return]
+
+
+load_param, store_param = _accesses("param")
+load_exp_avg, store_exp_avg = _accesses("exp_avg")
+load_exp_avg_sq, store_exp_avg_sq = _accesses("exp_avg_sq")
+load_count, store_count = _accesses("count")
+load_gradient, _ = _accesses("gradient")  # what a row is updated with: a user's row, or a sum
+load_correction, _ = _accesses("correction")
+load_row_correction, store_row_correction = _accesses("row correction")  # scratch: those of a row's elements
+copy_correction = _pair_copier("correction", "row correction")
+load_value, _ = _accesses("value")  # what is summed
+load_sum, store_sum = _accesses("sum")
+
+
+CACHE_LINE = 64  # bytes
+
+if numba.config.DISABLE_JIT:
+
+    def address(array: Any, at: Any) -> int:
+        """Return where the elements are, which only `prefetch_line` wants to know."""
+        return int(at) * int(array.itemsize)
+
+    def prefetch_line(at_address: Any) -> None:
+        """Do nothing: without the compiler there is nothing to hint at."""
+
+else:
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def address(typingctx: Any, array: Any, at: Any) -> Any:  # noqa: ARG001
+        """Return the address of ``array.reshape(-1)[at]``."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.ptrtoint(_address(context, builder, array, *args), ir.IntType(64))
+
+        return types.int64(array, types.intp), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def prefetch_line(typingctx: Any, at_address: Any) -> Any:  # noqa: ARG001
+        """Ask the processor for the cache line that an address lies in, to be used soon.
+
+        A hint only: it reads nothing and cannot fault. Rows drawn at random from a table are cache misses
+        that the hardware cannot foresee; asking a few rows ahead hides them.
+
+        The line is asked for into the second-level cache, not into the first: many more can be on their way
+        there at the same time, and arithmetic goes on meanwhile. 100k rows of 2M×64 on two Zen 4 cores:
+        3.9 ms, 5.6 if asked for into the first-level cache. One that is asked for twice counts twice.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            i32 = ir.IntType(32)
+            hint = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32]),
+                "llvm.prefetch.p0",
+            )
+            read, keep_in_second_level, data_not_code = i32(0), i32(2), i32(1)
+            pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+            builder.call(hint, [pointer, read, keep_in_second_level, data_not_code])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
