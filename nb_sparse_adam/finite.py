@@ -16,6 +16,8 @@ __all__ = ["largest_magnitude", "squares_are_finite"]
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
 
+FEW_VALUES = 1 << 10  # for fewer, what surrounds the fast loop takes longer than a plain one
+
 BLOCK = 4096  # values; enough for the processor's own prefetching
 
 # By the size of a float: integers of that size, and all of their bits but the sign; rounding unit, and root
@@ -36,6 +38,8 @@ def largest_magnitude(values: NDArray[Any], crew: Crew) -> float:
     Without its sign bit a floating-point number compares like an integer, infinity above every number and
     NaN above infinity: the maximum of the bits answers both questions, and vectorizes.
     """
+    if values.size < FEW_VALUES:
+        return float(largest_of_few(values.reshape(-1)))
     integer, mask = _INTEGERS[values.itemsize]
     bits = values.reshape(-1).view(integer)
     if len(bits) < PARALLEL_VALUES:
@@ -53,6 +57,17 @@ def squares_are_finite(largest: float, terms: int, dtype: np.dtype[Any]) -> bool
     if not terms * eps < 0.1:  # each addition may round up by half of eps
         return False
     return largest * terms * 1.25 < largest_square_root
+
+
+@jit
+def largest_of_few(values: Any) -> Any:
+    """Return the largest absolute value, or NaN if there is one."""
+    largest = values.dtype.type(0)
+    for i in range(len(values)):
+        magnitude = abs(values[i])
+        if magnitude > largest or magnitude != magnitude:
+            largest = magnitude
+    return largest
 
 
 @jit

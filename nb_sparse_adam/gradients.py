@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -358,15 +358,16 @@ def _bag_offsets(gradient: BagGradient, target: Target, bags: int, n: int) -> ND
             )
     else:
         offsets = np.append(offsets, n)
-    _check_monotonic(what, offsets, n, target)
+    if offsets[0] != 0 or count_rises_and_falls(offsets)[1] or offsets[-1] > n:
+        _refuse_offsets(what, offsets, n, target)
     return offsets
 
 
-def _check_monotonic(what: str, offsets: NDArray[Any], last: int, target: Target) -> None:
-    """Check that offsets start at 0, never decrease and stay within ``last``."""
+def _refuse_offsets(what: str, offsets: NDArray[Any], last: int, target: Target) -> NoReturn:
+    """Say where offsets do not start at 0, decrease, or pass ``last``."""
     if offsets[0] != 0:
         raise target.refuse(GradientIndexError, f"{what}[0] is {offsets[0]}, expected 0")
-    if falls(offsets):
+    if (offsets[1:] < offsets[:-1]).any():
         at = int(np.flatnonzero(offsets[1:] < offsets[:-1])[0]) + 1
         value, before = int(offsets[at]), int(offsets[at - 1])
         if before > last:
@@ -378,9 +379,8 @@ def _check_monotonic(what: str, offsets: NDArray[Any], last: int, target: Target
                 "never decreases",
             )
         raise target.refuse(GradientIndexError, f"{what}[{at}] is {value}, expected at most {last}")
-    if offsets[-1] > last:
-        at = int(np.flatnonzero(offsets > last)[0])
-        raise target.refuse(GradientIndexError, f"{what}[{at}] is {offsets[at]}, expected at most {last}")
+    at = int(np.flatnonzero(offsets > last)[0])
+    raise target.refuse(GradientIndexError, f"{what}[{at}] is {offsets[at]}, expected at most {last}")
 
 
 def _check_csr(
@@ -390,7 +390,9 @@ def _check_csr(
     indptr = _integers(what + "indptr", indptr, target, target.rows + 1)
     indices = _integers(what + "indices", indices, target)
     data = _values(what + "data", data, target, None, "for each entry", matrix=False)
-    _check_monotonic(what + "indptr", indptr, len(indices), target)
+    present, fall = count_rises_and_falls(indptr)
+    if fall or indptr[0] != 0 or indptr[-1] > len(indices):
+        _refuse_offsets(what + "indptr", indptr, len(indices), target)
     nnz = int(indptr[-1])
     if exact and nnz != len(indices):
         raise target.refuse(
@@ -402,13 +404,11 @@ def _check_csr(
             GradientError, f"{what}data has {len(data)} entries, expected {nnz}, one for each of indices"
         )
     indices, data = indices[:nnz], data[:nnz]
-    if indptr.dtype != indices.dtype:
-        indptr, indices = indptr.astype(np.int64, copy=False), indices.astype(np.int64, copy=False)
-    # Each of these rows has an entry: as many places as entries are enough, and one for the last write.
-    most = min(target.rows, nnz)
-    rows, starts = np.empty(most + 1, indptr.dtype), np.empty(most + 1, indptr.dtype)
-    present = list_present(indptr, rows, starts)
-    rows, starts = rows[:present], starts[: present + 1]
+    rows, starts = np.empty((2, present + 1), indptr.dtype)  # one place more, for the last write
+    list_present(indptr, rows, starts)
+    rows = rows[:present]
+    if starts.dtype != indices.dtype:
+        rows, starts, indices = (array.astype(np.int64, copy=False) for array in (rows, starts, indices))
     lowest, highest, distinct = scan_columns(starts, indices)
     if nnz and (lowest < 0 or highest >= target.dim):
         _refuse_ids(what + "indices", indices, target.dim, "column", target)
@@ -464,17 +464,18 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | Compressed | Entries:
 
 
 @jit
-def falls(offsets: Any) -> bool:
-    """Whether offsets decrease anywhere. No early exit: a loop with one is not vectorized."""
-    count = 0
+def count_rises_and_falls(offsets: Any) -> Any:
+    """How often offsets increase, and decrease. No early exit: a loop with one is not vectorized."""
+    rises = falls = 0
     for i in range(len(offsets) - 1):
-        count += offsets[i + 1] < offsets[i]
-    return count > 0
+        rises += offsets[i + 1] > offsets[i]
+        falls += offsets[i + 1] < offsets[i]
+    return rises, falls
 
 
 @jit
-def list_present(indptr: Any, rows: Any, starts: Any) -> Any:
-    """List the rows that store entries, and where each one's start, then their end; return how many."""
+def list_present(indptr: Any, rows: Any, starts: Any) -> None:
+    """List the rows that store entries, and where each one's start, then their end."""
     present = 0
     for r in range(len(indptr) - 1):
         # Written always and kept where there are entries: no branch to mispredict.
@@ -482,7 +483,6 @@ def list_present(indptr: Any, rows: Any, starts: Any) -> Any:
         starts[present] = indptr[r]
         present += indptr[r + 1] > indptr[r]
     starts[present] = indptr[len(indptr) - 1]
-    return present
 
 
 @jit
@@ -490,12 +490,15 @@ def scan_columns(indptr: Any, indices: Any) -> Any:
     """Smallest and largest column, and whether the columns of every row increase."""
     lowest = highest = indices.dtype.type(0)
     repeats = 0
-    for r in range(len(indptr) - 1):
-        for e in range(indptr[r], indptr[r + 1]):
-            lowest = min(lowest, indices[e])
-            highest = max(highest, indices[e])
-            if e > indptr[r]:
-                repeats += indices[e] <= indices[e - 1]
+    for e in range(len(indices) - 1):  # from entry to entry, rows or not: that is vectorized
+        lowest = min(lowest, indices[e])
+        highest = max(highest, indices[e])
+        repeats += indices[e + 1] <= indices[e]
+    if len(indices) > 0:
+        lowest = min(lowest, indices[len(indices) - 1])
+        highest = max(highest, indices[len(indices) - 1])
+    for r in range(1, len(indptr) - 1):  # where a row begins, a column may be smaller than the one before
+        repeats -= indices[indptr[r]] <= indices[indptr[r] - 1]
     return lowest, highest, repeats == 0
 
 

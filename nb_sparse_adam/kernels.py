@@ -91,6 +91,7 @@ SCRATCH_ROWS = 3
 PREFETCH_ELEMENTS = 512
 MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 12
 ENTRIES_AHEAD = 16  # of a CSR gradient, each of which is a place in memory of its own
+IDS_AHEAD = 16  # whose values are prefetched: after sorting they come in any order
 VALUES_PREFETCHED = 1 << 19  # gradients of fewer elements are in the second-level cache, more or less
 MAX_ELEMENTS_PREFETCHED = 256  # of a wide row; the hardware follows the rest by itself
 PIECE = 16  # elements of a row that are asked for at once, between other arithmetic
@@ -669,18 +670,38 @@ def locate(g: Any, i: Any) -> Any:
 
 
 @jit
+def prefetch_values(g: Any, i: Any) -> None:
+    """Ask for the values of an id a few places behind the i-th smallest."""
+    later = i + IDS_AHEAD
+    if later >= len(g.packed):
+        return
+    if g.per_id:
+        payload = g.packed[later] & g.payload_mask
+        prefetch_line(address(g.source, payload))
+        prefetch_line(address(g.coefficients, payload))
+    if g.values.size >= VALUES_PREFETCHED:
+        dim = g.values.shape[1]
+        at, _ = locate(g, later)
+        prefetch(g.values, at * dim, min(dim, MAX_ELEMENTS_PREFETCHED))
+
+
+@jit
 def sum_ids(g: Any, lo: Any, hi: Any, out: Any, to: Any) -> None:
     """Put the sum over the ids lo:hi, in their order, into a row of ``out``, from ``to`` on.
 
-    Four ids at a time, added one after the other: the sum so far goes through memory a quarter as often.
+    Four ids at a time, added one after the other: the sum so far goes through memory a quarter as often. The
+    values of the ids that follow, behind hi too, are prefetched meanwhile.
     """
     values = g.values
     dim = values.shape[1]
+    prefetch_values(g, lo)
     row, coefficient = locate(g, lo)
     for j in range(dim):
         store_sum(out, to + j, coefficient * load_value(values, row * dim + j))
     i = lo + 1
     while i + 4 <= hi:
+        for k in range(i, i + 4):
+            prefetch_values(g, k)
         (a, x), (b, y), (c, z), (d, w) = locate(g, i), locate(g, i + 1), locate(g, i + 2), locate(g, i + 3)
         a, b, c, d = a * dim, b * dim, c * dim, d * dim
         for j in range(dim):
@@ -690,6 +711,7 @@ def sum_ids(g: Any, lo: Any, hi: Any, out: Any, to: Any) -> None:
             store_sum(out, to + j, total + w * load_value(values, d + j))
         i += 4
     while i < hi:
+        prefetch_values(g, i)
         row, coefficient = locate(g, i)
         for j in range(dim):
             store_sum(out, to + j, load_sum(out, to + j) + coefficient * load_value(values, row * dim + j))
@@ -759,25 +781,12 @@ def sum_segment(g: Any, s: Any, which: Any, out: Any, to: Any) -> Any:
 
 
 @jit
-def prefetch_values(g: Any, i: Any) -> None:
-    """Ask for the values of the i-th smallest id: after sorting they come in any order."""
-    dim = g.values.shape[1]
-    if g.per_id:
-        prefetch_line(address(g.coefficients, g.packed[i] & g.payload_mask))
-    if g.values.size < VALUES_PREFETCHED:
-        return
-    at, _ = locate(g, i)
-    prefetch(g.values, at * dim, min(dim, MAX_ELEMENTS_PREFETCHED))
-
-
-@jit
 def segments_worker(arrays: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any) -> Any:
     """Apply the segments lo:hi, each row with the sum of its ids; return how many were skipped."""
     table = view(arrays)
     dim, sign = table.dim, table.sign
     own = SCRATCH_ROWS * t * dim
     ahead = rows_ahead(dim)
-    far = g.per_id or g.values.size >= VALUES_PREFETCHED
     skipped = 0
     which = first_long(g, lo)
     for s in range(lo, hi):
@@ -788,11 +797,10 @@ def segments_worker(arrays: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any)
             if dim < PIECE:
                 prefetch_row(table, following)
                 following = np.int64(-1)
-            if far:
-                prefetch_values(g, first)
         start = np.int64(g.starts[s])
         row = g.packed[start] >> g.row_shift
         if g.starts[s + 1] - start == 1:  # nothing to sum: no copy
+            prefetch_values(g, start)
             at, coefficient = locate(g, start)
             if table.check and poisons(g.values, at * dim, dim, coefficient * sign):
                 skipped += 1

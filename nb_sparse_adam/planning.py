@@ -79,7 +79,7 @@ def size_of(checked: Rows | kernels.Compressed | Entries, target: Target) -> int
 
 
 def _evenly(n: int, chunks: int) -> NDArray[np.int64]:
-    return np.array([n * t // chunks for t in range(chunks + 1)], np.int64)
+    return np.array([0, n] if chunks == 1 else [n * t // chunks for t in range(chunks + 1)], np.int64)
 
 
 def _scratch(parts: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -152,13 +152,23 @@ def _group(
         per_id=rows.per_id,
         long=long,
         long_first=long_first,
-        block_sums=np.empty((blocks, target.dim), target.dtype),
+        block_sums=_room_for_sums(grouping.rest, (blocks, target.dim), target.dtype),
     )
     if blocks:
         block_sums = kernels.block_sums_serial if crew.parts == 1 else kernels.block_sums_parallel
         with team(crew):
             block_sums(_evenly(blocks, crew.parts), segments)
     return segments, int(longest)
+
+
+def _room_for_sums(spare: NDArray[Any], shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of that shape in memory that nobody needs, or, if it does not fit there, of its own."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    unused = spare.view(np.uint8)
+    start = -unused.ctypes.data % dtype.itemsize
+    if size == 0 or start + size > len(unused):
+        return np.empty(shape, dtype)
+    return unused[start : start + size].view(dtype).reshape(shape)
 
 
 def _too_many_bits(target: Target, n: int) -> GradientError:

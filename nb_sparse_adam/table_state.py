@@ -72,7 +72,8 @@ class TableState:
     @property
     def memory(self) -> tuple[NDArray[Any], ...]:
         """What no gradient may share memory with."""
-        return self.arrays[:3]
+        param, moments, counts = self.arrays[:3]
+        return (param, moments) if np.may_share_memory(moments, counts) else (param, moments, counts)
 
     @property
     def skipped_rows(self) -> int:

@@ -2,7 +2,7 @@
 
 A step reads a gradient and, at places drawn at random from memory, reads and writes parameters, moments and
 counts. However clever its arithmetic, it cannot be faster than those reads and writes. For each case the
-limit's kernel adds the gradient's value to each of them: same rows, same prefetching, same threads. The
+limit's kernel adds something to each of them: same memory, same rows, same prefetching, same threads. The
 figure is *time of the limit / our time*, medians of steps taken in turn: 1 is perfect. The limit of bags is
 given its ids grouped, and reads one number of each cache line that a step must add up: it bounds the update,
 not the sorting.
@@ -23,7 +23,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
-from nb_sparse_adam.bench.contenders import Contender
+from nb_sparse_adam.bench.contenders import WithOptimizer
 from nb_sparse_adam.grouping import group_ids
 from nb_sparse_adam.kernels import (
     ELEMENT,
@@ -73,16 +73,17 @@ FLOATS_IN_A_LINE = 16
 def _touch_span(table: Any, r: Any, values: Any, at: Any, start: Any, stop: Any) -> None:
     p_at, m_at, k_at = r * table.dim, r * table.moment_stride, r * table.count_stride
     v_at = m_at + table.dim
+    one = np.int32(table.lr)
     if table.mode == ELEMENT:
         for j in range(start, stop):
-            g = load_gradient(values, at + j)
+            g = table.lr * load_gradient(values, at + j)
             store_param(table.param, p_at + j, load_param(table.param, p_at + j) + g)
             store_exp_avg(table.moments, m_at + j, load_exp_avg(table.moments, m_at + j) + g)
             store_exp_avg_sq(table.moments, v_at + j, load_exp_avg_sq(table.moments, v_at + j) + g)
-            store_count(table.counts, k_at + j, np.int32(load_count(table.counts, k_at + j) + np.int32(1)))
+            store_count(table.counts, k_at + j, np.int32(load_count(table.counts, k_at + j) + one))
         return
     for j in range(start, stop):
-        g = load_gradient(values, at + j)
+        g = table.lr * load_gradient(values, at + j)
         store_param(table.param, p_at + j, load_param(table.param, p_at + j) + g)
         store_exp_avg(table.moments, m_at + j, load_exp_avg(table.moments, m_at + j) + g)
         store_exp_avg_sq(table.moments, v_at + j, load_exp_avg_sq(table.moments, v_at + j) + g)
@@ -100,8 +101,8 @@ def _touch_row(table: Any, r: Any, values: Any, at: Any, following: Any) -> None
         prefetch_rest(table, following, start)
     _touch_span(table, r, values, at, start, table.dim)
     if table.mode == ROW:
-        k_at = r * table.count_stride
-        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + np.int32(1)))
+        k_at, one = r * table.count_stride, np.int32(table.lr)
+        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + one))
 
 
 @_jit()
@@ -125,16 +126,17 @@ def _touch_rows(bounds: Any, table: Any, rows: Any, values: Any) -> None:
 @_jit()
 def _touch_entries_worker(arrays: Any, rows: Any, columns: Any, data: Any, lo: Any, hi: Any) -> None:
     table = view(arrays)
+    one = np.int32(table.lr)
     for e in range(lo, hi):
         if e + ENTRIES_AHEAD < hi:
             prefetch_element(table, np.int64(rows[e + ENTRIES_AHEAD]), np.int64(columns[e + ENTRIES_AHEAD]))
-        r, j, g = np.int64(rows[e]), np.int64(columns[e]), data[e]
+        r, j, g = np.int64(rows[e]), np.int64(columns[e]), table.lr * data[e]
         p_at, m_at, k_at = r * table.dim + j, r * table.moment_stride + j, r * table.count_stride + j
         v_at = m_at + table.dim
         store_param(table.param, p_at, load_param(table.param, p_at) + g)
         store_exp_avg(table.moments, m_at, load_exp_avg(table.moments, m_at) + g)
         store_exp_avg_sq(table.moments, v_at, load_exp_avg_sq(table.moments, v_at) + g)
-        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + np.int32(1)))
+        store_count(table.counts, k_at, np.int32(load_count(table.counts, k_at) + one))
 
 
 @_parallel_jit()
@@ -186,8 +188,10 @@ def _read(values: Any, out: Any) -> None:
         out[t] = _read_worker(values, len(values) * t // chunks, len(values) * (t + 1) // chunks)
 
 
-class Limit(Contender):
+class Limit(WithOptimizer):
     """A contender that moves the bytes of a case's steps and does nothing else.
+
+    What it adds is multiplied with the optimizer's learning rate, which is 0: it writes what it has read.
 
     Parameters
     ----------
@@ -196,36 +200,32 @@ class Limit(Contender):
     step_counts : {"element", "row", "global"}
     threads : int
     reads : int
-        How often the gradient is read: 2 if it has to be seen as a whole before the first write.
+        How often the gradient is read: 2 if it has to be seen as a whole before the first write. The row
+        pointer of a CSR gradient is read as a whole in any case.
     """
 
     def __init__(self, case: Case, *, step_counts: str, threads: int, reads: int = 1) -> None:
-        super().__init__(case)
-        # The memory of an optimizer, laid out as it is, and each page of it written to.
-        self.optimizer = SparseAdam(case.table(), step_counts=step_counts)
-        (state,) = self.optimizer.state.values()
-        state.arrays.moments[...] = 0
-        state.arrays.counts[...] = 0
-        self.optimizer.on_nonfinite = "propagate"
-        with self.optimizer.kernel_table() as table:  # and its layout
-            self._table = table
-        self._threads, self._reads = threads, reads
+        super().__init__(case, SparseAdam(case.table(), step_counts=step_counts, on_nonfinite="propagate"))
+        self.optimizer.lr = 0
+        self._rows, self._threads, self._reads = case.rows, threads, reads
         self._turns = itertools.cycle([self._arguments(arrays) for arrays in case.arrays()])
         self._out = np.empty(threads, np.int32)
 
-    def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], NDArray[Any], tuple[Any, ...]]:
+    def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], list[NDArray[Any]], tuple[Any, ...]]:
+        """A kernel, what is read before it runs, and its arguments but for the table."""
         if isinstance(arrays, Rows):
             bounds = np.arange(self._threads + 1) * len(arrays.rows) // self._threads
-            return _touch_rows, arrays.values, (bounds, self._table, *arrays)
+            return _touch_rows, [arrays.values][: self._reads - 1], (bounds, *arrays)
         if isinstance(arrays, Bag):
-            return _touch_segments, arrays.grad_output, self._grouped(arrays)
+            return _touch_segments, [arrays.grad_output][: self._reads - 1], self._grouped(arrays)
         rows = np.repeat(np.arange(len(arrays.indptr) - 1, dtype=np.int32), np.diff(arrays.indptr))
         bounds = np.arange(self._threads + 1) * len(rows) // self._threads
-        return _touch_entries, arrays.data, (bounds, self._table, rows, arrays.indices, arrays.data)
+        first = [arrays.indptr, arrays.data][: self._reads]
+        return _touch_entries, first, (bounds, rows, arrays.indices, arrays.data)
 
     def _grouped(self, bag: Bag) -> tuple[Any, ...]:
         """Sort the ids by row, and find for each its bag and its weight's place."""
-        grouping = group_ids(bag.indices, len(self._table.param) - 1, False)
+        grouping = group_ids(bag.indices, self._rows - 1, False)
         assert grouping is not None
         position = grouping.packed & grouping.payload_mask
         bag_of = np.repeat(np.arange(len(bag.offsets) - 1), np.diff(bag.offsets))[position]
@@ -238,15 +238,18 @@ class Limit(Contender):
         sums = np.zeros((self._threads, max(dim, 64)), np.float32)  # no shared cache lines
         weights = np.empty(0, np.float32) if bag.weights is None else bag.weights
         segments = rows, grouping.starts.copy(), source
-        return bounds, self._table, segments, bag.grad_output, weights, sums
+        return bounds, segments, bag.grad_output, weights, sums
 
     def ready(self) -> None:
         """Take the next gradient."""
-        self._kernel, self._values, self._given = next(self._turns)
+        self._kernel, self._first, self._given = next(self._turns)
+        with self.optimizer.kernel_table() as table:
+            self._table = table
 
     def step(self) -> None:
         """Move its bytes."""
         with team(Crew(self._threads, self._threads)):
-            if self._reads == 2:
-                _read(self._values.reshape(-1).view(np.int32), self._out)
-            self._kernel(*self._given)
+            for array in self._first:
+                _read(array.reshape(-1).view(np.int32), self._out)
+            bounds, *others = self._given
+            self._kernel(bounds, self._table, *others)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nb_sparse_adam.bench.cases import CASES, Arrays, Bag, Case, Rows
-from nb_sparse_adam.bench.contenders import Contender, Ours, gradient
+from nb_sparse_adam.bench.contenders import Contender, Ours, WithOptimizer, gradient
 from nb_sparse_adam.bench.lines import LINES, Entry, Line
 from nb_sparse_adam.bench.timing import alternate
 
@@ -67,12 +67,20 @@ def measure(line: Line, settings: Settings) -> dict[str, float]:
 
 def _times(line: Line, settings: Settings) -> dict[str, float]:
     contenders: dict[str, Contender] = {}
+    first: dict[tuple[str, str], WithOptimizer] = {}
     for entry in line.entries:
         if entry.peer is None or entry.peer in settings.peers:
             try:
-                contenders[entry.name] = entry.contender(settings.threads, settings.quick)
+                contender = entry.contender(settings.threads, settings.quick)
             except NotImplementedError as error:
                 raise CannotMeasureError(str(error)) from error
+            contenders[entry.name] = contender
+            if isinstance(contender, WithOptimizer):
+                alike = entry.case, contender.optimizer.step_counts
+                if alike in first:
+                    contender.use_memory_of(first[alike])
+                else:
+                    first[alike] = contender
     seconds = alternate(contenders, 5 if settings.quick else REPEATS, line.loop)
     return {name: statistics.median(times) for name, times in seconds.items()}
 

@@ -1,0 +1,80 @@
+"""What the state takes, and what a step takes besides: counted where NumPy asks for memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from checks import STEP_COUNTS
+
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam.threads import max_threads
+
+pytestmark = pytest.mark.jit
+
+ROWS, DIM = 40_000, 16
+THREADS = sorted({1, max_threads()})
+ONCE = 100_000  # bytes that do not depend on the gradient: the sort's counters, a row or two for each thread
+
+
+def gradient(form, ids):
+    rng = np.random.default_rng(1)
+    bags = len(ids) // 20
+    offsets = np.arange(bags + 1) * 20
+    pooled = rng.normal(size=(bags, DIM)).astype(np.float32)
+    if form == "rows":
+        return RowGradient(ids, rng.normal(size=(len(ids), DIM)).astype(np.float32))
+    if form == "bags":
+        return BagGradient(ids, offsets, pooled)
+    return BagGradient(ids, offsets, pooled, weights=rng.normal(size=len(ids)).astype(np.float32))
+
+
+def peak_of_a_step(given, num_threads, rows=ROWS, step_counts="element"):
+    def fresh():
+        return SparseAdam(np.zeros((rows, DIM), np.float32), step_counts=step_counts, num_threads=num_threads)
+
+    fresh().step(given)  # compiles
+    optimizer = fresh()
+    tracemalloc.start()
+    try:
+        optimizer.step(given)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("num_threads", THREADS)
+@pytest.mark.parametrize("form", ["rows", "bags", "weighted bags"])
+def test_a_step_takes_sixteen_bytes_an_id(form, num_threads):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, ROWS, 100_000)
+    ids[::2] = 1234  # so that there are blocks to be summed first
+    half, whole = (peak_of_a_step(gradient(form, ids[:n]), num_threads) for n in (50_000, 100_000))
+    assert whole <= 16 * len(ids) + ONCE
+    assert whole - half <= 16.01 * 50_000
+
+
+@pytest.mark.parametrize("form", ["rows", "csr"])
+def test_nothing_that_a_step_takes_grows_with_the_table(form):
+    ids = np.sort(np.random.default_rng(0).choice(ROWS, 5000, replace=False))
+
+    def given(rows):
+        if form == "rows":
+            return gradient(form, ids)
+        indptr = np.searchsorted(ids, np.arange(rows + 1))
+        return CSRGradient(indptr, np.zeros(len(ids), np.int64), np.ones(len(ids), np.float32))
+
+    small, large = (peak_of_a_step(given(rows), 1, rows) for rows in (ROWS, 10 * ROWS))
+    assert large < small + 1000
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dim", [1, 3, 8, 16])
+@pytest.mark.parametrize("step_counts", STEP_COUNTS)
+def test_the_state_is_two_moments_and_counts(step_counts, dim, dtype):
+    rows = 1000
+    optimizer = SparseAdam(np.zeros((rows, dim), dtype), step_counts=step_counts)
+    (state,) = optimizer.state.values()
+    counts = {"element": 4 * rows * dim, "row": 4 * rows, "global": 8}[step_counts]
+    arrays = [array for array in state.memory if array is not optimizer.tables["table"]]
+    taken = sum(array.nbytes for array in arrays if not np.shares_memory(array, optimizer.tables["table"]))
+    assert taken == 2 * rows * dim * np.dtype(dtype).itemsize + counts
