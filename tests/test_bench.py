@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -252,9 +251,8 @@ class Recorder(Contender):
         self.did.append(f"{self.name} steps")
 
 
-def test_contenders_take_turns_and_start_on_cores_that_are_idle_and_awake(monkeypatch):
+def test_contenders_take_turns_and_start_on_idle_cores(monkeypatch):
     did = []
-    monkeypatch.setattr(timing, "wake_up", lambda cores: did.append("awake"))
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: did.append(f"rest {seconds}"))
     contenders = {"a": Recorder("a", did, 0.25), "b": Recorder("b", did, 0.02)}
     seconds = timing.alternate(contenders, repeats=2, loop=2)
@@ -263,16 +261,9 @@ def test_contenders_take_turns_and_start_on_cores_that_are_idle_and_awake(monkey
     assert did[: 4 * warm] == ["a ready", "a steps"] * warm + ["b ready", "b steps"] * warm
     a, b = (["a steps", "a ready", "a steps"], ["b steps", "b ready", "b steps"])
     assert did[4 * warm :] == [
-        *["rest 0.25", "awake", "a ready", *a, "rest 0.25", "awake", "b ready", *b],
-        *["rest 0.02", "awake", "a ready", *a, "rest 0.25", "awake", "b ready", *b],
+        *["a ready", "rest 0.25", *a, "b ready", "rest 0.25", *b],
+        *["a ready", "rest 0.02", *a, "b ready", "rest 0.25", *b],
     ]
-
-
-@pytest.mark.jit
-def test_waking_up_leaves_no_thread_behind():
-    before = threading.active_count()
-    timing.wake_up(2)
-    assert threading.active_count() == before
 
 
 # --- the same work ----------------------------------------------------------------------------------------
