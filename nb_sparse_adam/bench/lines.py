@@ -151,6 +151,10 @@ def _peer(name: str, case: str, peer: str, make: Callable[..., Contender], **opt
 _torch_rows = functools.partial(_peer, "torch", peer="torch", make=TorchRows)
 _torch_bag = functools.partial(_peer, "torch", peer="torch", make=TorchBag)
 
+IN_A_ROW = 4
+"""Steps timed together where shares of the limit are measured: of a single one, what it takes for threads to
+wake up after a rest is a part that training does not have. Not where a contender looks bags up before a step."""
+
 _MEMORY = "Beside the limit that memory sets"
 _PEERS = "Beside others"
 _SMALL = "Small steps"
@@ -172,6 +176,7 @@ def _rows(dim: int, case: str) -> Line:
             Figure('of the limit, "propagate"', "limit", "propagate", at_least=0.95),
             Figure('of the limit, "raise"', "limit, gradient read twice", "raise", at_least=0.95),
         ),
+        loop=IN_A_ROW,
     )
 
 
@@ -189,6 +194,7 @@ def _elements(key: str, what: str, case: str, at_least: float) -> Line:
             Figure("of the limit", "limit", "element", at_least=at_least),
             Figure("times as long as row counts", "element", "row"),
         ),
+        loop=IN_A_ROW,
     )
 
 
@@ -249,6 +255,7 @@ def _threads(key: str, title: str, case: str, step_counts: str) -> Line:
             Figure("times faster", "one", "two", at_least=1.8),
             Figure("times faster is the limit", "limit, one", "limit, two"),
         ),
+        loop=IN_A_ROW,
     )
 
 
@@ -296,6 +303,7 @@ _ALL = [
             Figure("of the limit", "limit", "element", at_least=0.7),
             Figure("torch / element", "torch", "element"),
         ),
+        loop=IN_A_ROW,
     ),
     Line(
         "rows-shuffled",
