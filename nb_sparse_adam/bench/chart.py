@@ -9,7 +9,7 @@ from typing import Any
 
 from nb_sparse_adam.extras import require
 
-__all__ = ["draw", "headline", "text_lines"]
+__all__ = ["draw", "headline", "markdown", "text_lines"]
 
 _MET = {True: "met", False: "NOT met", None: ""}
 _INDENT = " " * 4
@@ -120,3 +120,29 @@ def _draw_panel(ax: Any, bars: list[tuple[str, float, float | None]], logarithmi
         ax.set_xticks(ticks, [f"{x:g}x" for x in ticks])
         ax.minorticks_off()
         ax.axvline(1, color="0.3", linewidth=0.8)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Write two tables in Markdown: steps beside other libraries, and the shares of the limit."""
+    others = ["| a step on | beside | ms | `\"element\"` | | `\"row\"` | |", "|---|---|---|---|---|---|---|"]
+    limits = ["| a step on | share of the limit |", "|---|---|"]
+    for line in result["lines"]:
+        numbers = line["numbers"]
+        pairs = [figure["label"].partition(" / ")[::2] for figure in line["figures"]]
+        for other in dict.fromkeys(other for other, ours in pairs if ours in ("element", "row")):
+            cells = [line["title"], other, _milliseconds(numbers[other])]
+            for ours in ("element", "row"):
+                if ours in numbers:
+                    cells += [_milliseconds(numbers[ours]), f"{numbers[other] / numbers[ours]:.1f}×"]
+                else:
+                    cells += ["", ""]
+            others.append(f"| {' | '.join(cells)} |")
+        for figure in line["figures"]:
+            if figure["label"].startswith("of the limit"):
+                what = figure["label"].removeprefix("of the limit").lstrip(", ")
+                limits.append(f"| {line['title']}{', ' if what else ''}{what} | {figure['value']:.2f} |")
+    return "\n".join([*others, "", *limits]) + "\n"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{3 if seconds < 1e-3 else 1}f}"

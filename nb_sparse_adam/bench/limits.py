@@ -210,6 +210,12 @@ class Limit(WithOptimizer):
         self._rows, self._threads, self._reads = case.rows, threads, reads
         self._turns = itertools.cycle([self._arguments(arrays) for arrays in case.arrays()])
         self._out = np.empty(threads, np.int32)
+        self._table: Any = None
+
+    def use_memory_of(self, other: WithOptimizer) -> None:
+        """Go on with the table and the state of another contender."""
+        super().use_memory_of(other)
+        self._table = None
 
     def _arguments(self, arrays: Arrays) -> tuple[Callable[..., None], list[NDArray[Any]], tuple[Any, ...]]:
         """A kernel, what is read before it runs, and its arguments but for the table."""
@@ -243,8 +249,9 @@ class Limit(WithOptimizer):
     def ready(self) -> None:
         """Take the next gradient."""
         self._kernel, self._first, self._given = next(self._turns)
-        with self.optimizer.kernel_table() as table:
-            self._table = table
+        if self._table is None:
+            with self.optimizer.kernel_table() as table:
+                self._table = table
 
     def step(self) -> None:
         """Move its bytes."""

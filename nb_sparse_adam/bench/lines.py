@@ -153,7 +153,8 @@ _torch_bag = functools.partial(_peer, "torch", peer="torch", make=TorchBag)
 
 IN_A_ROW = 4
 """Steps timed together where shares of the limit are measured: of a single one, what it takes for threads to
-wake up after a rest is a part that training does not have. Not where a contender looks bags up before a step."""
+wake up after a rest is a part that training does not have. Not where a contender looks up bags before each.
+"""
 
 _MEMORY = "Beside the limit that memory sets"
 _PEERS = "Beside others"
