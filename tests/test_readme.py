@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import io
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import nb_sparse_adam
 from nb_sparse_adam import gradients, optimizer
+from nb_sparse_adam.bench import chart
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -52,6 +54,14 @@ def test_the_two_commands_are_there():
     commands = "".join(text for _, language, text in blocks() if language == "sh").splitlines()
     assert 'pip install ".[train]" && nb-sparse-adam train' in commands
     assert 'pip install ".[test]" && pytest' in commands
+
+
+def test_the_figures_are_those_of_the_committed_result():
+    path = README.parent / "benchmarks" / "measured" / "epyc-2core.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert not result["quick"]
+    others, _ = chart.markdown(result).split("\n\n")
+    assert others in README.read_text(encoding="utf-8")
 
 
 def test_links_within_the_repository_lead_somewhere():

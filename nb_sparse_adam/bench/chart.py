@@ -124,7 +124,7 @@ def _draw_panel(ax: Any, bars: list[tuple[str, float, float | None]], logarithmi
 
 def markdown(result: dict[str, Any]) -> str:
     """Write two tables in Markdown: steps beside other libraries, and the shares of the limit."""
-    others = ["| a step on | beside | ms | `\"element\"` | | `\"row\"` | |", "|---|---|---|---|---|---|---|"]
+    others = ['| a step on | beside | ms | `"element"` | | `"row"` | |', "|---|---|---|---|---|---|---|"]
     limits = ["| a step on | share of the limit |", "|---|---|"]
     for line in result["lines"]:
         numbers = line["numbers"]
