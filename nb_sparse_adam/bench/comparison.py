@@ -179,8 +179,8 @@ def reason_to_skip(line: Line, settings: Settings) -> str | None:
 def _environment(line: Line) -> dict[str, str]:
     """Keep every OpenMP thread, of whichever library, on a core of its own.
 
-    Threads that have rested are sometimes woken up on one core together, step after step, and then wait for the
-    scheduler's next tick: 12 ms for a step of 2. What two processes do to each other is another matter.
+    Threads that have rested are sometimes woken up on one core together, step after step, and then wait for
+    the scheduler's next tick: 12 ms for a step of 2. What two processes do to each other is another matter.
     """
     if line.measure == "processes":
         return dict(os.environ)
