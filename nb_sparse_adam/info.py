@@ -19,7 +19,7 @@ from nb_sparse_adam.extras import EXTRAS, install_command, require
 from nb_sparse_adam.jit import jit
 from nb_sparse_adam.threads import Crew, max_threads, team
 
-__all__ = ["report_lines", "threading_layer", "unusable", "versions"]
+__all__ = ["report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +58,11 @@ def threading_layer() -> str:
         return f"none: {error}".partition("\n")[0]
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cache_folder() -> str:
     stats = getattr(bpr.sample_serial, "stats", None)
     folder = getattr(stats, "cache_path", None)
@@ -87,9 +92,8 @@ def report_lines() -> Iterator[str]:
     """Yield the lines of ``nb-sparse-adam info``."""
     for name, version in versions().items():
         yield f"{name:16} {version}"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield f"{'platform':16} {platform.platform()}"
-    yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable}"
+    yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable_cores()}"
     yield f"{'numba threads':16} {numba.get_num_threads()} of at most {numba.config.NUMBA_NUM_THREADS}"
     yield f"{'threading layer':16} {threading_layer()}"
     yield f"{'kernel cache':16} {_cache_folder()}"

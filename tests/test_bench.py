@@ -173,7 +173,7 @@ def test_choose_lines():
 
 
 def test_choose_threads(monkeypatch):
-    monkeypatch.setattr(comparison, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(comparison, "usable_cores", lambda: 1)
     assert comparison.choose_threads(None) == comparison.choose_threads(1) == 1
     for number in (0, -1, 2):
         with pytest.raises(OptionError, match=f"--threads got {number}, expected 1 to 1"):
@@ -202,7 +202,7 @@ def test_a_line_that_needs_memory_or_cores(monkeypatch):
     monkeypatch.setattr(comparison, "_memory", lambda _: 3.5)
     assert skipped("large", whole) == "needs 19 GB of free memory, there are 3.5"
     monkeypatch.setattr(comparison, "_memory", lambda _: None)
-    monkeypatch.setattr(comparison, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(comparison, "usable_cores", lambda: 1)
     assert skipped("processes-omp", whole) == "needs 2 cores, there is 1"
     assert skipped("threads-rows", ALONE) == "needs 2 cores, there is 1"
 

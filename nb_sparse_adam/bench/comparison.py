@@ -17,7 +17,7 @@ from nb_sparse_adam.bench.lines import LINES, Line
 from nb_sparse_adam.bench.peers import PEERS
 from nb_sparse_adam.bench.worker import Settings, command
 from nb_sparse_adam.errors import MissingExtraError, OptionError
-from nb_sparse_adam.info import threading_layer, versions
+from nb_sparse_adam.info import threading_layer, usable_cores, versions
 from nb_sparse_adam.threads import max_threads
 
 __all__ = ["choose_lines", "choose_peers", "choose_threads", "describe", "figures", "reason_to_skip", "run"]
@@ -74,7 +74,7 @@ def choose_lines(patterns: Sequence[str], quick: bool) -> list[Line]:
 
 def choose_threads(number: int | None) -> int:
     """Return the number of threads to measure with: numba's setting, but no more than there are cores."""
-    most = min(max_threads(), _usable_cores())
+    most = min(max_threads(), usable_cores())
     if number is None:
         return min(int(numba.get_num_threads()), most)
     if not 1 <= number <= most:
@@ -91,7 +91,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "machine": {
             "processor": _processor(),
-            "cores": _usable_cores(),
+            "cores": usable_cores(),
             "memory_gb": _memory("MemTotal"),
             "platform": platform.platform(),
             "threading_layer": threading_layer(),
@@ -159,7 +159,7 @@ def figures(line: Line, numbers: Mapping[str, float], judged: bool = True) -> li
 
 def reason_to_skip(line: Line, settings: Settings) -> str | None:
     """Say what a line needs that is not there; None if it can be measured."""
-    free, cores = _memory("MemAvailable"), _usable_cores()
+    free, cores = _memory("MemAvailable"), usable_cores()
     if not settings.quick and free is not None and free < line.gigabytes:
         return f"needs {line.gigabytes:g} GB of free memory, there are {free:.1f}"
     if cores < 2 and (line.measure == "processes" or line.key.startswith("threads")):
@@ -185,10 +185,6 @@ def _environment(line: Line) -> dict[str, str]:
     if line.measure == "processes":
         return dict(os.environ)
     return {"OMP_PROC_BIND": "true", **os.environ}
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -106,14 +106,21 @@ def _touch_row(table: Any, r: Any, values: Any, at: Any, following: Any) -> None
 
 
 @_jit()
+def _following(table: Any, rows: Any, s: Any, hi: Any) -> Any:
+    """Ask for row ``rows[s]`` as a whole, or leave it to `_touch_row`: whichever takes less time."""
+    following = np.int64(rows[s]) if s < hi else np.int64(-1)
+    if following >= 0 and (table.dim < PIECE or table.mode == ELEMENT):
+        prefetch_row(table, following)
+        following = np.int64(-1)
+    return following
+
+
+@_jit()
 def _touch_rows_worker(arrays: Any, rows: Any, values: Any, lo: Any, hi: Any) -> None:
     table = view(arrays)
     ahead = rows_ahead(table.dim)
     for s in range(lo, hi):
-        following = np.int64(rows[s + ahead]) if s + ahead < hi else np.int64(-1)
-        if following >= 0 and (table.dim < PIECE or table.mode == ELEMENT):  # whichever takes less time
-            prefetch_row(table, following)
-            following = np.int64(-1)
+        following = _following(table, rows, s + ahead, hi)
         _touch_row(table, rows[s], values, s * table.dim, following)
 
 
@@ -153,10 +160,7 @@ def _touch_segments_worker(
     rows, starts, source = segments
     ahead = rows_ahead(table.dim)
     for s in range(lo, hi):
-        following = np.int64(rows[s + ahead]) if s + ahead < hi else np.int64(-1)
-        if following >= 0 and (table.dim < PIECE or table.mode == ELEMENT):  # whichever takes less time
-            prefetch_row(table, following)
-            following = np.int64(-1)
+        following = _following(table, rows, s + ahead, hi)
         total = np.float32(0)
         for i in range(starts[s], starts[s + 1]):
             for j in range(0, table.dim, FLOATS_IN_A_LINE):

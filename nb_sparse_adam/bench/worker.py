@@ -92,7 +92,7 @@ def _scratch(line: Line, settings: Settings) -> dict[str, float]:
     """Memory that NumPy is asked for in a first step, for each further id, when all kernels are compiled.
 
     The peak of a whole gradient less that of its first half, over the ids of the other half: what does not
-    depend on the number of ids (counters of the radix sort, 16 kB a thread) is a number of its own.
+    depend on the number of ids (counters of the radix sort, 32 kB a thread) is a number of its own.
     """
     numbers = {}
     for entry in line.entries:
