@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -23,12 +23,13 @@ from nb_sparse_adam.errors import (
     TableTypeError,
 )
 from nb_sparse_adam.gradients import Target, check
+from nb_sparse_adam.grouping import Buffers
 from nb_sparse_adam.kernels import ELEMENT, Hyperparameters
 from nb_sparse_adam.pacing import Pace
 from nb_sparse_adam.planning import Work, plan, size_of
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
 
-__all__ = ["SparseAdam"]
+__all__ = ["SparseAdam", "step_together"]
 
 UNNAMED = "table"
 
@@ -306,13 +307,12 @@ class SparseAdam:
         turns. An interrupt that comes after the first write is raised when all tables have been updated.
         """
         with self._lock:
-            named = self._named_gradients(gradient)
-            runs = {name: self._prepare(self._tables[name], given) for name, given in named.items()}
-            _run_all(list(runs.values()))
-            for name, run in runs.items():
-                if run.work.memory is not None:
-                    self._tables[name].buffers.give_back(run.work.memory)
-                run.tell_pace()
+            _finish(self._runs(gradient))
+
+    def _runs(self, gradient: Any) -> list[_Run]:
+        """Check a step's gradients and prepare it, up to the first write."""
+        named = self._named_gradients(gradient)
+        return [self._prepare(self._tables[name], given) for name, given in named.items()]
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -338,7 +338,7 @@ class SparseAdam:
         crew, pace = table.paces.crew_for(type(checked).__name__, size, self._num_threads)
         work = plan(checked, target, self._on_nonfinite, crew, table.buffers)
         table.make_room_for_a_step()
-        run = _Run(work, self._arrays_for_kernels(table, work.check), size, pace)
+        run = _Run(work, self._arrays_for_kernels(table, work.check), size, pace, table.buffers)
         run.seconds = time.perf_counter() - start
         return run
 
@@ -467,8 +467,10 @@ class SparseAdam:
 class _Run:
     """The work of one table in a step, and whether it has been done."""
 
-    def __init__(self, work: Work, table: kernels.Table, size: int, pace: Pace | None) -> None:
-        self.work, self.table, self.size, self.pace = work, table, size, pace
+    def __init__(
+        self, work: Work, table: kernels.Table, size: int, pace: Pace | None, buffers: Buffers
+    ) -> None:
+        self.work, self.table, self.size, self.pace, self.buffers = work, table, size, pace, buffers
         self.goal = int(table.totals[0]) + 1
         self.seconds = 0.0  # that this table has taken so far
 
@@ -481,8 +483,10 @@ class _Run:
         self.work.run(self.table)
         self.seconds += time.perf_counter() - start
 
-    def tell_pace(self) -> None:
-        """Report how long it took, for the choice of the next step's threads."""
+    def close(self) -> None:
+        """Give back the memory it worked in, and report how long it took, for the next step's threads."""
+        if self.work.memory is not None:
+            self.buffers.give_back(self.work.memory)
         if self.pace is not None:
             self.pace.took(self.seconds / self.size)
 
@@ -508,6 +512,31 @@ def _dtypes(arguments: Iterable[Any]) -> Iterator[Any]:
             yield from _dtypes(argument)
         else:
             yield getattr(argument, "dtype", None)
+
+
+def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
+    """Step several optimizers as one: everything is checked before anything is written.
+
+    Parameters
+    ----------
+    steps : sequence of (SparseAdam, gradient)
+        Each optimizer once, with what its `SparseAdam.step` takes.
+
+    Raises
+    ------
+    GradientError, TableError
+        As `SparseAdam.step`; nothing has been changed then, in any table of any optimizer.
+    """
+    with ExitStack() as locks:
+        for optimizer in sorted((optimizer for optimizer, _ in steps), key=id):  # one order: no deadlock
+            locks.enter_context(optimizer._lock)
+        _finish([run for optimizer, gradient in steps for run in optimizer._runs(gradient)])
+
+
+def _finish(runs: list[_Run]) -> None:
+    _run_all(runs)
+    for run in runs:
+        run.close()
 
 
 def _run_all(runs: list[_Run]) -> None:
