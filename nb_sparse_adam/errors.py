@@ -9,6 +9,7 @@
     │   └── TableTypeError   TypeError    ... it is no array of a supported dtype
     ├── GradientError        ValueError   a gradient does not fit its table, or is malformed
     │   ├── GradientTypeError   TypeError   ... it, or one of its arrays, has an unsupported type
+    │   │   └── DenseGradientError  RuntimeError  ... torch's gradient of a parameter is dense
     │   ├── GradientIndexError  IndexError  ... an id, column or offset is out of range
     │   └── NonFiniteGradientError          ... it holds NaN or infinity, or a sum in it overflows
     ├── StateError           ValueError   a state dict does not fit the optimizer
@@ -26,6 +27,7 @@ write: the tables and the optimizer's state hold the bits that they held before 
 from __future__ import annotations
 
 __all__ = [
+    "DenseGradientError",
     "GradientError",
     "GradientIndexError",
     "GradientTypeError",
@@ -69,6 +71,10 @@ class GradientError(SparseAdamError, ValueError):
 
 class GradientTypeError(GradientError, TypeError):
     """A gradient, or an array in it, has an unsupported type or dtype."""
+
+
+class DenseGradientError(GradientTypeError, RuntimeError):
+    """A gradient that PyTorch computed is dense; torch.optim.SparseAdam raises a RuntimeError for it."""
 
 
 class GradientIndexError(GradientError, IndexError):

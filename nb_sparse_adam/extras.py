@@ -17,7 +17,7 @@ _TRAIN = ("matplotlib", "polars", "safetensors", "tqdm")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": _TRAIN,
     "torch": ("torch",),
-    "test": (*_TRAIN, "hypothesis", "pytest", "scipy"),
+    "test": (*_TRAIN, "expecttest", "hypothesis", "pytest", "scipy"),
     "bench": (*_TRAIN, "asv", "virtualenv"),
 }
 """Extra -> the packages it brings. Each is imported by the name that it is installed by."""

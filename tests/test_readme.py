@@ -17,19 +17,20 @@ from nb_sparse_adam.bench import chart
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def blocks():
-    """(line, language, text) of every fenced block."""
+def blocks(about_torch=False):
+    """(line, language, text) of every fenced block, of the section on PyTorch or of all others."""
     text = README.read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
+        section = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
+        if about_torch == (section[-1:] == ["With PyTorch"]):
+            yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
 
 
-@pytest.mark.jit
-def test_the_examples_print_what_the_readme_says():
-    """The blocks run in order in one namespace. A "text" block is what the block before it prints."""
+def run(blocks):
+    """Run blocks in order in one namespace, and count them. A "text" block is what the one before prints."""
     namespace = {"__name__": "__main__"}
     output, ran = "", 0
-    for line, language, text in blocks():
+    for line, language, text in blocks:
         if language == "python":
             assert output == "", f"README.md, before line {line}: output that the README does not show"
             stdout = io.StringIO()
@@ -40,8 +41,19 @@ def test_the_examples_print_what_the_readme_says():
         elif language == "text":
             assert output == text, f"README.md, line {line}"
             output = ""
-    assert ran >= 5
     assert output == ""
+    return ran
+
+
+@pytest.mark.jit
+def test_the_examples_print_what_the_readme_says():
+    assert run(blocks()) >= 5
+
+
+@pytest.mark.jit
+def test_so_do_those_with_pytorch():
+    pytest.importorskip("torch")
+    assert run(blocks(about_torch=True)) >= 1
 
 
 def test_the_first_example_is_on_the_first_screen_and_short():
@@ -68,6 +80,16 @@ def test_links_within_the_repository_lead_somewhere():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+@pytest.mark.jit
+def test_docstring_examples_with_pytorch():
+    torch = pytest.importorskip("torch")
+    from nb_sparse_adam.torch import SparseAdam, optimizer
+
+    result = doctest.testmod(optimizer, extraglobs={"torch": torch, "SparseAdam": SparseAdam})
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.jit

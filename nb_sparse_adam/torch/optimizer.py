@@ -1,0 +1,331 @@
+"""`SparseAdam`: what ``torch.optim.SparseAdam`` takes and does, done by the engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from nb_sparse_adam import options
+from nb_sparse_adam.errors import OptionError, StateError, TableError
+from nb_sparse_adam.gradients import BagGradient, RowGradient
+from nb_sparse_adam.optimizer import step_together
+from nb_sparse_adam.torch.held import Held, check_parameter, coo, entry_copied
+
+__all__ = ["Job", "SparseAdam", "step_jobs"]
+
+# What a step looks at.
+USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
+# What torch's has not: a state dict of torch's lacks them.
+OWN = {"step_counts": "global", "eps_hat": True, "on_nonfinite": "propagate"}
+
+
+class SparseAdam(torch.optim.Optimizer):
+    r"""``torch.optim.SparseAdam``, many times faster: the same numbers, arguments, state dict and errors.
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor), or of dict
+        Parameters, float32 or float64, on the CPU, or groups of them with options of their own. They are
+        updated in place; contiguous ones without a copy.
+    lr : float or Tensor of one element, default 1e-3
+        Learning rate, > 0 (0 is allowed in groups, and later, for schedulers).
+    betas : (float, float), default (0.9, 0.999)
+        Decay rates of the running means of the gradient and of its square, 0 ≤ β < 1.
+    eps : float, default 1e-8
+        Added to the denominator, > 0.
+    maximize : bool, default False
+        Ascend instead of descend.
+    step_counts : {"global", "row", "element"}, default "global"
+        What the bias correction counts. "global": the steps of the parameter, as torch does. "row" and
+        "element" correct each row or element by the steps that it took part in, and "element" leaves out
+        those whose gradient is zero. Fixed for the life of the optimizer.
+    eps_hat : bool, default True
+        Add ε before the correction of v, as torch does. False: after it, as in Algorithm 1 of the paper [1]_.
+    on_nonfinite : {"propagate", "raise", "skip"}, default "propagate"
+        What to do with gradients that are NaN or infinite. "propagate" lets them through, as torch does.
+        Recommended: "raise", which refuses the step before anything is written. "skip" leaves out the rows
+        that receive one, and counts them in `skipped_rows`.
+
+    Raises
+    ------
+    OptionError
+        For an option outside its domain (also a ValueError).
+    TableError
+        For a parameter of another dtype or on another device (also a ValueError).
+
+    Notes
+    -----
+    Gradients are sparse COO tensors, coalesced or not, as ``sparse=True`` makes torch's embeddings give them.
+    Entries that occur more than once are summed, in an order that the gradient alone fixes. With several
+    sparse dimensions the entries that are stored are updated, and no others; ``step_counts="row"`` refuses
+    them.
+
+    A step is all or nothing: if one parameter's gradient is refused, no parameter has been changed. It uses
+    at most as many threads as ``torch.get_num_threads()`` and ``numba.get_num_threads()`` say.
+
+    ``state[p]`` has torch's "step", "exp_avg" and "exp_avg_sq", the moments being strided tensors that show
+    the live state; "step" is a tensor of counts unless ``step_counts="global"``. `state_dict` copies them.
+
+    References
+    ----------
+    .. [1] D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+
+    Examples
+    --------
+    >>> embedding = torch.nn.Embedding(1000, 8, sparse=True)
+    >>> optimizer = SparseAdam(embedding.parameters(), lr=0.01)
+    >>> embedding(torch.tensor([3, 17, 3])).sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+        *,
+        step_counts: str = "global",
+        eps_hat: bool = True,
+        on_nonfinite: str = "propagate",
+    ) -> None:
+        # In torch's words, and order.
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise OptionError(f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}")
+        if not lr > 0:
+            raise OptionError(f"Invalid learning rate: {lr}, expected 0 < lr < inf")
+        if not eps > 0:
+            raise OptionError(f"Invalid epsilon value: {eps}, expected 0 < eps < inf")
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise OptionError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "maximize": maximize,
+            "step_counts": step_counts,
+            "eps_hat": eps_hat,
+            "on_nonfinite": on_nonfinite,
+        }
+        self._set_up()
+        super().__init__(params, defaults)
+        self.register_state_dict_post_hook(_copy_state)
+
+    def _set_up(self) -> None:
+        self._held: dict[Tensor, Held] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own where it has them.
+
+        Parameters
+        ----------
+        param_group : dict
+            "params", and any of the options.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        params = group["params"]
+        for what, has in (("Sparse", "is_sparse"), ("Complex", "is_complex")):
+            found = [[index, i] for i, p in enumerate(params) if _is(p, has)]
+            if found:
+                raise TableError(
+                    f"{what} params at indices {found}: SparseAdam "
+                    + (
+                        "requires dense parameter tensors"
+                        if what == "Sparse"
+                        else "does not support complex parameters"
+                    )
+                )
+        for i, p in enumerate(params):
+            check_parameter(_name(group, index, i), p)
+        if len(set(params)) != len(params):
+            raise TableError(f"param_groups[{index}] has a parameter twice, expected each of them once")
+        _options_of(group)
+
+    @property
+    def skipped_rows(self) -> Mapping[Tensor, int]:
+        """For each parameter that has been stepped, how often ``on_nonfinite="skip"`` left out a row."""
+        return {param: held.table.skipped_rows for param, held in self._held.items()}
+
+    # --- steps --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the loss anew, with gradients, and returns it.
+
+        Returns
+        -------
+        The closure's loss, or None.
+
+        Raises
+        ------
+        DenseGradientError
+            For a gradient that is not sparse (also a RuntimeError). No parameter has been changed then.
+        GradientError
+            For one that is malformed, or, with ``on_nonfinite="raise"``, not finite; the same holds.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        step_jobs(
+            [
+                self._job(param, group, _name(group, g, i))
+                for g, group in enumerate(self.param_groups)
+                for i, param in enumerate(group["params"])
+                if param.grad is not None
+            ]
+        )
+        return loss
+
+    def _job(self, param: Tensor, group: dict[str, Any], name: str) -> Job:
+        assert param.grad is not None
+        grad = coo(name, param.grad)
+        held = self.ready(param, group, name, grad.sparse_dim())
+        return Job(self, param, held, held.gradient(param, grad), grad)
+
+    def ready(self, param: Tensor, group: dict[str, Any], name: str, sparse_dim: int) -> Held:
+        """What the engine holds for a parameter, up to date with its memory, state and options."""
+        held = self._held_for(param, sparse_dim, group["step_counts"], name)
+        given = tuple(_number(group.get(key)) for key in USED)
+        if given != held.given:  # checked once, not in every step
+            held.use(_options_of(group))
+            held.given = given
+        held.use_threads()
+        return held
+
+    def has_stepped(self, param: Tensor, held: Held) -> None:
+        """Show a parameter's new state."""
+        self._held[param] = held
+        self.state[param] = held.entry()
+
+    def _held_for(self, param: Tensor, sparse_dim: int, step_counts: str, name: str) -> Held:
+        """What the engine holds for a parameter, made anew where something has been exchanged since."""
+        held, entry = self._held.get(param), self.state.get(param, {})
+        if held is not None:
+            if held.step_counts != step_counts:
+                raise OptionError(
+                    f"step_counts of parameter {name} is {step_counts!r} now, expected "
+                    f"{held.step_counts!r}: it is fixed when the first step is taken"
+                )
+            if held.is_current(param, sparse_dim, entry):
+                return held
+        renewed = Held(name, param, sparse_dim, step_counts)
+        if entry:
+            renewed.check_load(entry)()
+        if held is not None:
+            renewed.table.totals[1] = held.table.skipped_rows
+        return renewed
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        copied = defaultdict(dict, {key: entry_copied(entry) for key, entry in self.state.items()})
+        return {**state, "state": copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state: what unpickling, `copy.deepcopy` and `load_state_dict` end in."""
+        before = self.__dict__.get("param_groups")
+        loads: list[tuple[Tensor, Held, Callable[[], None]]] = []
+        for g, group in enumerate(state["param_groups"]):
+            own = OWN if before is None else before[g]
+            for key in OWN:
+                group.setdefault(key, own[key])
+            if before is not None and group["step_counts"] != own["step_counts"]:
+                raise StateError(
+                    f"state dict has step_counts {group['step_counts']!r} in group {g}, expected "
+                    f"{own['step_counts']!r}, which this optimizer was made with and cannot change"
+                )
+            _options_of(group)
+            for i, param in enumerate(group["params"]):
+                entry = state["state"].get(param)
+                if entry:
+                    sparse_dim = self._held[param].sparse_dim if before and param in self._held else 1
+                    name = _name(group, g, i)
+                    held = Held(name, param, min(sparse_dim, param.dim()), group["step_counts"])
+                    loads.append((param, held, held.check_load(entry)))
+        super().__setstate__(state)
+        self._set_up()
+        if before is None:
+            self.register_state_dict_post_hook(_copy_state)
+        for param, held, load in loads:
+            load()
+            self._held[param] = held
+            self.state[param] = held.entry()
+
+
+class Job(NamedTuple):
+    """A parameter's part of a step."""
+
+    optimizer: SparseAdam
+    param: Tensor
+    held: Held
+    gradient: RowGradient | BagGradient
+    grad: Tensor | None = None  # torch's, where there is one
+
+
+def step_jobs(jobs: Sequence[Job]) -> None:
+    """Update parameters of one optimizer or several, all or none of them."""
+    before = [job.held.has_run for job in jobs]
+    try:
+        step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
+    finally:  # an interrupt is raised when everything has been written
+        for job, had_run in zip(jobs, before, strict=True):
+            if job.held.has_run != had_run:
+                job.held.has_changed(job.param, job.grad)
+                job.optimizer.has_stepped(job.param, job.held)
+
+
+def _name(group: Mapping[str, Any], g: int, i: int) -> str:
+    names = group.get("param_names")
+    return names[i] if names is not None else f"param_groups[{g}]['params'][{i}]"
+
+
+def _is(param: Tensor, what: str) -> bool:
+    found = getattr(param, what)
+    return bool(found() if callable(found) else found)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a group's options, and give them as the engine takes them."""
+    dtypes = {np.dtype(str(p.dtype).removeprefix("torch.")) for p in group["params"]}
+    options.choice("step_counts", group["step_counts"], options.STEP_COUNTS)
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": options.learning_rate(_number(group["lr"]), dtypes, zero_allowed=True),
+        "betas": options.decay_rates((_number(beta1), _number(beta2)), dtypes),
+        "eps": options.epsilon(_number(group["eps"]), dtypes),
+        "maximize": options.flag("maximize", group.get("maximize", False)),
+        "eps_hat": options.flag("eps_hat", group["eps_hat"]),
+        "on_nonfinite": options.choice("on_nonfinite", group["on_nonfinite"], options.ON_NONFINITE),
+    }
+
+
+def _copy_state(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give a state dict tensors of its own: the live ones are strided, and change with every step."""
+    state_dict["state"] = {key: entry_copied(entry) for key, entry in state_dict["state"].items()}
