@@ -85,11 +85,13 @@ def test_links_within_the_repository_lead_somewhere():
 @pytest.mark.jit
 def test_docstring_examples_with_pytorch():
     torch = pytest.importorskip("torch")
-    from nb_sparse_adam.torch import SparseAdam, optimizer
+    from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate, layers, optimizer
 
-    result = doctest.testmod(optimizer, extraglobs={"torch": torch, "SparseAdam": SparseAdam})
-    assert result.attempted > 0
-    assert result.failed == 0
+    names = {"torch": torch, "SparseAdam": SparseAdam, "EmbeddingBag": EmbeddingBag, "accumulate": accumulate}
+    for module in (optimizer, layers):
+        result = doctest.testmod(module, extraglobs=names)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 @pytest.mark.jit

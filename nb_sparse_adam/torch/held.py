@@ -21,6 +21,7 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.threads import max_threads
 
 __all__ = ["Held", "check_parameter", "coo", "entry_copied"]
 
@@ -182,7 +183,8 @@ class Held:
         """Use no more threads than torch may."""
         # Whoever has limited torch's threads has meant ours too: DataLoader does so in its workers.
         allowed = torch.get_num_threads()
-        num_threads = allowed if allowed < numba.get_num_threads() else None
+        is_limit = allowed == 1 or (allowed < max_threads() and allowed < numba.get_num_threads())
+        num_threads = allowed if is_limit else None
         if self.engine.num_threads != num_threads:
             self.engine.num_threads = num_threads
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together
 from nb_sparse_adam.torch.held import Held, check_parameter, coo, entry_copied
 
-__all__ = ["Job", "SparseAdam", "step_jobs"]
+__all__ = ["Job", "SparseAdam", "step_jobs", "turn_of"]
 
 # What a step looks at.
 USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
@@ -67,7 +69,8 @@ class SparseAdam(torch.optim.Optimizer):
     them.
 
     A step is all or nothing: if one parameter's gradient is refused, no parameter has been changed. It uses
-    at most as many threads as ``torch.get_num_threads()`` and ``numba.get_num_threads()`` say.
+    at most as many threads as ``torch.get_num_threads()`` and ``numba.get_num_threads()`` say. Python threads
+    that step one optimizer take turns.
 
     ``state[p]`` has torch's "step", "exp_avg" and "exp_avg_sq", the moments being strided tensors that show
     the live state; "step" is a tensor of counts unless ``step_counts="global"``. `state_dict` copies them.
@@ -115,12 +118,10 @@ class SparseAdam(torch.optim.Optimizer):
             "eps_hat": eps_hat,
             "on_nonfinite": on_nonfinite,
         }
-        self._set_up()
+        self._turn = threading.RLock()
+        self._held: dict[Tensor, Held] = {}
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(_copy_state)
-
-    def _set_up(self) -> None:
-        self._held: dict[Tensor, Held] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it has them.
@@ -188,14 +189,15 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        step_jobs(
-            [
-                self._job(param, group, _name(group, g, i))
-                for g, group in enumerate(self.param_groups)
-                for i, param in enumerate(group["params"])
-                if param.grad is not None
-            ]
-        )
+        with turn_of([self]):
+            step_jobs(
+                [
+                    self._job(param, group, _name(group, g, i))
+                    for g, group in enumerate(self.param_groups)
+                    for i, param in enumerate(group["params"])
+                    if param.grad is not None
+                ]
+            )
         return loss
 
     def _job(self, param: Tensor, group: dict[str, Any], name: str) -> Job:
@@ -266,8 +268,9 @@ class SparseAdam(torch.optim.Optimizer):
                     held = Held(name, param, min(sparse_dim, param.dim()), group["step_counts"])
                     loads.append((param, held, held.check_load(entry)))
         super().__setstate__(state)
-        self._set_up()
+        self._held = {}
         if before is None:
+            self._turn = threading.RLock()
             self.register_state_dict_post_hook(_copy_state)
         for param, held, load in loads:
             load()
@@ -285,8 +288,17 @@ class Job(NamedTuple):
     grad: Tensor | None = None  # torch's, where there is one
 
 
+@contextmanager
+def turn_of(optimizers: Iterable[SparseAdam]) -> Iterator[None]:
+    """Let no other Python thread step these optimizers while the body makes jobs and steps."""
+    with ExitStack() as turns:
+        for optimizer in sorted(optimizers, key=id):  # one order: no deadlock
+            turns.enter_context(optimizer._turn)
+        yield
+
+
 def step_jobs(jobs: Sequence[Job]) -> None:
-    """Update parameters of one optimizer or several, all or none of them."""
+    """Update parameters of one optimizer or several, all or none of them. It must be their turn."""
     before = [job.held.has_run for job in jobs]
     try:
         step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])

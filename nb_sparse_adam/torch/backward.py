@@ -1,0 +1,165 @@
+"""From the backward pass of a lookup to a step: what a pass has met is collected, and applied at its end.
+
+All lookups of one pass make one step, as with ``loss.backward(); optimizer.step()``: a table that was looked
+up twice gets one step with the sum, no table is changed while the pass still needs it, and all tables are
+updated or none.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nb_sparse_adam.errors import GradientError
+from nb_sparse_adam.gradients import BagGradient, RowGradient
+from nb_sparse_adam.torch.optimizer import Job, SparseAdam, step_jobs, turn_of
+
+__all__ = ["BagLookup", "Layer", "RowLookup", "accumulating", "check_pass", "collect", "this_pass"]
+
+
+class RowLookup(NamedTuple):
+    """Ids that were looked up one by one."""
+
+    ids: Tensor  # (n,)
+    grad_output: Tensor  # (n, dim)
+
+
+class BagLookup(NamedTuple):
+    """Ids that were looked up and pooled."""
+
+    ids: Tensor  # (n,)
+    starts: Tensor  # (bags,)
+    grad_output: Tensor  # (bags, dim)
+    weights: Tensor | None  # (n,)
+    mode: str
+
+
+class Layer(Protocol):
+    """What is needed of a layer."""
+
+    accumulated: list[Any] | None
+    optimizer: SparseAdam
+
+    def job(self, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient a part of a step."""
+
+
+class _Pass:
+    """One backward pass: the lookups that it has met, by layer.
+
+    Its callback alone holds it. Should the pass fail, torch lets go of the callback, and all is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.lookups: dict[Layer, list[Any]] = {}
+
+    def __call__(self) -> None:
+        now = {}
+        for layer, lookups in self.lookups.items():
+            if layer.accumulated is None:
+                now[layer] = lookups
+            else:
+                layer.accumulated.extend(lookups)
+        self.lookups = {}
+        _step(now)
+
+
+_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+
+
+def this_pass() -> int:
+    """Number of the backward pass that is going on in this thread; -1 if there is none."""
+    return int(torch._C._current_graph_task_id())
+
+
+def check_pass(seen_in: int) -> None:
+    """Refuse what cannot be right, before anything is collected.
+
+    Parameters
+    ----------
+    seen_in : int
+        `this_pass` at the time of the lookup.
+    """
+    if torch.is_grad_enabled():
+        raise GradientError(
+            "backward through a fused embedding with create_graph=True: the table is updated in the backward "
+            "pass, which cannot be differentiated again. Use torch.nn.EmbeddingBag(sparse=True) with "
+            "nb_sparse_adam.torch.SparseAdam for double backward"
+        )
+    if seen_in not in (-1, this_pass()):
+        raise GradientError(
+            "a fused embedding in torch.utils.checkpoint with use_reentrant=True: the table would be updated "
+            "before all segments have been computed again. Pass use_reentrant=False"
+        )
+
+
+def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
+    """Keep a lookup until the end of the backward pass that is going on."""
+    number = this_pass()
+    current = _passes.get(number)
+    if current is None:
+        current = _passes[number] = _Pass()
+        torch.autograd.Variable._execution_engine.queue_callback(current)
+    current.lookups.setdefault(layer, []).append(lookup)
+
+
+@contextmanager
+def accumulating(layers: list[Any]) -> Iterator[None]:
+    """Let the backward passes of the body be one step, at its end; none if it raises."""
+    busy = [layer for layer in layers if layer.accumulated is not None]
+    if busy:
+        raise RuntimeError("accumulate: already accumulating for a layer of this module")
+    for layer in layers:
+        layer.accumulated = []
+    try:
+        yield
+        lookups = {layer: layer.accumulated for layer in layers if layer.accumulated}
+    finally:
+        for layer in layers:
+            layer.accumulated = None
+    _step(lookups)
+
+
+def _step(lookups: dict[Any, list[Any]]) -> None:
+    with turn_of(layer.optimizer for layer in lookups):
+        step_jobs([layer.job(_gradient(found)) for layer, found in lookups.items()])
+
+
+def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
+    """Make the lookups of one layer one gradient; a single one is not copied."""
+    first = lookups[0]
+    if isinstance(first, RowLookup):
+        return RowGradient(
+            _joined(lookups, lambda lookup: lookup.ids).numpy(),
+            _joined(lookups, lambda lookup: lookup.grad_output).numpy(),
+        )
+    before, starts = 0, []
+    for lookup in lookups:
+        starts.append(lookup.starts + before if before else lookup.starts)
+        before += len(lookup.ids)
+    weights = None
+    if any(lookup.weights is not None for lookup in lookups):
+        weights = _joined(lookups, _weights_of).numpy()
+    return BagGradient(
+        _joined(lookups, lambda lookup: lookup.ids).numpy(),
+        (starts[0] if len(starts) == 1 else torch.cat(starts)).numpy(),
+        _joined(lookups, lambda lookup: lookup.grad_output).numpy(),
+        weights,
+        first.mode,
+    )
+
+
+def _weights_of(lookup: BagLookup) -> Tensor:
+    if lookup.weights is None:
+        return torch.ones(len(lookup.ids), dtype=lookup.grad_output.dtype)
+    return lookup.weights
+
+
+def _joined(lookups: list[Any], part: Callable[[Any], Tensor]) -> Tensor:
+    parts = [part(lookup) for lookup in lookups]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

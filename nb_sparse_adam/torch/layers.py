@@ -1,0 +1,460 @@
+"""`Embedding` and `EmbeddingBag`: their backward pass updates the table, and forms no gradient of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from nb_sparse_adam.errors import OptionError, OptionTypeError, TableError
+from nb_sparse_adam.gradients import BagGradient, RowGradient
+from nb_sparse_adam.torch.backward import (
+    BagLookup,
+    RowLookup,
+    accumulating,
+    check_pass,
+    collect,
+    this_pass,
+)
+from nb_sparse_adam.torch.optimizer import Job, SparseAdam
+
+__all__ = ["Embedding", "EmbeddingBag", "accumulate"]
+
+OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite")
+
+if TYPE_CHECKING:
+    _Module = torch.nn.Module
+else:
+    _Module = object
+
+
+class _Fused(_Module):
+    """What both layers have in common."""
+
+    weight: Tensor
+    padding_idx: int | None
+    optimizer: SparseAdam
+    accumulated: list[Any] | None
+    grad_scaler: Any
+
+    def _set_up(self, given: Mapping[str, Any] | None) -> None:
+        given = {} if given is None else given
+        name = type(self).__name__
+        if not isinstance(given, Mapping):
+            raise OptionTypeError(
+                f"{name}: optimizer is a {type(given).__name__}, expected a dict of options: "
+                "optimizer=dict(lr=0.01)"
+            )
+        unknown = [key for key in given if key not in OPTIONS]
+        if unknown:
+            raise OptionError(f"{name}: optimizer has {unknown[0]!r}, expected some of {', '.join(OPTIONS)}")
+        if not self.weight.is_contiguous():
+            raise TableError(
+                f"{name}: weight has strides {self.weight.stride()}, expected it contiguous: it is "
+                "updated in place; pass weight.contiguous()"
+            )
+        self.optimizer = SparseAdam([(f"{name}.weight", self.weight)], **given)
+        self.accumulated = None
+        self.grad_scaler = None
+
+    @property
+    def lr(self) -> Any:
+        """Learning rate, that of ``optimizer.param_groups[0]``, where torch's schedulers set it."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = value
+
+    def _is_training(self) -> bool:
+        """Whether a lookup is to update the table when the backward pass comes to it."""
+        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
+            return False
+        name = type(self).__name__
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise TableError(
+                f"{name} in DistributedDataParallel: its table is updated in the backward pass, from the "
+                "process's own batch, and the processes' tables would drift apart. Keep it outside of the "
+                "module that is wrapped, or use nn.EmbeddingBag(sparse=True) there"
+            )
+        if (
+            self.grad_scaler is None
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.float16
+        ):
+            raise OptionError(
+                f"{name} under float16 autocast: it cannot know how a GradScaler has scaled the loss. Set "
+                "layer.grad_scaler = scaler, or, if there is none, layer.grad_scaler = 1.0; bfloat16 needs "
+                "no scaler"
+            )
+        return True
+
+    def _unscaled(self, grad_output: Tensor) -> Tensor:
+        if self.grad_scaler is None:
+            return grad_output
+        scale = self.grad_scaler.get_scale() if hasattr(self.grad_scaler, "get_scale") else self.grad_scaler
+        return grad_output if scale == 1 else grad_output / scale
+
+    def job(self, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient a part of a step."""
+        group = self.optimizer.param_groups[0]
+        if group["params"][0] is not self.weight:  # another Parameter has been put in its place
+            was = group["params"][0]
+            group["params"][0] = self.weight
+            if was in self.optimizer.state:
+                self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
+        held = self.optimizer.ready(self.weight, group, group["param_names"][0], 1)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
+        return Job(self.optimizer, self.weight, held, gradient)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """State and options of the optimizer, as a part of the module's state dict."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what `get_extra_state` gave."""
+        self.optimizer.param_groups[0]["params"][0] = self.weight
+        self.optimizer.load_state_dict(state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        key = prefix + "_extra_state"
+        if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
+            missing_keys.remove(key)
+
+
+class Embedding(_Fused, torch.nn.Embedding):
+    """``torch.nn.Embedding`` whose backward pass updates the table; ``weight.grad`` stays None.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim, padding_idx, sparse, device, dtype
+        As of ``torch.nn.Embedding``. ``sparse`` makes no difference: there is no gradient of the table.
+    max_norm, norm_type, scale_grad_by_freq
+        Refused.
+    optimizer : dict, optional
+        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite; its defaults.
+
+    Attributes
+    ----------
+    optimizer : SparseAdam
+        Of this table, for its ``state`` and for schedulers. Do not call its ``step``.
+    lr : float
+        Learning rate, settable.
+    grad_scaler : torch.amp.GradScaler or float, optional
+        What the loss is scaled with. Gradients are divided by it before they are applied.
+
+    Notes
+    -----
+    All lookups of one backward pass make one step, applied at its end; a backward pass that raises changes
+    no table. For several backward passes in one step see `accumulate`. Nothing is updated by lookups under
+    ``torch.no_grad``, in evaluation mode (`eval`), or with ``weight.requires_grad_(False)``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> None:
+        _refuse("Embedding", max_norm, scale_grad_by_freq)
+        torch.nn.Embedding.__init__(
+            self, num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            _weight, _freeze, device, dtype,
+        )  # fmt: skip
+        self._set_up(optimizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> Embedding:
+        """Make a layer of a table, (rows, dim), which is not copied; ``freeze=False`` to train it."""
+        rows, dim = _shape_of(embeddings)
+        return cls(
+            rows, dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, embeddings, freeze,
+            optimizer=optimizer,
+        )  # fmt: skip
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """Look up ids of any shape: (...) -> (..., dim)."""
+        if not self._is_training():
+            return functional.embedding(input, self.weight.detach(), self.padding_idx)
+        out: Tensor = _Rows.apply(self.weight, self, input)  # type: ignore[no-untyped-call]
+        return out
+
+
+class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
+    """``torch.nn.EmbeddingBag`` whose backward pass updates the table; ``weight.grad`` stays None.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim, mode, sparse, include_last_offset, padding_idx, device, dtype
+        As of ``torch.nn.EmbeddingBag``. ``sparse`` makes no difference: there is no gradient of the table.
+    max_norm, norm_type, scale_grad_by_freq
+        Refused, as is ``mode="max"``.
+    optimizer : dict, optional
+        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite; its defaults.
+
+    Attributes
+    ----------
+    optimizer, lr, grad_scaler
+        As of `Embedding`.
+
+    Notes
+    -----
+    As for `Embedding`. ``per_sample_weights`` get their gradient, from the table as it was in the forward
+    pass: if it has changed since, backward raises.
+
+    Examples
+    --------
+    >>> layer = EmbeddingBag(1000, 8, mode="sum", optimizer=dict(lr=0.01, step_counts="row"))
+    >>> layer(torch.tensor([[3, 17], [4, 3]])).sum().backward()
+    >>> layer.optimizer.state[layer.weight]["step"][[3, 4, 5]]
+    tensor([1, 1, 0], dtype=torch.int32)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> None:
+        _refuse("EmbeddingBag", max_norm, scale_grad_by_freq)
+        if mode not in ("sum", "mean"):
+            raise OptionError(f"EmbeddingBag: mode is {mode!r}, expected 'sum' or 'mean'")
+        torch.nn.EmbeddingBag.__init__(
+            self, num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
+            _weight, include_last_offset, padding_idx, device, dtype,
+        )  # fmt: skip
+        self._set_up(optimizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> EmbeddingBag:
+        """Make a layer of a table, (rows, dim), which is not copied; ``freeze=False`` to train it."""
+        rows, dim = _shape_of(embeddings)
+        layer = cls(
+            rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings, include_last_offset,
+            padding_idx, optimizer=optimizer,
+        )  # fmt: skip
+        layer.weight.requires_grad_(not freeze)
+        return layer
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 (torch's name)
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
+        if not self._is_training():
+            return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
+        out: Tensor = _Bags.apply(  # type: ignore[no-untyped-call]
+            self.weight, per_sample_weights, self, input, offsets
+        )
+        return out
+
+    def pool(
+        self, weight: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
+        """Look up in a tensor of the table's shape, with the options of this layer."""
+        return functional.embedding_bag(
+            ids, weight, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=self.padding_idx,
+        )  # fmt: skip
+
+
+def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """Make all backward passes inside a ``with`` block one step, applied at its end.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Whose fused layers wait. Their outputs' gradients are kept until then; if the block raises, they are
+        dropped, and no table has been changed.
+
+    Raises
+    ------
+    RuntimeError
+        If a layer of the module is waiting already.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(EmbeddingBag(1000, 8), torch.nn.Linear(8, 1))
+    >>> with accumulate(model):
+    ...     for ids in torch.arange(24).reshape(3, 4, 2):
+    ...         model(ids).sum().backward()
+    >>> model[0].optimizer.state[model[0].weight]["step"]
+    1
+    """
+    return accumulating([layer for layer in module.modules() if isinstance(layer, _Fused)])
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, layer: Embedding, ids: Tensor) -> Tensor:
+        ctx.layer, ctx.seen_in = layer, this_pass()
+        ctx.save_for_backward(ids)
+        return functional.embedding(ids, weight, layer.padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        check_pass(ctx.seen_in)
+        if _is_wanted(ctx):
+            (ids,) = ctx.saved_tensors
+            layer = ctx.layer
+            ids = ids.reshape(-1)
+            grads = layer._unscaled(grad_output).reshape(len(ids), layer.embedding_dim)
+            if layer.padding_idx is not None:
+                kept = ids != layer.padding_idx
+                if not kept.all():
+                    ids, grads = ids[kept], grads[kept]
+            collect(layer, RowLookup(ids, grads))
+        return None, None, None
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        layer: EmbeddingBag,
+        ids: Tensor,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        ctx.layer, ctx.seen_in = layer, this_pass()
+        ctx.weight, ctx.version = weight, weight._version
+        ctx.save_for_backward(ids, offsets, per_sample_weights)
+        return layer.pool(weight, ids, offsets, per_sample_weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        check_pass(ctx.seen_in)
+        ids, offsets, weights = ctx.saved_tensors
+        layer = ctx.layer
+        ids, starts = _starts(ids, offsets, layer.include_last_offset)
+        weights_grad = None
+        if weights is not None and ctx.needs_input_grad[1]:
+            if ctx.weight._version != ctx.version:
+                raise RuntimeError(
+                    "backward of EmbeddingBag: its table has been changed in place since the forward pass "
+                    f"(version {ctx.weight._version}, expected {ctx.version}), by a step or by hand: the "
+                    "gradient of per_sample_weights needs it as it was. Call backward before the table "
+                    "changes, or pass per_sample_weights.detach()"
+                )
+            padding = -1 if layer.padding_idx is None else layer.padding_idx
+            weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad_output, ctx.weight.detach(), ids, starts, starts.new_empty(0), 0, padding
+            ).reshape(weights.shape)
+        if _is_wanted(ctx):
+            weights = None if weights is None else weights.detach().reshape(-1)
+            grads = layer._unscaled(grad_output)
+            if layer.padding_idx is not None:
+                ids, starts, weights = _without(layer.padding_idx, ids, starts, weights)
+            collect(layer, BagLookup(ids, starts, grads, weights, layer.mode))
+        return None, weights_grad, None, None, None
+
+
+def _is_wanted(ctx: Any) -> bool:
+    """Whether the pass that is going on wants a gradient of the table, or only of other things."""
+    accumulate_grad = ctx.next_functions[0][0]  # the table is the first argument
+    return bool(torch._C._will_engine_execute_node(accumulate_grad))
+
+
+def _starts(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Tensor, Tensor]:
+    """Ids in one dimension, and where each bag starts."""
+    if offsets is None:
+        bags, length = ids.shape
+        return ids.reshape(-1), torch.arange(0, bags * length, length, dtype=ids.dtype)
+    return ids, offsets[:-1] if include_last else offsets
+
+
+def _without(
+    padding: int, ids: Tensor, starts: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Leave out the ids that only fill up."""
+    kept = ids != padding
+    if kept.all():
+        return ids, starts, weights
+    before = torch.zeros(len(ids) + 1, dtype=starts.dtype)
+    torch.cumsum(kept, 0, out=before[1:])
+    return ids[kept], before[starts], None if weights is None else weights[kept]
+
+
+def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
+    for option, given, default in (
+        ("max_norm", max_norm, None),
+        ("scale_grad_by_freq", scale_grad_by_freq, False),
+    ):
+        if given is not default:
+            raise OptionError(
+                f"{name}: {option} is {given!r}, expected {default}: a fused embedding does not have it; use "
+                f"torch.nn.{name}(sparse=True) with nb_sparse_adam.torch.SparseAdam"
+            )
+
+
+def _shape_of(embeddings: Tensor) -> tuple[int, int]:
+    if embeddings.dim() != 2:
+        raise TableError(f"from_pretrained got shape {tuple(embeddings.shape)}, expected (rows, dim)")
+    return embeddings.shape[0], embeddings.shape[1]

@@ -1,0 +1,169 @@
+"""torch's threads, DataLoader's workers and Python's threads beside ours."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from nb_sparse_adam.torch import EmbeddingBag, SparseAdam  # noqa: E402
+
+pytestmark = pytest.mark.jit
+
+
+def run(program, tmp_path):
+    """Run a program in a process of its own, where no thread has been started yet; return what it prints."""
+    file = tmp_path / "program.py"
+    file.write_text(program, encoding="utf-8")
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TRAIN_WITH_WORKERS = """
+import torch
+from torch.utils.data import DataLoader, Dataset
+from nb_sparse_adam.torch import EmbeddingBag, SparseAdam
+
+ROWS, DIM, BATCH = 5000, 16, 2048  # steps that are large enough for two threads
+
+class Clicks(Dataset):
+    def __len__(self):
+        return 4 * BATCH
+
+    def __getitem__(self, at):
+        generator = torch.Generator().manual_seed(at)
+        ids = torch.randint(ROWS, (4,), generator=generator)
+        return ids, (ids < ROWS // 2).float().mean()
+
+def own_step(_):
+    # A worker may even train a model of its own.
+    bag = EmbeddingBag(ROWS, DIM, mode="sum")
+    bag(torch.arange(ROWS).reshape(-1, 4)).sum().backward()
+    assert bag.optimizer.state[bag.weight]["step"] == 1
+
+def train(kind, context, workers):
+    torch.manual_seed(0)
+    fused = kind == "fused"
+    bag = EmbeddingBag(ROWS, DIM, mode="sum") if fused else torch.nn.EmbeddingBag(
+        ROWS, DIM, mode="sum", sparse=True
+    )
+    top = torch.nn.Linear(DIM, 1)
+    optimizer = None if fused else SparseAdam(bag.parameters())
+    dense = torch.optim.AdamW(top.parameters())
+    for epoch in range(2):  # each epoch starts workers anew, after steps were taken in this process
+        loader = DataLoader(
+            Clicks(), BATCH, num_workers=workers, multiprocessing_context=context if workers else None,
+            worker_init_fn=own_step if workers else None,
+        )
+        for ids, share in loader:
+            loss = (top(bag(ids)).squeeze(1) - share).pow(2).mean()
+            dense.zero_grad()
+            bag.weight.grad = None
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+            dense.step()
+    return bag.weight.detach().clone()
+
+if __name__ == "__main__":
+    for kind in ("drop-in", "fused"):
+        alone, beside = train(kind, CONTEXT, 0), train(kind, CONTEXT, 2)
+        assert torch.equal(alone, beside), kind
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_dataloader_after_steps_in_the_parent(context, tmp_path):
+    assert run(TRAIN_WITH_WORKERS.replace("CONTEXT", repr(context)), tmp_path) == "done\n"
+
+
+STEP = """
+import os
+os.environ["NUMBA_NUM_THREADS"] = "2"
+import numba, torch
+from nb_sparse_adam.torch import EmbeddingBag, SparseAdam
+
+torch.set_num_threads(THREADS)
+bag = torch.nn.EmbeddingBag(5000, 64, sparse=True)
+optimizer = SparseAdam(bag.parameters())
+fused = EmbeddingBag(5000, 64)
+ids = torch.randint(5000, (4096, 20))
+for _ in range(3):
+    optimizer.zero_grad()
+    bag(ids).sum().backward()
+    optimizer.step()
+    fused(ids).sum().backward()
+try:
+    print(numba.threading_layer())
+except ValueError:
+    print("no thread was started")
+assert numba.get_num_threads() == 2
+"""
+
+
+@pytest.mark.parametrize(("threads", "started"), [(1, False), (2, True)])
+def test_torchs_number_of_threads_is_heard(threads, started, tmp_path):
+    said = run(STEP.replace("THREADS", str(threads)), tmp_path)
+    assert (said == "no thread was started\n") is not started
+
+
+def trained(steps, seed, layer=None):
+    torch.manual_seed(seed)
+    layer = EmbeddingBag(500, 16) if layer is None else layer
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        ids = torch.randint(500, (256, 4), generator=generator)
+        layer(ids).pow(2).sum().backward()
+    return layer
+
+
+def in_threads(*calls):
+    results, failures = [None] * len(calls), []
+
+    def work(at, call):
+        try:
+            results[at] = call()
+        except Exception as error:  # noqa: BLE001 (raised below)
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(at, call)) for at, call in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    return results
+
+
+def test_two_threads_with_a_model_each():
+    expected = [trained(50, seed).weight for seed in (1, 2)]
+    torch.manual_seed(0)
+    layers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layers.append(EmbeddingBag(500, 16))
+    in_threads(*(lambda at=at: trained(50, at + 1, layers[at]) for at in range(2)))
+    for layer, weight in zip(layers, expected, strict=True):
+        assert torch.equal(layer.weight, weight)
+
+
+def test_two_threads_with_one_model():
+    layer = trained(1, 0)
+    in_threads(lambda: trained(50, 1, layer), lambda: trained(50, 2, layer))
+    assert layer.optimizer.state[layer.weight]["step"] == 101
+    assert layer.weight.isfinite().all()
+
+
+def test_two_threads_with_one_optimizer():
+    param = torch.nn.Parameter(torch.zeros(500, 16))
+    optimizer = SparseAdam([param])
+    param.grad = torch.sparse_coo_tensor(
+        torch.arange(500)[None], torch.ones(500, 16), (500, 16), check_invariants=True
+    )
+    optimizer.step()
+    in_threads(*(lambda: [optimizer.step() for _ in range(50)] for _ in range(2)))
+    assert optimizer.state[param]["step"] == 101
