@@ -14,9 +14,23 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.memory import address, array_at, matrix_at, take_turn
 from nb_sparse_adam.threads import ALONE, Crew, team
 
-__all__ = ["Buffers", "Grouping", "count_long", "cut_evenly", "fill_long", "group_ids", "scan_ids"]
+__all__ = [
+    "DIGIT_BITS",
+    "Buffers",
+    "Grouping",
+    "IdBatch",
+    "count_long",
+    "cut_evenly",
+    "fill_bags",
+    "fill_long",
+    "group_ids",
+    "group_tables_parallel",
+    "group_tables_serial",
+    "scan_ids",
+]
 
 # 4 096 counters of 8 bytes fill the first-level cache; a pass more costs more than its misses (24 bits in two
 # passes instead of three).
@@ -32,6 +46,30 @@ class Grouping(NamedTuple):
     payload_mask: int
     spare: NDArray[Any]  # (n,) of starts' dtype: memory that the sort no longer needs
     rest: NDArray[Any]  # (n - segments,), the same: behind starts; long where segments are
+
+
+class IdBatch(NamedTuple):
+    """The ids of several tables' gradients: element i of each array is about table i.
+
+    What would be arguments and results of `group_ids`. Addresses stand for arrays, for compiled code cannot
+    be given any number of those; whoever makes a batch keeps them.
+    """
+
+    ids: NDArray[np.int64]  # address
+    n: NDArray[np.int64]  # > 0, < 2**31 - 1
+    nondecreasing: NDArray[np.int64]
+    offsets: NDArray[np.int64]  # address of (bags + 1,) int64; 0: there are none
+    bags: NDArray[np.int64]
+    per_id: NDArray[np.int64]  # payloads are positions, and bags of positions are wanted
+    id_bits: NDArray[np.int64]
+    row_shift: NDArray[np.int64]
+    first: NDArray[np.int64]  # where its n + 1 places begin, in each half of the memory
+    first_long: NDArray[np.int64]  # the same, among long segments
+    # Answers.
+    half: NDArray[np.int64]  # 0 or 1: where packed ids are; `starts` and `spare` are in the other one
+    segments: NDArray[np.int64]
+    long: NDArray[np.int64]  # how many segments are longer than a block
+    blocks: NDArray[np.int64]  # how many these have
 
 
 class Buffers:
@@ -295,3 +333,79 @@ def cut_evenly(starts: Any, row_cost: Any, block: Any, any_long: Any, bounds: An
 def segment_cost(starts: Any, s: Any, row_cost: Any, block: Any) -> Any:
     length = np.int64(starts[s + 1]) - np.int64(starts[s])
     return row_cost + (length if length <= block else (length + block - 1) // block)
+
+
+# --- several tables at once -------------------------------------------------------------------------------
+
+
+@jit
+def group_table(
+    batch: Any, i: Any, memory: Any, long: Any, long_first: Any, ends: Any, t: Any, block: Any, like: Any
+) -> None:
+    """Group the ids of table i of a batch, in thread t; as `group_ids`, `count_long` and `fill_long` do."""
+    n, row_shift, id_bits = batch.n[i], batch.row_shift[i], batch.id_bits[i]
+    ids, starts_like, offsets_like = like
+    given = array_at(batch.ids[i], n, ids)
+    offsets = array_at(batch.offsets[i], batch.bags[i] + 1 if batch.offsets[i] else 0, offsets_like)
+    places = memory.shape[1]
+    half = 0
+    packed = array_at(address(memory, batch.first[i]), n, memory)
+    other = array_at(address(memory, places + batch.first[i]), n, memory)
+    if len(offsets) and not batch.per_id[i]:
+        pack_bags(given, offsets, row_shift, packed)
+    else:
+        pack_positions(given, row_shift, packed)
+    if not batch.nondecreasing[i] and id_bits:
+        passes = (id_bits + DIGIT_BITS - 1) // DIGIT_BITS
+        digit_bits = (id_bits + passes - 1) // passes
+        counters = matrix_at(address(ends, t << DIGIT_BITS), 1, 1 << digit_bits, ends)
+        for number in range(passes):
+            radix_pass_serial(packed, other, row_shift + number * digit_bits, counters)
+            packed, other = other, packed
+            half = 1 - half
+    other_at = (1 - half) * places + batch.first[i]
+    segments = find_segments(packed, row_shift, array_at(address(memory, other_at), n + 1, starts_like))
+    starts = array_at(address(memory, other_at), segments + 1, starts_like)
+    if batch.per_id[i]:
+        fill_bags(offsets, array_at(address(memory, other_at) + 4 * (n + 1), n, starts_like))
+    _, long_segments, blocks = count_long(starts, block)
+    if long_segments:
+        fill_long(
+            starts,
+            block,
+            array_at(address(long, batch.first_long[i]), long_segments, long),
+            array_at(address(long_first, batch.first_long[i] + i), long_segments + 1, long_first),
+        )
+    batch.half[i], batch.segments[i] = half, segments
+    batch.long[i], batch.blocks[i] = long_segments, blocks
+
+
+@jit
+def group_tables_worker(
+    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, t: Any,
+    block: Any, like: Any,
+) -> None:  # fmt: skip
+    """Take tables in turn with the other threads, until there are none left."""
+    turn = take_turn(turns)
+    while turn < len(order):
+        group_table(batch, order[turn], memory, long, long_first, ends, t, block, like)
+        turn = take_turn(turns)
+
+
+@jit
+def group_tables_serial(
+    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, block: Any,
+    like: Any,
+) -> None:  # fmt: skip
+    """Group the ids of every table of a batch; ``like`` has an array of each dtype: ids, int32, int64."""
+    group_tables_worker(turns, order, batch, memory, long, long_first, ends, 0, block, like)
+
+
+@jit(parallel=True)
+def group_tables_parallel(
+    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, block: Any,
+    like: Any,
+) -> None:  # fmt: skip
+    """Do what `group_tables_serial` does on several threads, each with a row of ``ends``."""
+    for t in prange(len(ends)):
+        group_tables_worker(turns, order, batch, memory, long, long_first, ends, t, block, like)

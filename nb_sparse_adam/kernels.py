@@ -27,6 +27,7 @@ from nb_sparse_adam.jit import jit
 from nb_sparse_adam.memory import (
     CACHE_LINE,
     address,
+    array_at,
     copy_correction,
     load_correction,
     load_count,
@@ -37,6 +38,7 @@ from nb_sparse_adam.memory import (
     load_row_correction,
     load_sum,
     load_value,
+    matrix_at,
     prefetch_line,
     store_count,
     store_exp_avg,
@@ -44,6 +46,7 @@ from nb_sparse_adam.memory import (
     store_param,
     store_row_correction,
     store_sum,
+    take_turn,
 )
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "Settings",
     "Table",
     "TableArrays",
+    "TableBatch",
     "apply_row_gradient",
     "block_sums_parallel",
     "block_sums_serial",
@@ -73,6 +77,8 @@ __all__ = [
     "segments_parallel",
     "segments_serial",
     "sum_segments",
+    "tables_parallel",
+    "tables_serial",
     "view",
 ]
 
@@ -197,6 +203,33 @@ class Segments(NamedTuple):
     long: NDArray[Any]  # segments longer than BLOCK, ascending
     long_first: NDArray[Any]  # (len(long) + 1,): the first block of each in ``block_sums``
     block_sums: NDArray[Any]  # (blocks, dim)
+
+
+class TableBatch(NamedTuple):
+    """Several tables with their gradients: element i of each array is about table i.
+
+    A `Table` and what of `Segments` is not in a `grouping.IdBatch`. Addresses stand for arrays, for compiled
+    code cannot be given any number of those; whoever makes a batch keeps them.
+    """
+
+    param: NDArray[np.int64]  # address
+    rows: NDArray[np.int64]
+    dim: NDArray[np.int64]
+    moments: NDArray[np.int64]  # address, as are all that have a length or a fixed one
+    moments_length: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    counts_length: NDArray[np.int64]
+    corrections: NDArray[np.int64]
+    corrections_length: NDArray[np.int64]
+    log_betas: NDArray[np.int64]
+    hyperparameters: NDArray[np.int64]
+    settings: NDArray[np.int64]
+    totals: NDArray[np.int64]
+    values: NDArray[np.int64]
+    values_rows: NDArray[np.int64]
+    coefficients: NDArray[np.int64]
+    coefficients_length: NDArray[np.int64]
+    block_sums: NDArray[np.int64]
 
 
 class Compressed(NamedTuple):
@@ -982,3 +1015,80 @@ def csr_parallel(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) ->
     for t in prange(len(bounds) - 1):
         skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
     finish(table, skipped)
+
+
+# --- several tables at once -------------------------------------------------------------------------------
+
+
+@jit
+def table_of(batch: Any, i: Any, like: Any) -> Any:
+    """Return table i of a batch; ``like`` is a `Table` with the same dtypes."""
+    return Table(
+        matrix_at(batch.param[i], batch.rows[i], batch.dim[i], like.param),
+        array_at(batch.moments[i], batch.moments_length[i], like.moments),
+        array_at(batch.counts[i], batch.counts_length[i], like.counts),
+        array_at(batch.corrections[i], batch.corrections_length[i], like.corrections),
+        array_at(batch.log_betas[i], 2, like.log_betas),
+        array_at(batch.hyperparameters[i], len(like.hyperparameters), like.hyperparameters),
+        array_at(batch.settings[i], len(like.settings), like.settings),
+        array_at(batch.totals[i], 2, like.totals),
+    )
+
+
+@jit
+def segments_of(
+    batch: Any, ids: Any, i: Any, memory: Any, long: Any, long_first: Any, starts: Any, values: Any
+) -> Any:
+    """Return the grouped gradient of table i of a batch; ``starts`` and ``values`` are of the dtypes."""
+    n, places, dim = ids.n[i], memory.shape[1], batch.dim[i]
+    packed = address(memory, ids.half[i] * places + ids.first[i])
+    other = address(memory, (1 - ids.half[i]) * places + ids.first[i])
+    return Segments(
+        array_at(packed, n, memory),
+        array_at(other, ids.segments[i] + 1, starts),
+        ids.row_shift[i],
+        (1 << ids.row_shift[i]) - 1,
+        matrix_at(batch.values[i], batch.values_rows[i], dim, values),
+        array_at(other + 4 * (n + 1), n if ids.per_id[i] else 0, starts),
+        array_at(batch.coefficients[i], batch.coefficients_length[i], values),
+        ids.per_id[i] != 0,
+        array_at(address(long, ids.first_long[i]), ids.long[i], long),
+        array_at(address(long_first, ids.first_long[i] + i), ids.long[i] + 1, long_first),
+        matrix_at(batch.block_sums[i], ids.blocks[i], dim, values),
+    )
+
+
+@jit
+def tables_worker(
+    turns: Any, order: Any, batch: Any, ids: Any, memory: Any, long: Any, long_first: Any, scratch: Any,
+    nothing: Any, t: Any, starts: Any, like: Any,
+) -> None:  # fmt: skip
+    """Update tables, in turn with the other threads, until there are none left; skip no row."""
+    turn = take_turn(turns)
+    while turn < len(order):
+        i = order[turn]
+        table = table_of(batch, i, like)
+        g = segments_of(batch, ids, i, memory, long, long_first, starts, like.param)
+        block_sums_worker(g, 0, ids.blocks[i])
+        segments_worker(table, g, scratch, t, 0, ids.segments[i])
+        finish(table, nothing)
+        turn = take_turn(turns)
+
+
+@jit
+def tables_serial(
+    turns: Any, order: Any, batch: Any, ids: Any, memory: Any, long: Any, long_first: Any, scratch: Any,
+    nothing: Any, starts: Any, like: Any,
+) -> None:  # fmt: skip
+    """Run `tables_worker` on one thread."""
+    tables_worker(turns, order, batch, ids, memory, long, long_first, scratch, nothing, 0, starts, like)
+
+
+@jit(parallel=True)
+def tables_parallel(
+    turns: Any, order: Any, batch: Any, ids: Any, memory: Any, long: Any, long_first: Any, scratch: Any,
+    nothing: Any, starts: Any, like: Any,
+) -> None:  # fmt: skip
+    """Run `tables_worker` on as many threads as there are; each of them has its part of ``scratch``."""
+    for t in prange(len(scratch) // SCRATCH_ROWS):
+        tables_worker(turns, order, batch, ids, memory, long, long_first, scratch, nothing, t, starts, like)

@@ -14,17 +14,21 @@ value)`` writes there.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
+from numba.np.arrayobj import populate_array
 
 __all__ = [
     "CACHE_LINE",
     "address",
+    "array_at",
     "copy_correction",
     "load_correction",
     "load_count",
@@ -35,6 +39,7 @@ __all__ = [
     "load_row_correction",
     "load_sum",
     "load_value",
+    "matrix_at",
     "prefetch_line",
     "store_count",
     "store_exp_avg",
@@ -42,6 +47,7 @@ __all__ = [
     "store_param",
     "store_row_correction",
     "store_sum",
+    "take_turn",
 ]
 
 # Scope -> the scopes that it cannot meet. A sum is read as a gradient later on: these two are not kept apart.
@@ -151,11 +157,26 @@ CACHE_LINE = 64  # bytes
 if numba.config.DISABLE_JIT:
 
     def address(array: Any, at: Any) -> int:
-        """Return where the elements are, which only `prefetch_line` wants to know."""
-        return int(at) * int(array.itemsize)
+        """Return the address of ``array.reshape(-1)[at]``."""
+        return int(array.ctypes.data + int(at) * array.itemsize)
 
     def prefetch_line(at_address: Any) -> None:
         """Do nothing: without the compiler there is nothing to hint at."""
+
+    def array_at(at_address: Any, length: Any, like: Any) -> Any:
+        """Return the (length,) array of ``like``'s dtype that lies at an address."""
+        size = int(length) * like.itemsize
+        memory = (ctypes.c_char * size).from_address(int(at_address)) if size else b""
+        return np.frombuffer(memory, like.dtype)
+
+    def matrix_at(at_address: Any, rows: Any, columns: Any, like: Any) -> Any:
+        """Return the (rows, columns) array of ``like``'s dtype that lies at an address."""
+        return array_at(at_address, rows * columns, like).reshape(rows, columns)
+
+    def take_turn(turns: Any) -> int:
+        """Return ``turns[0]``, and count it on."""
+        turns[0] += 1
+        return int(turns[0]) - 1
 
 else:
 
@@ -193,3 +214,42 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
+
+    def _make_array(context: Any, builder: Any, array: Any, at_address: Any, shape: list[Any]) -> Any:
+        """Build an array that owns nothing: whoever knows the address keeps the memory."""
+        element = context.get_data_type(array.dtype)
+        strides = [context.get_constant(types.intp, context.get_abi_sizeof(element))]
+        for length in shape[:0:-1]:
+            strides.insert(0, builder.mul(length, strides[0]))
+        made = context.make_array(array)(context, builder)
+        pointer = builder.inttoptr(at_address, element.as_pointer())
+        populate_array(made, pointer, shape, strides, itemsize=strides[-1], meminfo=None)
+        return made._getvalue()
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def array_at(typingctx: Any, at_address: Any, length: Any, like: Any) -> Any:  # noqa: ARG001
+        """Return the (length,) array of ``like``'s dtype that lies at an address."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _make_array(context, builder, signature.return_type, args[0], [args[1]])
+
+        return types.Array(like.dtype, 1, "C")(types.int64, types.intp, like), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def matrix_at(typingctx: Any, at_address: Any, rows: Any, columns: Any, like: Any) -> Any:  # noqa: ARG001
+        """Return the (rows, columns) array of ``like``'s dtype that lies at an address."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _make_array(context, builder, signature.return_type, args[0], [args[1], args[2]])
+
+        return types.Array(like.dtype, 2, "C")(types.int64, types.intp, types.intp, like), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def take_turn(typingctx: Any, turns: Any) -> Any:  # noqa: ARG001
+        """Return ``turns[0]`` of an int64 array, and count it on; threads that meet get different numbers."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = context.make_array(signature.args[0])(context, builder, args[0]).data
+            return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
+
+        return types.int64(turns), codegen

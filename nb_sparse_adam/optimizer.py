@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels, options
+from nb_sparse_adam.batching import Part
 from nb_sparse_adam.corrections import corrections
 from nb_sparse_adam.errors import (
     GradientTypeError,
@@ -23,10 +24,9 @@ from nb_sparse_adam.errors import (
     TableTypeError,
 )
 from nb_sparse_adam.gradients import Target, check
-from nb_sparse_adam.grouping import Buffers
-from nb_sparse_adam.kernels import ELEMENT, Hyperparameters
-from nb_sparse_adam.pacing import Pace
-from nb_sparse_adam.planning import Work, plan, size_of
+from nb_sparse_adam.kernels import Hyperparameters
+from nb_sparse_adam.planning import size_of
+from nb_sparse_adam.runs import finish, prepare
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
 
 __all__ = ["SparseAdam", "step_together"]
@@ -307,12 +307,12 @@ class SparseAdam:
         turns. An interrupt that comes after the first write is raised when all tables have been updated.
         """
         with self._lock:
-            _finish(self._runs(gradient))
+            finish(prepare(self._parts(gradient)))
 
-    def _runs(self, gradient: Any) -> list[_Run]:
-        """Check a step's gradients and prepare it, up to the first write."""
+    def _parts(self, gradient: Any) -> list[Part]:
+        """Check a step's gradients."""
         named = self._named_gradients(gradient)
-        return [self._prepare(self._tables[name], given) for name, given in named.items()]
+        return [self._check(self._tables[name], given) for name, given in named.items()]
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -329,18 +329,14 @@ class SparseAdam:
                 raise TableError(f"step got a gradient for table {name!r}, expected one of {names}")
         return gradient
 
-    def _prepare(self, table: TableState, gradient: Any) -> _Run:
+    def _check(self, table: TableState, gradient: Any) -> Part:
         start = time.perf_counter()
         table.check_writeable()
         target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
         checked = check(gradient, target)
-        size = size_of(checked, target)
-        crew, pace = table.paces.crew_for(type(checked).__name__, size, self._num_threads)
-        work = plan(checked, target, self._on_nonfinite, crew, table.buffers)
-        table.make_room_for_a_step()
-        run = _Run(work, self._arrays_for_kernels(table, work.check), size, pace, table.buffers)
-        run.seconds = time.perf_counter() - start
-        return run
+        size, for_kernels = size_of(checked, target), self._arrays_for_kernels
+        seconds = time.perf_counter() - start
+        return Part(table, target, checked, size, self._on_nonfinite, self._num_threads, for_kernels, seconds)
 
     @contextmanager
     def kernel_table(self, name: str | None = None) -> Iterator[kernels.Table]:
@@ -464,56 +460,6 @@ class SparseAdam:
             self._set(**values)
 
 
-class _Run:
-    """The work of one table in a step, and whether it has been done."""
-
-    def __init__(
-        self, work: Work, table: kernels.Table, size: int, pace: Pace | None, buffers: Buffers
-    ) -> None:
-        self.work, self.table, self.size, self.pace, self.buffers = work, table, size, pace, buffers
-        self.goal = int(table.totals[0]) + 1
-        self.seconds = 0.0  # that this table has taken so far
-
-    @property
-    def done(self) -> bool:
-        return int(self.table.totals[0]) == self.goal
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        self.work.run(self.table)
-        self.seconds += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Give back the memory it worked in, and report how long it took, for the next step's threads."""
-        if self.work.memory is not None:
-            self.buffers.give_back(self.work.memory)
-        if self.pace is not None:
-            self.pace.took(self.seconds / self.size)
-
-    def rehearse(self) -> None:
-        """Have the kernel compiled, by running it over no rows with counters of its own."""
-        key = (self.work.kernel, *_dtypes(self.table), *_dtypes(self.work.arguments))
-        if key in _rehearsed:
-            return
-        settings = self.table.settings.copy()
-        settings[kernels.Settings._fields.index("mode")] = ELEMENT  # no count of steps to settle
-        nothing = self.table._replace(settings=settings, totals=np.zeros(2, np.int64))
-        self.work._replace(bounds=np.zeros(1, np.int64)).run(nothing)
-        _rehearsed.add(key)
-
-
-_rehearsed: set[tuple[Any, ...]] = set()  # kernels with their arguments' dtypes
-
-
-def _dtypes(arguments: Iterable[Any]) -> Iterator[Any]:
-    """Yield what tells two calls of a kernel apart for the compiler."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from _dtypes(argument)
-        else:
-            yield getattr(argument, "dtype", None)
-
-
 def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     """Step several optimizers as one: everything is checked before anything is written.
 
@@ -530,37 +476,7 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     with ExitStack() as locks:
         for optimizer in sorted((optimizer for optimizer, _ in steps), key=id):  # one order: no deadlock
             locks.enter_context(optimizer._lock)
-        _finish([run for optimizer, gradient in steps for run in optimizer._runs(gradient)])
-
-
-def _finish(runs: list[_Run]) -> None:
-    _run_all(runs)
-    for run in runs:
-        run.close()
-
-
-def _run_all(runs: list[_Run]) -> None:
-    """Run every table's kernel exactly once, whatever Python exception comes in between.
-
-    A kernel is one native call that counts itself as done before it returns, so that a signal handler's
-    exception (KeyboardInterrupt) finds it either done or not begun.
-    """
-    if len(runs) > 1:
-        for run in runs:
-            run.rehearse()  # a failure to compile must come before the first write
-    interrupt: BaseException | None = None
-    for _ in range(100):  # an exception that comes back every time is not an interrupt
-        try:
-            for run in runs:
-                if not run.done:
-                    run()
-            break
-        except BaseException as error:
-            interrupt = error
-            if not any(run.done for run in runs):
-                raise
-    if interrupt is not None:
-        raise interrupt
+        finish(prepare([part for optimizer, gradient in steps for part in optimizer._parts(gradient)]))
 
 
 def _named_tables(tables: Any) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ Everything here happens before the first write to a table. What it returns, `Wor
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from nb_sparse_adam.gradients import Entries, Rows, Target
 from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
 from nb_sparse_adam.threads import Crew, team
 
-__all__ = ["Work", "plan", "size_of"]
+__all__ = ["Work", "dtypes_of", "largest_of_rows", "plan", "rehearsed", "size_of"]
 
 
 class Work(NamedTuple):
@@ -35,6 +36,29 @@ class Work(NamedTuple):
         skipped = np.empty(len(self.bounds) - 1, np.int64)
         with team(self.crew):
             self.kernel(self.bounds, skipped, table, *self.arguments)
+
+    def rehearse(self, table: kernels.Table) -> None:
+        """Have the kernel compiled, by running it over no rows with counters of its own."""
+        key = (self.kernel, *dtypes_of(table), *dtypes_of(self.arguments))
+        if key in rehearsed:
+            return
+        settings = table.settings.copy()
+        settings[kernels.Settings._fields.index("mode")] = kernels.ELEMENT  # no count of steps to settle
+        nothing = table._replace(settings=settings, totals=np.zeros(2, np.int64))
+        self._replace(bounds=np.zeros(1, np.int64)).run(nothing)
+        rehearsed.add(key)
+
+
+rehearsed: set[tuple[Any, ...]] = set()  # kernels with their arguments' dtypes
+
+
+def dtypes_of(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Yield what tells two calls of a kernel apart for the compiler."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from dtypes_of(argument)
+        else:
+            yield getattr(argument, "dtype", None)
 
 
 def plan(
@@ -89,8 +113,23 @@ def _scratch(parts: int, dim: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 # --- rows -------------------------------------------------------------------------------------------------
 
 
+def largest_of_rows(rows: Rows, target: Target, on_nonfinite: str, crew: Crew) -> float:
+    """Return what no value, or product of value and weight, is larger than; 0 if nobody wants to know.
+
+    Raises
+    ------
+    NonFiniteGradientError
+        With ``on_nonfinite="raise"``, for the first value that is not finite.
+    """
+    what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
+    largest = _largest(what, rows.values, target, on_nonfinite, crew)
+    if rows.per_id and rows.coefficients is not None:
+        largest *= _largest("BagGradient.weights", rows.coefficients, target, on_nonfinite, crew)
+    return largest
+
+
 def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, crew: Crew) -> Work:
-    largest = _largest("RowGradient.values", rows.values, target, on_nonfinite, crew)
+    largest = largest_of_rows(rows, target, on_nonfinite, crew)
     check = not squares_are_finite(largest, 1, target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(rows.values))
@@ -107,10 +146,7 @@ def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, crew: Crew, bu
     memory = buffers.take(n + 1)
     segments, longest = _group(rows, target, crew, memory)
     scratch = _scratch(crew.parts, target.dim, target.dtype)
-    what = "RowGradient.values" if rows.offsets is None else "BagGradient.grad_output"
-    largest = _largest(what, rows.values, target, on_nonfinite, crew)
-    if rows.per_id and rows.coefficients is not None:
-        largest *= _largest("BagGradient.weights", rows.coefficients, target, on_nonfinite, crew)
+    largest = largest_of_rows(rows, target, on_nonfinite, crew)
     check = not squares_are_finite(largest, max(longest, 1), target.dtype)
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_segment(segments, scratch))

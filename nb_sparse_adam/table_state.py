@@ -54,6 +54,7 @@ class TableState:
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self.buffers = Buffers()
         self.paces = Paces()
+        self.addresses: tuple[Any, tuple[int, ...]] | None = None  # of `batching`
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:

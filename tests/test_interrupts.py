@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam, optimizer
+from nb_sparse_adam import RowGradient, SparseAdam, runs
 from nb_sparse_adam.errors import SparseAdamWarning
 
 
@@ -51,11 +51,12 @@ class Interrupting:
 def step_interrupted(opt, places):
     """Step with an interrupt at each of the places: (number of the kernel's call, "before" or "after" it)."""
     Interrupting.calls = 0
-    runs = [opt._prepare(opt.state[name], gradient) for name, gradient in GRADIENTS.items()]
-    for run in runs:
+    prepared = runs.prepare(opt._parts(GRADIENTS))
+    assert len(prepared) == 2
+    for run in prepared:
         run.work = Interrupting(run.work, places)
     with pytest.raises(KeyboardInterrupt):
-        optimizer._run_all(runs)
+        runs.run_all(prepared)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,20 @@ def test_an_interrupt_after_the_first_write_is_raised_when_every_table_is_done(p
     opt, tables = two_tables()
     step_interrupted(opt, places)
     assert_same_bits(state_bits(opt, tables), state_bits(undisturbed, its_tables))
+
+
+@pytest.mark.parametrize(("when", "steps"), [("before", 0), ("after", 1)])
+def test_a_batch_of_tables_is_one_native_call(when, steps):
+    tables = {f"t{i}": np.ones((50, 4), np.float32) for i in range(5)}
+    opt = SparseAdam(tables, num_threads=1)
+    prepared = runs.prepare(opt._parts(dict.fromkeys(tables, GRADIENTS["user"])))
+    assert len(prepared) == 1
+    Interrupting.calls = 0
+    prepared[0].work = Interrupting(prepared[0].work, {(1, when)})
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_all(prepared)
+    for state in opt.state.values():
+        assert state.steps.max() == steps
 
 
 def test_an_interrupt_before_the_first_write_changes_nothing():

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, finite, kernels, optimizer
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, finite, kernels, runs
 
 pytestmark = [
     pytest.mark.jit,
@@ -46,10 +46,10 @@ def intermediate_code(function, *arguments):
 
 def step_arguments(monkeypatch, gradient, dtype):
     """What a step hands to its driver: the table, and the driver's other arguments."""
-    runs = []
-    monkeypatch.setattr(optimizer, "_run_all", runs.extend)
+    prepared = []
+    monkeypatch.setattr(runs, "run_all", prepared.extend)
     SparseAdam(np.zeros((ROWS, DIM), dtype), num_threads=1).step(gradient)
-    return runs[0].table, runs[0].work.arguments
+    return prepared[0].table, prepared[0].work.arguments
 
 
 def gradients(dtype):

@@ -1,0 +1,115 @@
+"""A step, from checked gradients to native calls, each of which runs exactly once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from nb_sparse_adam import kernels
+from nb_sparse_adam.batching import BatchWork, Part, choose, plan_batch
+from nb_sparse_adam.grouping import Buffers
+from nb_sparse_adam.pacing import Pace
+from nb_sparse_adam.planning import Work, plan
+
+__all__ = ["Run", "finish", "prepare"]
+
+
+class Run:
+    """The work of one table in a step, or of a batch of them, and whether it has been done."""
+
+    def __init__(
+        self, work: Work | BatchWork, table: kernels.Table, size: int, pace: Pace | None, buffers: Buffers
+    ) -> None:
+        self.work, self.table, self.size, self.pace, self.buffers = work, table, size, pace, buffers
+        self.goal = int(table.totals[0]) + 1
+        self.seconds = 0.0  # that it has taken so far
+
+    @property
+    def done(self) -> bool:
+        """Whether its kernel has run: all of it, or nothing."""
+        return int(self.table.totals[0]) == self.goal
+
+    def __call__(self) -> None:
+        """Run its kernel."""
+        start = time.perf_counter()
+        self.work.run(self.table)
+        self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Give back the memory it worked in, and report how long it took, for the next step's threads."""
+        if self.work.memory is not None:
+            self.buffers.give_back(self.work.memory)
+        if self.pace is not None:
+            self.pace.took(self.seconds / self.size)
+
+
+def prepare(parts: Sequence[Part]) -> list[Run]:
+    """Prepare a step of one table or several, up to the first write.
+
+    Raises
+    ------
+    GradientError
+        As `SparseAdam.step`; nothing has been written then.
+    """
+    batches = choose(parts) if len(parts) > 1 else []
+    batched = {at for batch in batches for at in batch}
+    return [
+        *(_prepare_batch([parts[at] for at in batch]) for batch in batches),
+        *(_prepare_one(part) for at, part in enumerate(parts) if at not in batched),
+    ]
+
+
+def _prepare_one(part: Part) -> Run:
+    start = time.perf_counter()
+    table = part.table
+    crew, pace = table.paces.crew_for(type(part.checked).__name__, part.size, part.num_threads)
+    work = plan(part.checked, part.target, part.on_nonfinite, crew, table.buffers)
+    table.make_room_for_a_step()
+    run = Run(work, part.for_kernels(table, work.check), part.size, pace, table.buffers)
+    run.seconds = part.seconds + time.perf_counter() - start
+    return run
+
+
+def _prepare_batch(parts: Sequence[Part]) -> Run:
+    start = time.perf_counter()
+    first, size = parts[0], sum(part.size for part in parts)
+    crew, pace = first.table.paces.crew_for("batch", size, first.num_threads)
+    tables = []
+    for part in parts:
+        part.table.make_room_for_a_step()
+        tables.append(part.for_kernels(part.table, False))
+    work = plan_batch(parts, tables, crew)
+    run = Run(work, tables[0], size, pace, first.table.buffers)
+    run.seconds = sum(part.seconds for part in parts) + time.perf_counter() - start
+    return run
+
+
+def finish(runs: Sequence[Run]) -> None:
+    """Do the work of a step that has been prepared."""
+    run_all(runs)
+    for run in runs:
+        run.close()
+
+
+def run_all(runs: Sequence[Run]) -> None:
+    """Run every kernel exactly once, whatever Python exception comes in between.
+
+    A kernel is one native call that counts itself as done before it returns, so that a signal handler's
+    exception (KeyboardInterrupt) finds it either done or not begun.
+    """
+    if len(runs) > 1:
+        for run in runs:
+            run.work.rehearse(run.table)  # a failure to compile must come before the first write
+    interrupt: BaseException | None = None
+    for _ in range(100):  # an exception that comes back every time is not an interrupt
+        try:
+            for run in runs:
+                if not run.done:
+                    run()
+            break
+        except BaseException as error:
+            interrupt = error
+            if not any(run.done for run in runs):
+                raise
+    if interrupt is not None:
+        raise interrupt
