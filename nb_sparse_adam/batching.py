@@ -217,7 +217,9 @@ def _table_batch(
         weights = (
             (0, 0) if rows.coefficients is None else (_address(rows.coefficients), len(rows.coefficients))
         )
-        values = _address(rows.values), len(rows.values)
+        # Of a single row NumPy does not care how far the next one would be.
+        apart = rows.values.strides[0] // rows.values.itemsize if len(rows.values) > 1 else part.target.dim
+        values = _address(rows.values), len(rows.values), apart
         records.append((*_addresses(part.table, table), *values, *weights, sums))
     return kernels.TableBatch(*_columns(records))
 

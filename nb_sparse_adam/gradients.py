@@ -136,7 +136,7 @@ class Rows(NamedTuple):
     """A checked RowGradient, or BagGradient if it has offsets."""
 
     ids: NDArray[Any]  # (n,) int32 or int64, each in 0..rows - 1
-    values: NDArray[Any]  # (n, dim), or (bags, dim)
+    values: NDArray[Any]  # (n, dim), or (bags, dim); rows may lie apart
     nondecreasing: bool
     increasing: bool
     offsets: NDArray[Any] | None = None  # (bags + 1,) int64
@@ -224,15 +224,21 @@ class _Alias:
         self.owner = array
 
 
-def _for_kernels(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The array, or a copy, as native, aligned, C-contiguous and of a dtype."""
+def _for_kernels(array: NDArray[Any], dtype: np.dtype[Any], rows_apart: bool = False) -> NDArray[Any]:
+    """The array, or a copy, as native, aligned, of a dtype, and C-contiguous, if only within its rows."""
     if array.dtype != dtype:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
             return array.astype(dtype, order="C")
     flags = array.flags
-    if not flags.c_contiguous or not flags.aligned:
+    if not flags.aligned or not (flags.c_contiguous or (rows_apart and _has_rows_apart(array))):
         return array.copy(order="C")
     return array if flags.writeable or not array.size else np.asarray(_Alias(array))
+
+
+def _has_rows_apart(array: NDArray[Any]) -> bool:
+    """Whether rows are contiguous and follow each other at a distance, as slices of a larger array do."""
+    apart, within = array.strides
+    return within == array.itemsize and apart > 0 and apart % array.itemsize == 0
 
 
 def _values(
@@ -257,7 +263,7 @@ def _values(
         raise target.refuse(
             GradientError, f"{what} has shape {np.shape(given)}, expected {shapes}: one row or value {of}"
         )
-    return _for_kernels(array, target.dtype)
+    return _for_kernels(array, target.dtype, rows_apart=matrix)
 
 
 def _integers(what: str, given: Any, target: Target, length: int | None = None) -> NDArray[Any]:

@@ -196,7 +196,9 @@ class Segments(NamedTuple):
     starts: NDArray[Any]  # (segments + 1,) int32 or int64
     row_shift: int
     payload_mask: int
-    values: NDArray[Any]  # (rows of values, dim)
+    values: NDArray[
+        Any
+    ]  # (rows of values, dim); in a batch rows may lie apart: (rows, elements between them)
     source: NDArray[Any]  # (n,) where per_id, else (0,)
     coefficients: NDArray[Any]  # per_id: (n,); else one a row of values, or (0,) for "all are 1"
     per_id: bool
@@ -227,6 +229,7 @@ class TableBatch(NamedTuple):
     totals: NDArray[np.int64]
     values: NDArray[np.int64]
     values_rows: NDArray[np.int64]
+    values_apart: NDArray[np.int64]  # elements from one row to the next
     coefficients: NDArray[np.int64]
     coefficients_length: NDArray[np.int64]
     block_sums: NDArray[np.int64]
@@ -763,9 +766,9 @@ def prefetch_values(g: Any, i: Any) -> None:
         prefetch_line(address(g.source, payload))
         prefetch_line(address(g.coefficients, payload))
     if g.values.size >= VALUES_PREFETCHED:
-        dim = g.values.shape[1]
         at, _ = locate(g, later)
-        prefetch(g.values, at * dim, min(dim, MAX_ELEMENTS_PREFETCHED))
+        dim = g.block_sums.shape[1]
+        prefetch(g.values, at * g.values.shape[1], min(dim, MAX_ELEMENTS_PREFETCHED))
 
 
 @jit
@@ -776,17 +779,17 @@ def sum_ids(g: Any, lo: Any, hi: Any, out: Any, to: Any) -> None:
     values of the ids that follow, behind hi too, are prefetched meanwhile.
     """
     values = g.values
-    dim = values.shape[1]
+    dim, apart = g.block_sums.shape[1], values.shape[1]
     prefetch_values(g, lo)
     row, coefficient = locate(g, lo)
     for j in range(dim):
-        store_sum(out, to + j, coefficient * load_value(values, row * dim + j))
+        store_sum(out, to + j, coefficient * load_value(values, row * apart + j))
     i = lo + 1
     while i + 4 <= hi:
         for k in range(i, i + 4):
             prefetch_values(g, k)
         (a, x), (b, y), (c, z), (d, w) = locate(g, i), locate(g, i + 1), locate(g, i + 2), locate(g, i + 3)
-        a, b, c, d = a * dim, b * dim, c * dim, d * dim
+        a, b, c, d = a * apart, b * apart, c * apart, d * apart
         for j in range(dim):
             total = load_sum(out, to + j) + x * load_value(values, a + j)
             total = total + y * load_value(values, b + j)
@@ -797,7 +800,7 @@ def sum_ids(g: Any, lo: Any, hi: Any, out: Any, to: Any) -> None:
         prefetch_values(g, i)
         row, coefficient = locate(g, i)
         for j in range(dim):
-            store_sum(out, to + j, load_sum(out, to + j) + coefficient * load_value(values, row * dim + j))
+            store_sum(out, to + j, load_sum(out, to + j) + coefficient * load_value(values, row * apart + j))
         i += 1
 
 
@@ -811,7 +814,7 @@ def block_sums_worker(g: Any, lo: Any, hi: Any) -> None:
         s = g.long[which]
         start = np.int64(g.starts[s]) + (b - g.long_first[which]) * BLOCK
         end = min(start + BLOCK, np.int64(g.starts[s + 1]))
-        sum_ids(g, start, end, g.block_sums, b * g.values.shape[1])
+        sum_ids(g, start, end, g.block_sums, b * g.block_sums.shape[1])
 
 
 @jit
@@ -885,10 +888,11 @@ def segments_worker(arrays: Any, g: Any, scratch: Any, t: Any, lo: Any, hi: Any)
         if g.starts[s + 1] - start == 1:  # nothing to sum: no copy
             prefetch_values(g, start)
             at, coefficient = locate(g, start)
-            if table.check and poisons(g.values, at * dim, dim, coefficient * sign):
+            at = at * g.values.shape[1]
+            if table.check and poisons(g.values, at, dim, coefficient * sign):
                 skipped += 1
                 continue
-            apply_row(table, row, g.values, at * dim, coefficient * sign, scratch, own + dim, following)
+            apply_row(table, row, g.values, at, coefficient * sign, scratch, own + dim, following)
             continue
         which = sum_segment(g, s, which, scratch, own)
         if table.check and poisons(scratch, own, dim, sign):
@@ -1048,7 +1052,7 @@ def segments_of(
         array_at(other, ids.segments[i] + 1, starts),
         ids.row_shift[i],
         (1 << ids.row_shift[i]) - 1,
-        matrix_at(batch.values[i], batch.values_rows[i], dim, values),
+        matrix_at(batch.values[i], batch.values_rows[i], batch.values_apart[i], values),
         array_at(other + 4 * (n + 1), n if ids.per_id[i] else 0, starts),
         array_at(batch.coefficients[i], batch.coefficients_length[i], values),
         ids.per_id[i] != 0,

@@ -89,6 +89,8 @@ def plan(
         With "raise", for the first offending position.
     """
     if isinstance(checked, Rows):
+        if not checked.values.flags.c_contiguous:
+            checked = checked._replace(values=checked.values.copy(order="C"))
         if checked.increasing and checked.offsets is None:
             return _plan_distinct_rows(checked, target, on_nonfinite, crew)
         return _plan_segments(checked, target, on_nonfinite, crew, buffers)

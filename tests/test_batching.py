@@ -1,5 +1,7 @@
 """Many tables in one step have the bits that each has by itself, and are one native call."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
@@ -112,6 +114,27 @@ def test_blocks_and_threads(form, num_threads, batches):
     expected = step_alone(tables_of(shapes), gradients, **options)
     assert_same_bits(step_as_one(tables_of(shapes), gradients, **options), expected)
     assert batches == [9, 9]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_values_may_lie_apart(form, batches):
+    """As the slices are that a backward pass hands to the layers whose outputs were stacked."""
+    rng = np.random.default_rng(6)
+    tables, others = tables_of([(30, 4)] * 5), tables_of([(30, 4)] * 5)
+    together, apart = {}, {}
+    for i, name in enumerate(tables):
+        each = gradient(form, rng, 30, 4, 40)
+        field = "values" if isinstance(each, RowGradient) else "grad_output"
+        values = getattr(each, field)
+        wide = np.full((len(values), 5, 4), np.nan, np.float32)
+        wide[:, i] = values
+        together[name] = each
+        apart[name] = dataclasses.replace(each, **{field: wide[:, i]})
+    for on_nonfinite in ("propagate", "raise"):
+        options = {"lr": 0.1, "num_threads": 1, "on_nonfinite": on_nonfinite}
+        expected = step_as_one(tables, [together], **options)
+        assert_same_bits(step_as_one(others, [apart], **options), expected)
+    assert batches == [5] * 4
 
 
 @pytest.mark.jit

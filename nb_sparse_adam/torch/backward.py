@@ -126,6 +126,8 @@ def accumulating(layers: list[Any]) -> Iterator[None]:
 
 
 def _step(lookups: dict[Any, list[Any]]) -> None:
+    if not lookups:
+        return
     with turn_of(layer.optimizer for layer in lookups):
         step_jobs([layer.job(_gradient(found)) for layer, found in lookups.items()])
 
