@@ -12,6 +12,7 @@ from nb_sparse_adam import errors
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch.utils.checkpoint")
+pytest.importorskip("torch.nn.utils.prune")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate  # noqa: E402
 
@@ -382,6 +383,161 @@ def test_beside_adamw_and_with_a_compiled_dense_part():
     assert layer.optimizer.state[layer.weight]["step"] == before + 1
 
 
+# --- what others may change between a lookup and its step -------------------------------------------------
+
+
+def test_weights_of_samples_that_are_trained_while_the_pass_goes_on():
+    theirs, optimizer, ours = pair("EmbeddingBag", mode="sum")
+    ids = torch.arange(6).reshape(3, 2)
+    for layer in (theirs, ours):
+        weights = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+        sgd = torch.optim.SGD([weights], lr=1.0)
+        weights.register_post_accumulate_grad_hook(lambda _, sgd=sgd: sgd.step() and None)
+        layer(ids, per_sample_weights=weights).pow(2).sum().backward()
+        assert not torch.equal(weights, torch.ones(3, 2, dtype=torch.float64))
+    optimizer.step()
+    assert_same(theirs, optimizer, ours)
+
+
+def test_buffers_that_are_used_again_while_accumulating():
+    *_, ours = pair("EmbeddingBag", mode="sum")
+    reference = ours.weight.detach().clone().requires_grad_()
+    ids, offsets = torch.zeros(4, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    with accumulate(ours):
+        for step in range(3):
+            ids.copy_(torch.arange(4) + 4 * step)
+            offsets.copy_(torch.tensor([0, 1 + step]))
+            ours(ids, offsets).pow(2).sum().backward()
+            torch.nn.functional.embedding_bag(ids, reference, offsets, mode="sum").pow(2).sum().backward()
+    first = ours.optimizer.state[ours.weight]["exp_avg"]
+    torch.testing.assert_close(first, 0.1 * reference.grad)
+
+
+def test_outputs_gradients_that_others_add_to_while_accumulating():
+    """A leaf that is added to the output takes the very memory of the output's gradient for its own."""
+    *_, ours = pair("Embedding")
+    reference = ours.weight.detach().clone().requires_grad_()
+    start = ours.weight.detach().clone()
+    shift = torch.zeros(3, DIM, dtype=torch.float64, requires_grad=True)
+    with accumulate(ours):
+        for step in range(3):
+            ids = torch.arange(3)[None] + 3 * step
+            ((ours(ids) + shift.unsqueeze(0)).pow(2).sum() * (1 + step)).backward()
+            (reference[ids].pow(2).sum() * (1 + step)).backward()
+    first = ours.optimizer.state[ours.weight]["exp_avg"]
+    torch.testing.assert_close(first, 0.1 * reference.grad)
+    assert not torch.equal(ours.weight, start)
+
+
+def test_a_copy_made_while_accumulating_is_in_nobodys_block():
+    *_, ours = pair("Embedding")
+    with accumulate(ours):
+        ours(torch.arange(3)).sum().backward()
+        copied = copy.deepcopy(ours)
+    copied(torch.arange(3)).sum().backward()
+    assert copied.optimizer.state[copied.weight]["step"] == 1
+
+
+def test_gradients_with_the_negative_bit():
+    real, imaginary = Embedding(ROWS, DIM, optimizer=OPTIONS), Embedding(ROWS, DIM, optimizer=OPTIONS)
+    before = imaginary.weight.detach().clone()
+    number = torch.complex(real(torch.arange(3)), imaginary(torch.arange(3)))
+    (number.conj() * (1 + 2j)).real.sum().backward()
+    assert imaginary.optimizer.state[imaginary.weight]["step"] == 1
+    assert not torch.equal(imaginary.weight, before)
+
+
+def test_an_exchanged_weight_is_not_kept():
+    *_, ours = pair("Embedding")
+    for _ in range(4):
+        ours.weight = torch.nn.Parameter(ours.weight.detach().clone())
+        ours(torch.arange(3)).sum().backward()
+    assert list(ours.optimizer._held) == [ours.weight]
+    assert ours.optimizer.state[ours.weight]["step"] == 4
+
+
+# --- tables that are not the layer's alone ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["parametrized", "weight_norm", "pruned"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_that_is_computed_is_refused(how):
+    *_, ours = pair("Embedding")
+    if how == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(ours, "weight", torch.nn.Softplus())
+    elif how == "weight_norm":
+        torch.nn.utils.weight_norm(ours)
+    else:
+        torch.nn.utils.prune.random_unstructured(ours, "weight", 0.5)
+    with pytest.raises(errors.TableError, match="computed from other parameters"):
+        ours(torch.arange(3))
+    ours.eval()
+    assert ours(torch.arange(3)).shape == (3, DIM)
+
+
+def test_a_functional_call_is_refused_in_backward():
+    *_, ours = pair("Embedding")
+    before = ours.weight.detach().clone()
+    weight = torch.nn.Parameter(torch.ones(ROWS, DIM, dtype=torch.float64))
+    out = torch.func.functional_call(ours, {"weight": weight}, (torch.arange(3),))
+    with pytest.raises(errors.GradientError, match="not the Parameter that was looked up"):
+        out.sum().backward()
+    assert torch.equal(ours.weight, before)
+
+
+def test_one_table_in_two_layers_is_refused():
+    *_, ours = pair("Embedding")
+    *_, other = pair("EmbeddingBag")
+    other.weight = ours.weight
+    before = ours.weight.detach().clone()
+    with pytest.raises(errors.GradientError, match=r"two fused layers .* have one table"):
+        (ours(torch.arange(3)).sum() + other(torch.arange(4)[None]).sum()).backward()
+    assert torch.equal(ours.weight, before)
+
+
+def test_a_table_that_is_used_besides_is_refused():
+    *_, ours = pair("Embedding")
+    tied = torch.nn.Linear(DIM, ROWS, bias=False, dtype=torch.float64)
+    tied.weight = ours.weight
+    before = ours.weight.detach().clone()
+    with pytest.raises(errors.GradientError, match=r"Embedding\.weight has a \.grad too"):
+        tied(ours(torch.arange(3))).sum().backward()
+    assert torch.equal(ours.weight, before)
+    ours.weight.grad = None
+    ours(torch.arange(3)).sum().backward()
+    assert ours.optimizer.state[ours.weight]["step"] == 1
+
+
+def test_the_gradient_of_a_table_cannot_be_asked_for():
+    *_, ours = pair("Embedding")
+    with pytest.raises(errors.GradientError, match="was asked for, and is never made"):
+        torch.autograd.grad(ours(torch.arange(3)).sum(), [ours.weight])
+
+
+def test_a_layer_that_became_bfloat16_is_refused():
+    *_, ours = pair("EmbeddingBag")
+    with pytest.raises(errors.TableTypeError, match="bfloat16"):
+        ours.bfloat16()(torch.arange(3)[None])
+
+
+def test_a_state_dict_of_another_size_is_torchs_error():
+    *_, ours = pair("Embedding")
+    ours(torch.arange(3)).sum().backward()
+    larger = Embedding(ROWS + 1, DIM, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        larger.load_state_dict(ours.state_dict())
+
+
+def test_evaluation_compiles_in_one_graph():
+    *_, ours = pair("EmbeddingBag")
+    model = torch.nn.Sequential(ours, torch.nn.Linear(DIM, 1, dtype=torch.float64)).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(torch.arange(6).reshape(3, 2)).shape == (3, 1)
+
+
+# --- beside other parts of torch --------------------------------------------------------------------------
+
+
 def test_gradscaler():
     theirs, optimizer, ours = pair("Embedding", torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -395,6 +551,33 @@ def test_gradscaler():
         ours(torch.arange(5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours(torch.arange(5))
+
+
+def test_a_step_that_the_scaler_leaves_out_is_left_out_here():
+    *_, ours = pair("Embedding", torch.float32)
+    *_, other = pair("EmbeddingBag", torch.float32)
+    dense = torch.nn.Parameter(torch.ones(DIM))
+    sgd, scaler = torch.optim.SGD([dense], lr=1.0), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    ours.grad_scaler = scaler
+    before = [layer.weight.detach().clone() for layer in (ours, other)]
+    loss = (ours(torch.arange(5)) * dense).sum() * 1e4 + other(torch.arange(5)[None]).sum()
+    scaler.scale(loss).backward()
+    scaler.step(sgd)
+    scaler.update()
+    assert torch.equal(dense, torch.ones(DIM))
+    for layer, weight in zip((ours, other), before, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert len(layer.optimizer.state) == 0
+
+
+def test_float16_autocast_of_another_device_needs_a_scaler_too():
+    *_, ours = pair("Embedding", torch.float32)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with pytest.raises(errors.OptionError, match="float16 autocast"):
+            ours(torch.arange(5))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_distributed_data_parallel_is_refused(tmp_path):

@@ -218,6 +218,34 @@ def test_a_learning_rate_may_be_a_tensor():
     assert_close(*pairs)
 
 
+@pytest.mark.parametrize("kind", ["list", "tensor"])
+def test_betas_may_be_changed_in_place(kind):
+    pairs = both([parameter((20, 3))])
+    rng = np.random.default_rng(22)
+    for step in range(4):
+        for _, optimizer in pairs:
+            if step == 0:
+                first = 0.9 if kind == "list" else torch.tensor(0.9, dtype=torch.float64)
+                optimizer.param_groups[0]["betas"] = [first, 0.99]
+            if step == 2 and kind == "list":
+                optimizer.param_groups[0]["betas"][0] = 0.1
+            elif step == 2:
+                optimizer.param_groups[0]["betas"][0].fill_(0.1)
+        step_both(pairs, [gradient(rng, (20, 3))])
+    assert_close(*pairs)
+
+
+def test_a_learning_rate_may_be_halved_for_ever():
+    param = parameter((20, 3), torch.float32)
+    optimizer = SparseAdam([param])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    param.grad = gradient(np.random.default_rng(23), (20, 3), dtype=torch.float32)
+    for _ in range(200):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.state[param]["step"] == 200
+
+
 def test_a_group_can_be_added():
     pairs = both([parameter((20, 3))])
     more = parameter((10, 2), seed=1)
@@ -403,7 +431,10 @@ def test_the_state_is_live_and_a_state_dict_is_not():
     assert (kept["step"], optimizer.state[param]["step"]) == (1, 2)
 
 
-@pytest.mark.parametrize("how", ["in place", "assigned", "step", "entry", "cleared"])
+@pytest.mark.parametrize(
+    "how",
+    ["in place", "assigned", "data", "set_", "share_memory_", "step", "tensor step", "entry", "cleared"],
+)
 def test_state_that_was_changed_by_hand_is_what_goes_on(how):
     pairs = both([parameter((30, 4))])
     rng = np.random.default_rng(13)
@@ -416,8 +447,17 @@ def test_state_that_was_changed_by_hand_is_what_goes_on(how):
                     entry["exp_avg"].mul_(0.5)
                 elif how == "assigned":
                     entry["exp_avg_sq"] = torch.full((30, 4), 0.25, dtype=torch.float64)
+                elif how == "data":
+                    entry["exp_avg"].data = torch.full((30, 4), 0.25, dtype=torch.float64)
+                elif how == "set_":
+                    entry["exp_avg_sq"].set_(torch.full((30, 4), 0.25, dtype=torch.float64))
+                elif how == "share_memory_":
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        entry[key].share_memory_()
                 elif how == "step":
                     entry["step"] = 100
+                elif how == "tensor step":
+                    entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float64)
                 elif how == "entry":
                     optimizer.state[params[0]] = {key: copy.copy(value) for key, value in entry.items()}
                 else:
@@ -443,6 +483,32 @@ def test_a_parameter_may_get_other_memory(how):
                 else:
                     optimizer.load_state_dict(optimizer.state_dict())
     assert_close(*pairs, RTOL[torch.float32])
+
+
+def test_a_parameter_made_for_inference_is_refused():
+    with torch.inference_mode():
+        param = torch.nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(errors.TableError, match=r"made under torch\.inference_mode"):
+        SparseAdam([param])
+
+
+def test_a_row_that_is_out_of_range_of_a_transposed_parameter():
+    param = torch.nn.Parameter(torch.zeros(2, 3).T)
+    optimizer = SparseAdam([param])
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        param.grad = torch.sparse_coo_tensor([[7]], torch.ones(1, 2), (3, 2), check_invariants=False)
+    with pytest.raises(errors.GradientIndexError, match=r"indices\[0, 0\] is 7, expected 0 <= index < 3"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("step", [math.inf, 3.5, -1, torch.tensor([1.0, 2.0])])
+def test_a_step_that_counts_nothing(step):
+    (theirs, torchs), (_, optimizer) = both([parameter((3, 2))])
+    step_both([(theirs, torchs)], [gradient(np.random.default_rng(24), (3, 2))])
+    state = torchs.state_dict()
+    state["state"][0]["step"] = step
+    with pytest.raises(errors.StateError, match="step is"):
+        optimizer.load_state_dict(state)
 
 
 def test_from_rows_to_entries_and_back():
@@ -539,6 +605,7 @@ def test_options_that_became_nonsense_are_refused_before_anything_is_written():
             errors.TableError,
             r"device meta, expected the CPU.*module\.cpu\(\)",
         ),
+        (torch.zeros(1, 2).expand(3, 2), errors.TableError, "several elements are one place in memory"),
         (torch.zeros(3, 2).to_sparse(), errors.TableError, r"Sparse params at indices \[\[0, 0\]\]"),
     ],
 )
@@ -553,6 +620,7 @@ WRONG = {
     "dense": (lambda g: g.to_dense(), errors.DenseGradientError, "does not support dense gradients"),
     "row too large": (lambda g: replaced(g, row=30), errors.GradientIndexError, "30"),
     "negative row": (lambda g: replaced(g, row=-1), errors.GradientIndexError, "-1"),
+    "of another shape": (lambda g: g, errors.GradientError, r"has shape \(30, 4\), expected \(60, 4\)"),
     "nan": (lambda g: g * float("nan"), errors.NonFiniteGradientError, r"params'\]\[1\]"),
 }
 
@@ -578,10 +646,14 @@ def test_one_wrong_gradient_and_nothing_is_changed(what, sparse_dim):
             optimizer.step()
     before = snapshot(params, optimizer)
     params[1].grad = make(params[1].grad)
+    if what == "of another shape":
+        params[1].data = torch.zeros(60, 4, dtype=torch.float64)
+        optimizer.state.pop(params[1])
+        before = snapshot(params, optimizer)
     with pytest.raises(error, match=message):
         optimizer.step()
     assert snapshot(params, optimizer) == before
-    params[1].grad = gradient(rng, (30, 4))
+    params[1].grad = gradient(rng, tuple(params[1].shape))
     optimizer.step()
     assert snapshot(params, optimizer) != before
 
@@ -627,7 +699,10 @@ def test_nonfinite_gradients_propagate_by_default_and_may_be_skipped():
     param.grad = bad
     skipping.step()
     assert param.isfinite().all()
-    assert skipping.skipped_rows == {param: len(set(bad._indices()[0].tolist()))}
+    skipped = {param: len(set(bad._indices()[0].tolist()))}
+    assert skipping.skipped_rows == skipped
+    skipping.load_state_dict(skipping.state_dict())
+    assert skipping.skipped_rows == skipped
 
 
 # --- torch's own cases --------------------------------------------------------------------------------------

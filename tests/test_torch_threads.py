@@ -81,6 +81,41 @@ def test_workers_of_a_dataloader_after_steps_in_the_parent(context, tmp_path):
     assert run(TRAIN_WITH_WORKERS.replace("CONTEXT", repr(context)), tmp_path) == "done\n"
 
 
+SENT = """
+import torch
+from torch import multiprocessing
+from nb_sparse_adam.torch import EmbeddingBag, SparseAdam
+
+def train(layer, optimizer, param):
+    layer(torch.arange(10)[None]).sum().backward()
+    assert layer.optimizer.state[layer.weight]["step"] == 2
+    param.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 4), (50, 4), check_invariants=True)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+if __name__ == "__main__":
+    layer = EmbeddingBag(50, 4)
+    layer(torch.arange(10)[None]).sum().backward()
+    layer.share_memory()
+    param = torch.nn.Parameter(torch.zeros(50, 4))
+    optimizer = SparseAdam([param])
+    param.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 4), (50, 4), check_invariants=True)
+    optimizer.step()
+    param.grad = None  # torch cannot send a sparse one
+    before = layer.weight.detach().clone()
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(layer, optimizer, param))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not torch.equal(layer.weight, before)  # the table is shared
+    print("done")
+"""
+
+
+def test_a_layer_with_its_state_is_sent_to_a_process(tmp_path):
+    assert run(SENT, tmp_path) == "done\n"
+
+
 STEP = """
 import os
 os.environ["NUMBA_NUM_THREADS"] = "2"

@@ -25,18 +25,30 @@ __all__ = ["BagLookup", "Layer", "RowLookup", "accumulating", "check_pass", "col
 class RowLookup(NamedTuple):
     """Ids that were looked up one by one."""
 
+    weight: Tensor  # the table
     ids: Tensor  # (n,)
     grad_output: Tensor  # (n, dim)
+
+    def copied(self) -> RowLookup:
+        """Return one that nobody else can change."""
+        return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone())
 
 
 class BagLookup(NamedTuple):
     """Ids that were looked up and pooled."""
 
+    weight: Tensor  # the table
     ids: Tensor  # (n,)
     starts: Tensor  # (bags,)
     grad_output: Tensor  # (bags, dim)
-    weights: Tensor | None  # (n,)
+    weights: Tensor | None  # (n,), a copy: it may be trained, and change before the pass ends
     mode: str
+
+    def copied(self) -> BagLookup:
+        """Return one that nobody else can change."""
+        return self._replace(
+            ids=self.ids.clone(), starts=self.starts.clone(), grad_output=self.grad_output.clone()
+        )
 
 
 class Layer(Protocol):
@@ -44,9 +56,10 @@ class Layer(Protocol):
 
     accumulated: list[Any] | None
     optimizer: SparseAdam
+    grad_scaler: Any
 
-    def job(self, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient a part of a step."""
+    def job(self, weight: Tensor, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient of the table that was looked up a part of a step."""
 
 
 class _Pass:
@@ -93,8 +106,9 @@ def check_pass(seen_in: int) -> None:
         )
     if seen_in not in (-1, this_pass()):
         raise GradientError(
-            "a fused embedding in torch.utils.checkpoint with use_reentrant=True: the table would be updated "
-            "before all segments have been computed again. Pass use_reentrant=False"
+            "a fused embedding was looked up within another backward pass, as torch.utils.checkpoint with "
+            "use_reentrant=True does it, or a hook: the table would be updated before that pass is over. "
+            "Pass use_reentrant=False, or look up outside of hooks"
         )
 
 
@@ -105,6 +119,8 @@ def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
     if current is None:
         current = _passes[number] = _Pass()
         torch.autograd.Variable._execution_engine.queue_callback(current)
+    if layer.accumulated is not None:
+        lookup = lookup.copied()  # buffers of ids are used again, and outputs' gradients added to
     current.lookups.setdefault(layer, []).append(lookup)
 
 
@@ -126,10 +142,34 @@ def accumulating(layers: list[Any]) -> Iterator[None]:
 
 
 def _step(lookups: dict[Any, list[Any]]) -> None:
-    if not lookups:
+    if not lookups or _scaler_will_skip(lookups):
         return
+    _refuse_two_layers_of_one_table(lookups)
     with turn_of(layer.optimizer for layer in lookups):
-        step_jobs([layer.job(_gradient(found)) for layer, found in lookups.items()])
+        step_jobs([layer.job(found[0].weight, _gradient(found)) for layer, found in lookups.items()])
+
+
+def _scaler_will_skip(lookups: dict[Any, list[Any]]) -> bool:
+    """Whether a GradScaler has scaled too much: it leaves out the step of the dense part, and so do we."""
+    return any(
+        hasattr(layer.grad_scaler, "get_scale")
+        and layer.grad_scaler.is_enabled()
+        and not all(each.grad_output.isfinite().all() for each in found)
+        for layer, found in lookups.items()
+    )
+
+
+def _refuse_two_layers_of_one_table(lookups: dict[Any, list[Any]]) -> None:
+    seen: dict[int, Any] = {}
+    for layer, found in lookups.items():
+        other = seen.setdefault(found[0].weight.data_ptr(), layer)
+        if other is not layer:
+            raise GradientError(
+                f"two fused layers ({type(other).__name__} and {type(layer).__name__}) have one table, of "
+                f"shape {tuple(found[0].weight.shape)}, and an optimizer each: the table would take two "
+                "steps. Use one layer for both lookups, or nn.Embedding(sparse=True) with "
+                "nb_sparse_adam.torch.SparseAdam"
+            )
 
 
 def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
@@ -158,7 +198,7 @@ def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
 
 def _weights_of(lookup: BagLookup) -> Tensor:
     if lookup.weights is None:
-        return torch.ones(len(lookup.ids), dtype=lookup.grad_output.dtype)
+        return lookup.grad_output.new_ones(len(lookup.ids))
     return lookup.weights
 
 

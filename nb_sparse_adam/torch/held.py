@@ -36,6 +36,16 @@ def check_parameter(name: str, param: Tensor) -> None:
             "with .float(), or leave it to torch.optim.SparseAdam"
         )
     _check_on_cpu(f"parameter {name}", param)
+    if any(step == 0 and length > 1 for step, length in zip(param.stride(), param.shape, strict=True)):
+        raise TableError(
+            f"parameter {name} has strides {param.stride()}: several elements are one place in memory, "
+            "expected one for each; pass parameter.contiguous() as a Parameter of its own"
+        )
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise TableError(
+            f"parameter {name} was made under torch.inference_mode, and cannot be changed outside of it; "
+            "make it outside, or clone it"
+        )
 
 
 def _check_on_cpu(what: str, tensor: Tensor) -> None:
@@ -106,6 +116,8 @@ class Held:
         elif self.step_counts == "row":
             counts = torch.from_numpy(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
+        shown = (self.exp_avg, self.exp_avg_sq, self.counts)
+        self._shown_at = [None if tensor is None else _identity(tensor) for tensor in shown]
 
     def _view(self, flat: Tensor, stride: int, offset: int) -> Tensor:
         """A part of every row's record, in the parameter's shape."""
@@ -133,10 +145,16 @@ class Held:
         """Whether parameter and state are still those that the engine works on."""
         if sparse_dim != self.sparse_dim or self.identity != _identity(param) or not entry:
             return False
-        if entry.get("exp_avg") is not self.exp_avg or entry.get("exp_avg_sq") is not self.exp_avg_sq:
-            return False
         step = entry.get("step")
-        return step is self.counts if self.counts is not None else type(step) is int and step == self.step
+        if self.counts is None and (type(step) is not int or step != self.step):
+            return False
+        shown = entry.get("exp_avg"), entry.get("exp_avg_sq"), None if self.counts is None else step
+        ours = self.exp_avg, self.exp_avg_sq, self.counts
+        # The same tensors, and their memory has not been exchanged either.
+        return all(
+            given is tensor and (given is None or _identity(given) == at)
+            for given, tensor, at in zip(shown, ours, self._shown_at, strict=True)
+        )
 
     def check_load(self, entry: Any) -> Callable[[], None]:
         """Check a parameter's entry of a state; return what loads it, and cannot fail."""
@@ -149,7 +167,10 @@ class Held:
             value = entry[key]
             if not isinstance(value, Tensor) or tuple(value.shape) != self.shape:
                 kind = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise StateError(f"{where}: {key} is {kind}, expected a tensor of shape {self.shape}")
+                raise StateError(
+                    f"{where}: {key} is {kind}, expected a tensor of shape {self.shape}; a parameter that "
+                    "has another shape now starts anew after del optimizer.state[parameter]"
+                )
             given[key] = _array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
         given["steps"] = self._given_counts(where, entry["step"])
         return self.table.check_load(given)
@@ -157,16 +178,19 @@ class Held:
     def _given_counts(self, where: str, step: Any) -> Any:
         single = not isinstance(step, Tensor) or step.dim() == 0
         if self.step_counts == "global":
-            if not single:
+            if not single and step.numel() != 1:
                 raise StateError(
                     f"{where}: step is a tensor of shape {tuple(step.shape)}, counts of rows or elements; "
                     "with step_counts='global' expected one number: load it into an optimizer with the "
                     "step_counts that it was saved with"
                 )
-            return np.asarray(int(step), np.int64)
+            number = float(step)
+            if not number.is_integer() or number < 0:
+                raise StateError(f"{where}: step is {number:g}, expected an integer >= 0")
+            return np.asarray(int(number), np.int64)
         expected = (self.rows,) if self.step_counts == "row" else self.shape
         if single or tuple(step.shape) != expected:
-            got = f"the one count {int(step)}" if single else f"a tensor of shape {tuple(step.shape)}"
+            got = f"the one count {float(step):g}" if single else f"a tensor of shape {tuple(step.shape)}"
             raise StateError(
                 f"{where}: step is {got}, with step_counts={self.step_counts!r} expected counts of shape "
                 f"{expected}: a checkpoint of torch.optim.SparseAdam goes on with step_counts='global'"
@@ -190,19 +214,23 @@ class Held:
 
     def gradient(self, param: Tensor, grad: Tensor) -> RowGradient:
         """See a sparse COO gradient of the parameter as rows of the table; no value is copied."""
+        if grad.shape != param.shape:
+            raise GradientError(
+                f"gradient of parameter {self.name} has shape {tuple(grad.shape)}, expected {self.shape}: "
+                "the parameter has changed since; compute the gradient anew"
+            )
         indices, values = grad._indices(), grad._values()
+        if values.dtype not in (torch.float32, torch.float64):  # a parameter's grad_dtype may differ
+            values = values.to(param.dtype)
+        rows = indices[0] if self.sparse_dim == 1 and self.shadow is None else self._flat(indices)
         if self.shadow is not None:
             places = tuple(indices)
             self.shadow[places] = param.detach()[places]
-        if self.sparse_dim == 1:
-            rows = indices[0]
-        else:
-            rows = self._flat(indices)
         return RowGradient(rows.numpy(), values.reshape(len(rows), self.dim).numpy())
 
     def _flat(self, indices: Tensor) -> Tensor:
         """Number places of several dimensions; one that is out of range must not become another's number."""
-        rows = torch.zeros(indices.shape[1], dtype=torch.int64)
+        rows = indices.new_zeros(indices.shape[1])
         outer = self.shape[: self.sparse_dim]
         for d, (index, length, stride) in enumerate(zip(indices, outer, _strides(outer), strict=True)):
             wrong = torch.nonzero((index < 0) | (index >= length))

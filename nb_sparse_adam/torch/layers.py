@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from nb_sparse_adam.errors import OptionError, OptionTypeError, TableError
+from nb_sparse_adam.errors import GradientError, OptionError, OptionTypeError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch.backward import (
     BagLookup,
@@ -21,6 +21,7 @@ from nb_sparse_adam.torch.backward import (
     collect,
     this_pass,
 )
+from nb_sparse_adam.torch.held import check_parameter
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam
 
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
@@ -73,44 +74,67 @@ class _Fused(_Module):
 
     def _is_training(self) -> bool:
         """Whether a lookup is to update the table when the backward pass comes to it."""
-        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
-            return False
+        return self.training and torch.is_grad_enabled() and self.weight.requires_grad
+
+    def _check_training(self) -> None:
+        """Refuse what cannot be trained."""
         name = type(self).__name__
+        check_parameter(f"{name}.weight", self.weight)
+        if not self.weight.is_leaf or "weight" not in self._parameters:
+            raise TableError(
+                f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
+                "expected a Parameter: the table is updated in place, and has no gradient to give to them. "
+                f"Use torch.nn.{name}(sparse=True)"
+            )
         if DistributedDataParallel._active_ddp_module is not None:
             raise TableError(
                 f"{name} in DistributedDataParallel: its table is updated in the backward pass, from the "
                 "process's own batch, and the processes' tables would drift apart. Keep it outside of the "
                 "module that is wrapped, or use nn.EmbeddingBag(sparse=True) there"
             )
-        if (
-            self.grad_scaler is None
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.float16
+        if self.grad_scaler is None and any(
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+            for device in ("cpu", "cuda", "xpu", "mps")
         ):
             raise OptionError(
                 f"{name} under float16 autocast: it cannot know how a GradScaler has scaled the loss. Set "
                 "layer.grad_scaler = scaler, or, if there is none, layer.grad_scaler = 1.0; bfloat16 needs "
                 "no scaler"
             )
-        return True
 
     def _unscaled(self, grad_output: Tensor) -> Tensor:
+        grad_output = grad_output.resolve_neg()
         if self.grad_scaler is None:
             return grad_output
         scale = self.grad_scaler.get_scale() if hasattr(self.grad_scaler, "get_scale") else self.grad_scaler
         return grad_output if scale == 1 else grad_output / scale
 
-    def job(self, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient a part of a step."""
+    def job(self, weight: Tensor, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient of the table that was looked up a part of a step."""
+        name = f"{type(self).__name__}.weight"
+        if weight is not self.weight:
+            raise GradientError(
+                f"{name} is not the Parameter that was looked up, which was exchanged since (by hand, or by "
+                "torch.func.functional_call): call backward before, or use nn.EmbeddingBag(sparse=True)"
+            )
+        if weight.grad is not None:
+            raise GradientError(
+                f"{name} has a .grad too: something besides lookups uses the table (tied weights, a "
+                f"penalty), and there is no optimizer for it. Use torch.nn.{type(self).__name__}"
+                "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
+            )
         group = self.optimizer.param_groups[0]
-        if group["params"][0] is not self.weight:  # another Parameter has been put in its place
-            was = group["params"][0]
-            group["params"][0] = self.weight
+        was = group["params"][0]
+        if was is not weight:  # another Parameter has been put in its place
+            group["params"][0] = weight
             if was in self.optimizer.state:
-                self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
-        held = self.optimizer.ready(self.weight, group, group["param_names"][0], 1)
+                self.optimizer.state[weight] = self.optimizer.state.pop(was)
+        held = self.optimizer.ready(weight, group, name, 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
-        return Job(self.optimizer, self.weight, held, gradient)
+        return Job(self.optimizer, weight, held, gradient)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
 
     def get_extra_state(self) -> dict[str, Any]:
         """State and options of the optimizer, as a part of the module's state dict."""
@@ -130,8 +154,10 @@ class _Fused(_Module):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
+        key, weight = prefix + "_extra_state", state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.shape != self.weight.shape:
+            state_dict = {k: v for k, v in state_dict.items() if k != key}  # of its shape torch complains
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        key = prefix + "_extra_state"
         if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
             missing_keys.remove(key)
 
@@ -207,12 +233,16 @@ class Embedding(_Fused, torch.nn.Embedding):
             optimizer=optimizer,
         )  # fmt: skip
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Look up ids of any shape: (...) -> (..., dim)."""
-        if not self._is_training():
-            return functional.embedding(input, self.weight.detach(), self.padding_idx)
-        out: Tensor = _Rows.apply(self.weight, self, input)  # type: ignore[no-untyped-call]
+        if self._is_training():
+            return self._train(input)
+        return functional.embedding(input, self.weight.detach(), self.padding_idx)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _train(self, ids: Tensor) -> Tensor:
+        self._check_training()
+        out: Tensor = _Rows.apply(self.weight, self, ids)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -296,7 +326,6 @@ class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
         layer.weight.requires_grad_(not freeze)
         return layer
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def forward(
         self,
         input: Tensor,  # noqa: A002 (torch's name)
@@ -304,11 +333,14 @@ class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
         """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
-        if not self._is_training():
-            return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
-        out: Tensor = _Bags.apply(  # type: ignore[no-untyped-call]
-            self.weight, per_sample_weights, self, input, offsets
-        )
+        if self._is_training():
+            return self._train(input, offsets, per_sample_weights)
+        return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _train(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+        self._check_training()
+        out: Tensor = _Bags.apply(self.weight, weights, self, ids, offsets)  # type: ignore[no-untyped-call]
         return out
 
     def pool(
@@ -353,7 +385,7 @@ def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, layer: Embedding, ids: Tensor) -> Tensor:
-        ctx.layer, ctx.seen_in = layer, this_pass()
+        ctx.layer, ctx.weight, ctx.seen_in = layer, weight, this_pass()
         ctx.save_for_backward(ids)
         return functional.embedding(ids, weight, layer.padding_idx)
 
@@ -369,7 +401,7 @@ class _Rows(torch.autograd.Function):
                 kept = ids != layer.padding_idx
                 if not kept.all():
                     ids, grads = ids[kept], grads[kept]
-            collect(layer, RowLookup(ids, grads))
+            collect(layer, RowLookup(ctx.weight, ids, grads))
         return None, None, None
 
 
@@ -408,25 +440,31 @@ class _Bags(torch.autograd.Function):
                 grad_output, ctx.weight.detach(), ids, starts, starts.new_empty(0), 0, padding
             ).reshape(weights.shape)
         if _is_wanted(ctx):
-            weights = None if weights is None else weights.detach().reshape(-1)
+            weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
             grads = layer._unscaled(grad_output)
             if layer.padding_idx is not None:
                 ids, starts, weights = _without(layer.padding_idx, ids, starts, weights)
-            collect(layer, BagLookup(ids, starts, grads, weights, layer.mode))
+            collect(layer, BagLookup(ctx.weight, ids, starts, grads, weights, layer.mode))
         return None, weights_grad, None, None, None
 
 
 def _is_wanted(ctx: Any) -> bool:
     """Whether the pass that is going on wants a gradient of the table, or only of other things."""
     accumulate_grad = ctx.next_functions[0][0]  # the table is the first argument
-    return bool(torch._C._will_engine_execute_node(accumulate_grad))
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulate_grad))
+    except RuntimeError as error:  # torch.autograd.grad(..., [weight])
+        raise GradientError(
+            "the gradient of a fused embedding's weight was asked for, and is never made. Use "
+            "torch.nn.EmbeddingBag(sparse=True)"
+        ) from error
 
 
 def _starts(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Tensor, Tensor]:
     """Ids in one dimension, and where each bag starts."""
     if offsets is None:
         bags, length = ids.shape
-        return ids.reshape(-1), torch.arange(0, bags * length, length, dtype=ids.dtype)
+        return ids.reshape(-1), torch.arange(0, bags * length, length, dtype=ids.dtype, device=ids.device)
     return ids, offsets[:-1] if include_last else offsets
 
 
@@ -437,7 +475,7 @@ def _without(
     kept = ids != padding
     if kept.all():
         return ids, starts, weights
-    before = torch.zeros(len(ids) + 1, dtype=starts.dtype)
+    before = starts.new_zeros(len(ids) + 1)
     torch.cumsum(kept, 0, out=before[1:])
     return ids[kept], before[starts], None if weights is None else weights[kept]
 

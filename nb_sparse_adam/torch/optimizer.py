@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,7 +210,7 @@ class SparseAdam(torch.optim.Optimizer):
     def ready(self, param: Tensor, group: dict[str, Any], name: str, sparse_dim: int) -> Held:
         """What the engine holds for a parameter, up to date with its memory, state and options."""
         held = self._held_for(param, sparse_dim, group["step_counts"], name)
-        given = tuple(_number(group.get(key)) for key in USED)
+        given = tuple(_numbers(group.get(key)) for key in USED)
         if given != held.given:  # checked once, not in every step
             held.use(_options_of(group))
             held.given = given
@@ -232,6 +233,8 @@ class SparseAdam(torch.optim.Optimizer):
                 )
             if held.is_current(param, sparse_dim, entry):
                 return held
+        present = {p for group in self.param_groups for p in group["params"]}
+        self._held = {p: kept for p, kept in self._held.items() if p in present}
         renewed = Held(name, param, sparse_dim, step_counts)
         if entry:
             renewed.check_load(entry)()
@@ -244,6 +247,8 @@ class SparseAdam(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         copied = defaultdict(dict, {key: entry_copied(entry) for key, entry in self.state.items()})
+        # A process that is being spawned is sent places in shared memory, which must last until it is there.
+        self._sent = copied if get_spawning_popen() is not None else None
         return {**state, "state": copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,6 +272,7 @@ class SparseAdam(torch.optim.Optimizer):
                     name = _name(group, g, i)
                     held = Held(name, param, min(sparse_dim, param.dim()), group["step_counts"])
                     loads.append((param, held, held.check_load(entry)))
+        skipped = {} if before is None else dict(self.skipped_rows)
         super().__setstate__(state)
         self._held = {}
         if before is None:
@@ -274,6 +280,7 @@ class SparseAdam(torch.optim.Optimizer):
             self.register_state_dict_post_hook(_copy_state)
         for param, held, load in loads:
             load()
+            held.table.totals[1] = skipped.get(param, 0)
             self._held[param] = held
             self.state[param] = held.entry()
 
@@ -319,6 +326,11 @@ def _is(param: Tensor, what: str) -> bool:
     return bool(found() if callable(found) else found)
 
 
+def _numbers(value: Any) -> Any:
+    """Give an option as what does not change: a list and a tensor can be changed in place."""
+    return tuple(map(_number, value)) if isinstance(value, (list, tuple)) else _number(value)
+
+
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
@@ -328,8 +340,11 @@ def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     dtypes = {np.dtype(str(p.dtype).removeprefix("torch.")) for p in group["params"]}
     options.choice("step_counts", group["step_counts"], options.STEP_COUNTS)
     beta1, beta2 = group["betas"]
+    lr = _number(group["lr"])
+    if isinstance(lr, float) and 0 < lr < 1 and any(dtype.type(lr) == 0 for dtype in dtypes):
+        lr = 0.0  # where a scheduler that halves it ends
     return {
-        "lr": options.learning_rate(_number(group["lr"]), dtypes, zero_allowed=True),
+        "lr": options.learning_rate(lr, dtypes, zero_allowed=True),
         "betas": options.decay_rates((_number(beta1), _number(beta2)), dtypes),
         "eps": options.epsilon(_number(group["eps"]), dtypes),
         "maximize": options.flag("maximize", group.get("maximize", False)),
