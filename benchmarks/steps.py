@@ -1,4 +1,4 @@
-"""asv: the time of a step, of ours and of torch's, and of grouping.
+"""asv: the time of a step, of ours, by itself and in torch, and of torch's, and of grouping.
 
 Each sample is one step, or a hundred small ones.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from nb_sparse_adam.bench.cases import CASES
 from nb_sparse_adam.bench.contenders import Contender, Grouping, NumpyUnique, Ours
+from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam.bench.peers import TorchBag, TorchEntries, TorchRows
 
 STEP_COUNTS = ["element", "row", "global"]
@@ -88,9 +89,11 @@ class TorchRowSteps(_Steps):
     """Rows in torch.optim.SparseAdam; coalesced, it is told that they are unique and in order."""
 
     param_names = ["case", "coalesced", "threads"]
-    params = [["rows-2Mx64", "rows-6Mx16"], [True, False], THREADS]
+    params = [["rows-2Mx64", "rows-6Mx16", "rows-uniform", "rows-zipf"], [True, False], THREADS]
 
     def setup(self, case: str, coalesced: bool, threads: int) -> None:
+        if coalesced and case in ("rows-uniform", "rows-zipf"):
+            raise NotImplementedError("its ids are neither unique nor in order")
         self.take(TorchRows, case, coalesced=coalesced, threads=threads)
 
     def time_step(self, case: str, coalesced: bool, threads: int) -> None:
@@ -107,6 +110,32 @@ class TorchBagSteps(_Steps):
         self.take(TorchBag, case, threads=threads)
 
     def time_backward_and_step(self, case: str, threads: int) -> None:
+        self.contender.step()
+
+
+class DropInSteps(_Steps):
+    """Rows in nb_sparse_adam.torch.SparseAdam, as they come from the backward pass: not coalesced."""
+
+    param_names = ["case", "threads"]
+    params = [["rows-uniform", "rows-zipf"], THREADS]
+
+    def setup(self, case: str, threads: int) -> None:
+        self.take(DropInRows, case, threads=threads, coalesced=False)
+
+    def time_step(self, case: str, threads: int) -> None:
+        self.contender.step()
+
+
+class FusedBagSteps(_Steps):
+    """Bags in nb_sparse_adam.torch.EmbeddingBag: the backward pass, which updates the table."""
+
+    param_names = ["case", "threads"]
+    params = [["bag-uniform", "bag-zipf", "linear"], THREADS]
+
+    def setup(self, case: str, threads: int) -> None:
+        self.take(FusedBag, case, threads=threads)
+
+    def time_backward(self, case: str, threads: int) -> None:
         self.contender.step()
 
 

@@ -51,7 +51,9 @@ def prepare(parts: Sequence[Part]) -> list[Run]:
     GradientError
         As `SparseAdam.step`; nothing has been written then.
     """
-    batches = choose(parts) if len(parts) > 1 else []
+    if len(parts) == 1:
+        return [_prepare_one(parts[0])]
+    batches = choose(parts)
     batched = {at for batch in batches for at in batch}
     return [
         *(_prepare_batch([parts[at] for at in batch]) for batch in batches),

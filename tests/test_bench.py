@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from nb_sparse_adam.__main__ import main
 from nb_sparse_adam.bench import cases, chart, comparison, timing, worker
 from nb_sparse_adam.bench.cases import CASES, CSR, Bag, Case, Rows
 from nb_sparse_adam.bench.contenders import Contender, Ours
+from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam.bench.limits import Limit
 from nb_sparse_adam.bench.lines import LINES, Figure
 from nb_sparse_adam.bench.peers import PEERS, TorchBag, TorchEntries, TorchRows
@@ -103,7 +105,7 @@ def test_a_line_of_one_figure_keeps_what_that_needs(line):
         assert only.figures == (figure,)
         assert 1 <= len(only.entries) <= 2
         numbers = {name: 1.0 for entry in only.entries for name in only.numbers_of(entry)}
-        assert figure.value(numbers) == 1.0
+        assert figure.value(numbers) == (0.0 if figure.difference else 1.0)
 
 
 def test_figures():
@@ -116,6 +118,8 @@ def test_figures():
     assert seconds.value({"ours": 2e-5}) == 2e-5
     assert (seconds.met(1e-5), seconds.met(2e-5)) == (True, False)
     assert Figure("no target", "ours").met(1.0) is None
+    less = Figure("less", "theirs", "ours", at_least=1.0, difference=True)
+    assert less.value({"theirs": 6.0, "ours": 2.0}) == 4.0
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------
@@ -251,19 +255,19 @@ class Recorder(Contender):
         self.did.append(f"{self.name} steps")
 
 
-def test_contenders_take_turns_and_start_on_idle_cores(monkeypatch):
-    did = []
+def test_contenders_take_turns_on_idle_cores_with_threads_that_are_awake(monkeypatch):
+    did, clock = [], iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: did.append("clock") or next(clock))
     monkeypatch.setattr(timing.time, "sleep", lambda seconds: did.append(f"rest {seconds}"))
     contenders = {"a": Recorder("a", did, 0.25), "b": Recorder("b", did, 0.02)}
     seconds = timing.alternate(contenders, repeats=2, loop=2)
     assert [len(times) for times in seconds.values()] == [2, 2]
     warm = 2 * TINY["rows"].gradients
     assert did[: 4 * warm] == ["a ready", "a steps"] * warm + ["b ready", "b steps"] * warm
-    a, b = (["a steps", "a ready", "a steps"], ["b steps", "b ready", "b steps"])
-    assert did[4 * warm :] == [
-        *["a ready", "rest 0.25", *a, "b ready", "rest 0.25", *b],
-        *["a ready", "rest 0.02", *a, "b ready", "rest 0.25", *b],
-    ]
+    once = ["{} ready", "{} steps", "{} ready"]  # not timed
+    timed = ["clock", "{} steps", "{} ready", "{} steps", "clock"]
+    a, b = ([text.format(name) for text in once + timed] for name in "ab")
+    assert did[4 * warm :] == ["rest 0.25", *a, "rest 0.25", *b, "rest 0.02", *a, "rest 0.25", *b]
 
 
 # --- the same work ----------------------------------------------------------------------------------------
@@ -320,6 +324,9 @@ def test_the_limit_writes_where_a_step_writes(name, step_counts, reads, threads)
         ("csr", functools.partial(TorchEntries, coalesced=True)),
         ("bags", TorchBag),
         ("weighted bags", TorchBag),
+        ("rows", functools.partial(DropInRows, coalesced=False)),
+        ("bags", FusedBag),
+        ("weighted bags", FusedBag),
     ],
 )
 def test_torch_is_given_the_same_work(name, make):
@@ -354,6 +361,22 @@ def test_scratch_is_counted_by_the_id(monkeypatch):
     numbers = worker.measure(line, ALONE)
     assert set(numbers) == {"bags", "bags, bytes besides"}
     assert 0 < numbers["bags"] < 200
+
+
+@pytest.mark.jit
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_not_needed_is_counted_in_gradients():
+    pytest.importorskip("torch")
+    settings = ALONE._replace(peers=("torch",))
+    answer = subprocess.run(
+        worker.command("line", "torch-memory", json.dumps(settings)),
+        check=True,
+        text=True,
+        capture_output=True,
+    )
+    numbers = json.loads(answer.stdout)["numbers"]
+    assert set(numbers) == {"torch", "EmbeddingBag"}
+    assert numbers["torch"] - numbers["EmbeddingBag"] >= 1
 
 
 # --- what is shown ----------------------------------------------------------------------------------------

@@ -112,9 +112,10 @@ def _bag(case: Case, rng: np.random.Generator, *, bags: int, lookups: int, zipf:
     return Bag(indices, np.arange(bags + 1, dtype=np.int64) * lookups, _normal(rng, bags, case.dim))
 
 
-def _zipf_rows(case: Case, rng: np.random.Generator, *, n: int) -> Rows:
-    """Rows of which many come more than once, in no order."""
-    return Rows(zipf_ids(rng, n, case.rows), _normal(rng, n, case.dim))
+def _rows_again(case: Case, rng: np.random.Generator, *, n: int, zipf: bool) -> Rows:
+    """Rows of which some come more than once, or many, in no order."""
+    ids = zipf_ids(rng, n, case.rows) if zipf else rng.integers(case.rows, size=n)
+    return Rows(ids, _normal(rng, n, case.dim))
 
 
 def _hot_bag(case: Case, rng: np.random.Generator, *, bags: int, lookups: int, hot: bool) -> Bag:
@@ -157,7 +158,8 @@ _ALL = [
     # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
     Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),
     Case("bag-zipf", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=True)),
-    Case("rows-zipf", 2_000_000, 64, 4, functools.partial(_zipf_rows, n=82_000)),
+    Case("rows-zipf", 2_000_000, 64, 4, functools.partial(_rows_again, n=82_000, zipf=True)),
+    Case("rows-uniform", 2_000_000, 64, 4, functools.partial(_rows_again, n=82_000, zipf=False)),
     # One row that takes half of all ids, and the batch without it.
     Case("bag-hot", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=True)),
     Case("bag-hot-without", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=False)),

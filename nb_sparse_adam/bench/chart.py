@@ -13,6 +13,7 @@ __all__ = ["draw", "headline", "markdown", "text_lines"]
 
 _MET = {True: "met", False: "NOT met", None: ""}
 _INDENT = " " * 4
+_OF_MEMORY = ("scratch", "torch-memory")  # lines whose numbers are no times
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -36,7 +37,7 @@ def text_lines(line: dict[str, Any]) -> Iterator[str]:
         value = _seconds(figure["value"]) if figure["unit"] == "s" else f"{figure['value']:.2f}"
         row = f"{figure['label']:<34}{value:>9}  {_target(figure):<10}{_MET[figure['met']]}"
         yield f"{_INDENT}{row.rstrip()}"
-    if line["key"] != "scratch":  # bytes
+    if line["key"] not in _OF_MEMORY:
         times = "; ".join(f"{name} {_seconds(number)}" for name, number in line["numbers"].items())
         yield from textwrap.wrap(times, 100, initial_indent=_INDENT, subsequent_indent=_INDENT)
 
@@ -123,7 +124,8 @@ def _draw_panel(ax: Any, bars: list[tuple[str, float, float | None]], logarithmi
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Write two tables in Markdown: steps beside other libraries, and the shares of the limit."""
+    """Write three tables in Markdown: steps beside other libraries, in torch, and the shares of the limit."""
+    in_torch = ["| | torch | here | |", "|---|---|---|---|"]
     others = ['| a step on | beside | ms | `"element"` | | `"row"` | |', "|---|---|---|---|---|---|---|"]
     limits = ["| a step on | share of the limit |", "|---|---|"]
     for line in result["lines"]:
@@ -137,11 +139,16 @@ def markdown(result: dict[str, Any]) -> str:
                 else:
                     cells += ["", ""]
             others.append(f"| {' | '.join(cells)} |")
+        for other, ours in pairs:
+            if ours in ("SparseAdam", "EmbeddingBag"):
+                times = [f"{_milliseconds(numbers[name])} ms" for name in (other, ours)]
+                ratio = f"{numbers[other] / numbers[ours]:.1f}×"
+                in_torch.append(f"| `{ours}`: {line['title']} | {' | '.join([*times, ratio])} |")
         for figure in line["figures"]:
             if figure["label"].startswith("of the limit"):
                 what = figure["label"].removeprefix("of the limit").lstrip(", ")
                 limits.append(f"| {line['title']}{', ' if what else ''}{what} | {figure['value']:.2f} |")
-    return "\n".join([*others, "", *limits]) + "\n"
+    return "\n".join([*others, "", *in_torch, "", *limits]) + "\n"
 
 
 def _milliseconds(seconds: float) -> str:

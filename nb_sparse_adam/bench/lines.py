@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from nb_sparse_adam.bench.cases import CASES, Case
 from nb_sparse_adam.bench.contenders import Contender, Grouping, NumpyUnique, Ours
+from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam.bench.limits import Limit
 from nb_sparse_adam.bench.peers import FbgemmBag, PaddleRows, TorchBag, TorchEntries, TorchRows
 
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One number over another, or a number by itself, and what it ought to be.
+    """One number over another, or less another, or a number by itself, and what it ought to be.
 
     Attributes
     ----------
@@ -41,6 +42,8 @@ class Figure(NamedTuple):
         The target: one of them, or none.
     unit : {"", "s"}
         Of its value: a ratio or a count, or seconds.
+    difference : bool
+        Whether `under` is subtracted.
     """
 
     label: str
@@ -49,11 +52,14 @@ class Figure(NamedTuple):
     at_least: float | None = None
     at_most: float | None = None
     unit: str = ""
+    difference: bool = False
 
     def value(self, numbers: Mapping[str, float]) -> float | None:
         """Compute it from the numbers of a line, by name; None if one of them is missing."""
         if self.over not in numbers or (self.under is not None and self.under not in numbers):
             return None
+        if self.difference and self.under is not None:
+            return numbers[self.over] - numbers[self.under]
         return numbers[self.over] / (1.0 if self.under is None else numbers[self.under])
 
     def met(self, value: float) -> bool | None:
@@ -78,7 +84,7 @@ class Line(NamedTuple):
         They take turns.
     figures : tuple of Figure
         Made of medians in seconds, or of what `measure` gives.
-    measure : {"times", "processes", "scratch"}
+    measure : {"times", "processes", "scratch", "resident"}
         How it is measured; see `worker`.
     layer : str
         Of "processes": numba's threading layer.
@@ -152,12 +158,13 @@ _torch_rows = functools.partial(_peer, "torch", peer="torch", make=TorchRows)
 _torch_bag = functools.partial(_peer, "torch", peer="torch", make=TorchBag)
 
 IN_A_ROW = 4
-"""Steps timed together where shares of the limit are measured: of a single one, what it takes for threads to
-wake up after a rest is a part that training does not have. Not where a contender looks up bags before each.
+"""Steps timed together where shares of the limit are measured, all gradients of a case: a few percent count.
+Not where a contender looks up bags before each.
 """
 
 _MEMORY = "Beside the limit that memory sets"
 _PEERS = "Beside others"
+_IN_TORCH = "In torch: nb_sparse_adam.torch"
 _SMALL = "Small steps"
 _SCALE = "As things grow"
 
@@ -222,6 +229,29 @@ def _bags(key: str, what: str, case: str) -> Line:
             Figure("FBGEMM AdaGrad / row", "FBGEMM AdaGrad", "row", at_least=4),
             Figure("of the limit, grouping included", "limit", "element"),
         ),
+    )
+
+
+def _drop_in(ids: str, case: str) -> Line:
+    return Line(
+        f"torch-optimizer-{case.removeprefix('rows-')}",
+        f"82k {ids} ids in 2M x 64, not coalesced",
+        _IN_TORCH,
+        (
+            _peer("SparseAdam", case, "torch", DropInRows, coalesced=False),
+            _torch_rows(case=case, coalesced=False),
+        ),
+        (Figure("torch / SparseAdam", "torch", "SparseAdam", at_least=6),),
+    )
+
+
+def _fused(ids: str, case: str) -> Line:
+    return Line(
+        f"torch-{case}",
+        f"backward and update, 4096 bags of 20 {ids} ids in 2M x 64",
+        _IN_TORCH,
+        (_peer("EmbeddingBag", case, "torch", FusedBag), _torch_bag(case=case)),
+        (Figure("torch / EmbeddingBag", "torch", "EmbeddingBag", at_least=8),),
     )
 
 
@@ -385,6 +415,21 @@ _ALL = [
             Figure("torch / row", "torch", "row", at_least=10),
             Figure("of the limit, grouping included", "limit", "element"),
         ),
+    ),
+    _drop_in("uniform", "rows-uniform"),
+    _drop_in("Zipf(1.2)", "rows-zipf"),
+    _fused("uniform", "bag-uniform"),
+    _fused("Zipf(1.2)", "bag-zipf"),
+    Line(
+        "torch-memory",
+        "peak memory of backward and update, in gradients of one row an id",
+        _IN_TORCH,
+        (
+            _peer("EmbeddingBag", "bag-uniform", "torch", FusedBag),
+            _torch_bag(case="bag-uniform"),
+        ),
+        (Figure("torch - EmbeddingBag", "torch", "EmbeddingBag", at_least=1, difference=True),),
+        measure="resident",
     ),
     _small(1, 15, 68),
     _small(32, 20, 94),

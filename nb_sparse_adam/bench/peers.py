@@ -16,6 +16,7 @@ from nb_sparse_adam.bench.contenders import HYPER, Contender
 
 __all__ = [
     "PEERS",
+    "SPINNING",
     "FbgemmBag",
     "PaddleRows",
     "Peer",
@@ -23,9 +24,10 @@ __all__ = [
     "TorchEntries",
     "TorchRows",
     "import_peer",
+    "torch_on",
 ]
 
-_SPINNING = 0.25
+SPINNING = 0.25
 """Seconds. The OpenMP that Paddle and MKL bring lets threads spin for 0.2 s after their work (KMP_BLOCKTIME),
 on the cores that the next contender needs."""
 
@@ -78,7 +80,8 @@ def import_peer(name: str) -> Any:
         raise NotImplementedError(reason) from error
 
 
-def _torch(threads: int) -> Any:
+def torch_on(threads: int) -> Any:
+    """Import torch, with that many threads."""
     torch = import_peer("torch")
     torch.set_num_threads(threads)
     return torch
@@ -91,13 +94,13 @@ class _Torch(Contender):
     skips the sorting and summing that it does in every step otherwise.
     """
 
-    rest = _SPINNING
+    rest = SPINNING
 
     def __init__(self, case: Case, *, threads: int, coalesced: bool) -> None:
         super().__init__(case)
-        torch = _torch(threads)
+        torch = torch_on(threads)
         self._parameter = torch.nn.Parameter(torch.from_numpy(case.table()))
-        self._optimizer = torch.optim.SparseAdam([self._parameter], **HYPER)
+        self._optimizer = self._make_optimizer([self._parameter])
         gradients = [
             torch.sparse_coo_tensor(
                 *(torch.from_numpy(array) for array in self._coo(arrays)),
@@ -113,6 +116,10 @@ class _Torch(Contender):
     def _coo(arrays: Any) -> Sequence[Any]:
         """Give indices, (sparse dimensions, n), and values."""
         raise NotImplementedError
+
+    @staticmethod
+    def _make_optimizer(parameters: Any) -> Any:
+        return import_peer("torch").optim.SparseAdam(parameters, **HYPER)
 
     def ready(self) -> None:
         """Take the next gradient."""
@@ -145,16 +152,15 @@ class TorchEntries(_Torch):
 class TorchBag(Contender):
     """torch's EmbeddingBag(sparse=True) and SparseAdam: the backward pass and the step are timed."""
 
-    rest = _SPINNING
+    rest = SPINNING
 
     def __init__(self, case: Case, *, threads: int) -> None:
         super().__init__(case)
-        torch = _torch(threads)
-        self._layer = torch.nn.EmbeddingBag(
+        torch = torch_on(threads)
+        self._make_layer(
             case.rows, case.dim, mode="sum", sparse=True, include_last_offset=True,
             _weight=torch.from_numpy(case.table()),
         )  # fmt: skip
-        self._optimizer = torch.optim.SparseAdam(self._layer.parameters(), **HYPER)
         self._turns = itertools.cycle(
             [
                 tuple(None if array is None else torch.from_numpy(array) for array in arrays)
@@ -162,10 +168,15 @@ class TorchBag(Contender):
             ]
         )
 
+    def _make_layer(self, *args: Any, **options: Any) -> None:
+        torch = import_peer("torch")
+        self._layer = torch.nn.EmbeddingBag(*args, **options)
+        self._optimizer = torch.optim.SparseAdam(self._layer.parameters(), **HYPER)
+
     def ready(self) -> None:
         """Look up the next bags, which is not timed."""
         indices, offsets, self._grad_output, weights = next(self._turns)
-        self._optimizer.zero_grad()
+        self._layer.weight.grad = None
         self._output = self._layer(indices, offsets, per_sample_weights=weights)
 
     def step(self) -> None:
@@ -186,11 +197,11 @@ class FbgemmBag(Contender):
         On the CPU it has no Adam.
     """
 
-    rest = _SPINNING
+    rest = SPINNING
 
     def __init__(self, case: Case, *, threads: int, optimizer: str) -> None:
         super().__init__(case)
-        torch = _torch(threads)
+        torch = torch_on(threads)
         import_peer("fbgemm")
         from fbgemm_gpu import split_embedding_configs as configs
         from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
@@ -227,7 +238,7 @@ class FbgemmBag(Contender):
 class PaddleRows(Contender):
     """Paddle's Adam(lazy_mode=True) on the gradient of an embedding lookup; the step is timed."""
 
-    rest = _SPINNING
+    rest = SPINNING
 
     def __init__(self, case: Case, *, threads: int) -> None:
         super().__init__(case)

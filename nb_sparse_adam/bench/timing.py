@@ -14,7 +14,8 @@ def alternate(contenders: Mapping[str, Contender], repeats: int, loop: int = 1) 
     """Time the contenders one after the other, `repeats` times over, all of them warm.
 
     The ratio of their medians can be trusted where the times themselves cannot. Before each timed step the
-    machine rests until the threads of the one before are asleep (`Contender.rest`).
+    machine rests until the threads of the one before are asleep (`Contender.rest`), and then takes a step
+    that is not timed: to wake up threads is no part of a step in training, where there is no rest.
 
     Parameters
     ----------
@@ -36,8 +37,10 @@ def alternate(contenders: Mapping[str, Contender], repeats: int, loop: int = 1) 
     rest = max(contender.rest for contender in contenders.values())
     for _ in range(repeats):
         for name, contender in contenders.items():
-            contender.ready()
             time.sleep(rest)
+            contender.ready()
+            contender.step()
+            contender.ready()
             start = time.perf_counter()
             contender.step()
             for _ in range(loop - 1):

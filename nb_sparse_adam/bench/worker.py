@@ -6,8 +6,10 @@ that no two libraries of the comparison have to live with each other's threads b
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from nb_sparse_adam.bench.timing import alternate
 __all__ = ["CannotMeasureError", "Settings", "command", "measure"]
 
 REPEATS = 21
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 SECONDS_OF_STEPS = 3.0  # of two processes, side by side
 
 
@@ -129,6 +132,35 @@ def _peak(entry: Entry, case: Case, arrays: Arrays, settings: Settings) -> int:
         tracemalloc.stop()
 
 
+def _resident(line: Line, settings: Settings) -> dict[str, float]:
+    """What the process grows by within a step, all of it warm, over the size of a row for each id."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    try:
+        # Blocks of this size go back to the system at once: what was freed before must not be used again.
+        set_threshold = ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    except (AttributeError, OSError):
+        set_threshold = 0
+    if not set_threshold or not clear.exists():
+        raise CannotMeasureError("needs Linux and its C library")
+
+    def kilobytes(what: str) -> int:
+        return int(re.findall(rf"^{what}:\s*(\d+) kB", status.read_text(), re.MULTILINE)[0])
+
+    numbers = {}
+    for entry in line.entries:
+        if entry.peer is None or entry.peer in settings.peers:
+            case = CASES[entry.case].smaller() if settings.quick else CASES[entry.case]
+            contender = entry.make(case, settings.threads)
+            contender.warm()
+            contender.ready()
+            clear.write_text("5")  # the peak is what there is now
+            before = kilobytes("VmRSS")
+            contender.step()
+            row_an_id = len(case.arrays()[0][0]) * case.dim * 4
+            numbers[entry.name] = 1024 * (kilobytes("VmHWM") - before) / row_an_id
+    return numbers
+
+
 # --- two processes ----------------------------------------------------------------------------------------
 
 
@@ -213,6 +245,7 @@ def _stepper(entry: Entry) -> None:
 _MEASURES: dict[str, Callable[[Line, Settings], dict[str, float]]] = {
     "times": _times,
     "scratch": _scratch,
+    "resident": _resident,
     "processes": _processes,
 }
 
