@@ -14,6 +14,7 @@
     │   └── NonFiniteGradientError          ... it holds NaN or infinity, or a sum in it overflows
     ├── StateError           ValueError   a state dict does not fit the optimizer
     │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
+    ├── CheckpointError      ValueError   a checkpoint is missing, damaged, or does not fit
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
     └── MissingExtraError    ImportError  an optional dependency is not installed
 
@@ -27,6 +28,7 @@ write: the tables and the optimizer's state hold the bits that they held before 
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "DenseGradientError",
     "GradientError",
     "GradientIndexError",
@@ -91,6 +93,10 @@ class StateError(SparseAdamError, ValueError):
 
 class StateTypeError(StateError, TypeError):
     """A state dict, or an entry of one, has the wrong type."""
+
+
+class CheckpointError(SparseAdamError, ValueError):
+    """A checkpoint is missing, incomplete, damaged or of something else, or does not fit the optimizer."""
 
 
 class InteractionsError(SparseAdamError, ValueError):

@@ -94,10 +94,14 @@ class TableState:
     @property
     def steps(self) -> NDArray[Any]:
         """Active steps so far (k)."""
+        return _read_only(self._steps())
+
+    def _steps(self) -> NDArray[Any]:
+        """All counts, writeable, in the shape of `steps`."""
         counts = self._counts()
         if self.mode == GLOBAL:
-            return _read_only(counts.reshape(()))
-        return _read_only(counts[:, 0] if self.mode == ROW or self.param.ndim == 1 else counts)
+            return counts.reshape(())
+        return counts[:, 0] if self.mode == ROW or self.param.ndim == 1 else counts
 
     def _counts(self) -> NDArray[Any]:
         """All counts, writeable: (rows, dim), (rows, 1) or (1, 1)."""
@@ -147,6 +151,26 @@ class TableState:
             "steps": self.steps.copy(),
             "skipped_rows": self.skipped_rows,
         }
+
+    def arrays_to_load(self, steps: np.dtype[Any]) -> dict[str, NDArray[Any]]:
+        """Give exp_avg, exp_avg_sq and steps, writeable, to be filled piece by piece; then call `loaded`.
+
+        Parameters
+        ----------
+        steps : dtype
+            Of the counts to come: int64 are given room.
+        """
+        if self.arrays.counts.dtype.itemsize < steps.itemsize:
+            self._set_counts(np.zeros(_shape_of_counts(self.rows, self.dim, self.mode), np.int64))
+        first, second = (self._moments(which) for which in (0, 1))
+        if self.param.ndim == 1:
+            first, second = first[:, 0], second[:, 0]
+        return {"exp_avg": first, "exp_avg_sq": second, "steps": self._steps()}
+
+    def loaded(self, skipped_rows: int) -> None:
+        """Take note that all arrays have been filled."""
+        self.totals[1] = skipped_rows
+        self._highest_count = int(self._counts().max(initial=0))
 
     def check_load(self, given: Any) -> Callable[[], None]:
         """Check its part of a state dict; return what loads it, and cannot fail."""

@@ -21,6 +21,10 @@ if numba.config.DISABLE_JIT:
     np.seterr(over="ignore", invalid="ignore", divide="ignore")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="repeat what is tried at random much more often")
+
+
 @pytest.fixture(autouse=True)
 def _numbas_threads_are_left_alone():
     """A promise of the library; and what a test leaves behind here is what the next one starts with."""

@@ -1,0 +1,485 @@
+"""Checkpoints: an optimizer's tables, state and options in a folder that is whole at every moment.
+
+A folder has a file of arrays for each table (`tensor_files`), and ``manifest.json``, which names them and
+says what is in them. A save writes files under names that are new, then a manifest that names these, and puts
+it in the place of the old one by one atomic step; only then are the old files deleted. Whenever the process
+dies, ``manifest.json`` is the old one or the new one, and the files that it names are complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam import options
+from nb_sparse_adam.errors import CheckpointError, SparseAdamError
+from nb_sparse_adam.extras import require
+from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.table_state import TableState
+from nb_sparse_adam.tensor_files import (
+    Header,
+    TensorFileError,
+    array_size,
+    check_header,
+    read_pieces,
+    write_tensors,
+)
+
+__all__ = ["load", "restore", "save"]
+
+FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
+MANIFEST = "manifest.json"
+ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
+_OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
+_RECORD = {"name", "file", "size", "sha256", "shape", "dtype", "steps", "skipped_rows"}
+_TRIES = 10  # of reading a checkpoint that is being replaced meanwhile
+
+
+def _reached(point: str) -> None:
+    """Do nothing: tests put something in its place that dies here."""
+
+
+# --- saving -----------------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | os.PathLike[str], optimizer: SparseAdam, extra: Any = None, *, progress: bool = False
+) -> None:
+    """Save an optimizer, its tables included, so that `load` and `restore` go on with the same bits.
+
+    Parameters
+    ----------
+    path : path
+        A folder, created if need be. A checkpoint that is there already is replaced, by one atomic step.
+    optimizer : SparseAdam
+        Steps of other Python threads wait meanwhile.
+    extra : optional
+        Something small of your own, as JSON can hold it: None, booleans, numbers, strings, lists, and dicts
+        with strings for keys. Tuples come back as lists.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Raises
+    ------
+    CheckpointError
+        If `extra` cannot be held, or another process is saving there.
+    OSError
+        If something cannot be written; the checkpoint that was there is as it was.
+    """
+    _check_extra(extra, "extra")
+    folder = Path(path)
+    token = secrets.token_hex(8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_saver(folder), optimizer._lock:
+            _save(folder, token, optimizer, extra, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"saving a checkpoint in {folder}: {reason}; the one that was there, if any, is as it was",
+            error.filename,
+        ) from error
+
+
+def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
+    tables = optimizer.state
+    total = sum(array.nbytes for table in tables.values() for array in _arrays_of(table).values())
+    written: list[Path] = []
+    try:
+        records = []
+        with _bar(total, "saving", progress) as tell:
+            for number, table in enumerate(tables.values()):
+                file = folder / f"table-{number}-{token}.safetensors"
+                written.append(file)
+                records.append(_save_table(file, table, tell))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "options": optimizer._options(),
+            "tables": records,
+            "extra": extra,
+        }
+        manifest["sha256"] = _digest(manifest)
+        temporary = folder / f".manifest-{token}.json"
+        written.append(temporary)
+        _write_synced(temporary, json.dumps(manifest, indent=1).encode())
+        _reached("manifest written")
+        _sync_folder(folder)  # its files are there before the manifest is
+        os.replace(temporary, folder / MANIFEST)
+    except BaseException:
+        if not _names(folder, token):  # an interrupt may come when the manifest is in its place already
+            for file in written:
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
+        raise
+    _reached("manifest in its place")
+    _sync_folder(folder)
+    _reached("folder synced")
+    kept = {record["file"] for record in records}
+    for name in os.listdir(folder):
+        if _OURS.fullmatch(name) and name not in kept:
+            (folder / name).unlink(missing_ok=True)
+            _reached("an old file deleted")
+
+
+def _names(folder: Path, token: str) -> bool:
+    """Whether the manifest that is there is of this save; if that cannot be known, it may be."""
+    try:
+        return token.encode() in (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:
+    arrays = _arrays_of(table)
+    with open(file, "xb") as opened:
+        _reached("a file begun")
+        digest = write_tensors(opened, arrays, tell)
+        opened.flush()
+        _reached("a file written")
+        os.fsync(opened.fileno())
+        size = opened.tell()
+    _reached("a file synced")
+    return {
+        "name": table.name,
+        "file": file.name,
+        "size": size,
+        "sha256": digest,
+        "shape": list(table.shape),
+        "dtype": table.dtype.name,
+        "steps": table.steps.dtype.name,
+        "skipped_rows": table.skipped_rows,
+    }
+
+
+def _arrays_of(table: TableState) -> dict[str, NDArray[Any]]:
+    return {"param": table.param, **{name: getattr(table, name) for name in ARRAYS[1:]}}
+
+
+def _check_extra(given: Any, where: str) -> None:
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{where} has the key {key!r}, expected str: it is kept as JSON")
+            _check_extra(value, f"{where}[{key!r}]")
+    elif isinstance(given, (list, tuple)):
+        for at, value in enumerate(given):
+            _check_extra(value, f"{where}[{at}]")
+    elif not isinstance(given, (str, int, float, bool, type(None))):
+        raise CheckpointError(
+            f"{where} is a {type(given).__name__}, expected what JSON can hold: None, booleans, numbers, "
+            "strings, lists and dicts of them; arrays have .tolist(), large things need files of their own"
+        )
+
+
+@contextmanager
+def _only_saver(folder: Path) -> Iterator[None]:
+    """Keep two savers apart: each deletes files that are not its own. The system ends it with the process."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder}: another save into this folder is going on; wait for it, or save elsewhere"
+            ) from error
+        yield
+    finally:
+        os.close(opened)
+
+
+def _write_synced(file: Path, content: bytes) -> None:
+    with open(file, "xb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the system keep the names in a folder; there is no such thing on Windows."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike[str],
+    mmap: bool = False,
+    verify: bool | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[SparseAdam, Any]:
+    """Make an optimizer of a checkpoint, with tables of its own: ``optimizer.tables``.
+
+    Parameters
+    ----------
+    path : path
+        A folder that `save` wrote.
+    mmap : bool, default False
+        Map the parameters instead of reading them: parts that are looked at are read when they are, and parts
+        that are changed are copied; the file stays as it is. Moments and counts are read.
+    verify : bool, optional
+        Whether to compute the SHA-256 of every file; by default, unless mapped. Sizes and headers are checked
+        in any case.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Returns
+    -------
+    optimizer : SparseAdam
+        With ``num_threads=None``.
+    extra
+        What was given to `save`.
+
+    Raises
+    ------
+    CheckpointError
+        If something is missing, incomplete, damaged or not a checkpoint; it names the file.
+    """
+    folder = Path(path)
+    with _opened(folder) as (manifest, files):
+        values = _check_options(folder, manifest, None)
+        if mmap and verify:
+            _read_all(files, lambda _: None, progress, "verifying")
+        tables: dict[str, NDArray[Any]] = {}
+        for file in files:
+            entry = file.header.entries["param"]
+            tables[file.name] = (
+                np.memmap(file.path, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
+                if mmap and array_size(entry.dtype, entry.shape)
+                else np.empty(entry.shape, entry.dtype)
+            )
+        optimizer = SparseAdam(tables, step_counts=manifest["options"]["step_counts"])
+        optimizer._set(**values)
+
+        def target(file: _File) -> dict[str, NDArray[Any]]:
+            table = optimizer._tables[file.name]
+            into = table.arrays_to_load(file.header.entries["steps"].dtype)
+            return into if mmap else {"param": table.param, **into}
+
+        checked = verify if verify is not None else not mmap
+        _read_all(files, target, progress, "loading", verify=checked and not mmap)
+        for file in files:
+            optimizer._tables[file.name].loaded(file.record["skipped_rows"])
+        return optimizer, manifest["extra"]
+
+
+def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bool = False) -> Any:
+    """Put a checkpoint's parameters, state and options into an optimizer, which goes on with the same bits.
+
+    Parameters
+    ----------
+    path : path
+        A folder that `save` wrote, of an optimizer with the same names, shapes and dtypes of tables, and the
+        same ``step_counts``: nothing is converted.
+    optimizer : SparseAdam
+        Its tables are written to where they are.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Returns
+    -------
+    extra
+        What was given to `save`.
+
+    Raises
+    ------
+    CheckpointError
+        If it does not fit, or is missing, incomplete, damaged or not a checkpoint. Nothing has been changed
+        then: every file is verified before the first write.
+    """
+    folder = Path(path)
+    with _opened(folder) as (manifest, files):
+        values = _check_options(folder, manifest, optimizer)
+        _check_fit(folder, files, optimizer)
+        _read_all(files, lambda _: None, progress, "verifying")
+        with optimizer._lock:
+
+            def target(file: _File) -> dict[str, NDArray[Any]]:
+                table = optimizer._tables[file.name]
+                table.check_writeable()
+                into = table.arrays_to_load(file.header.entries["steps"].dtype)
+                return {"param": table.param, **into}
+
+            _read_all(files, target, progress, "restoring")
+            for file in files:
+                optimizer._tables[file.name].loaded(file.record["skipped_rows"])
+            optimizer._set(**values)
+        return manifest["extra"]
+
+
+class _File(NamedTuple):
+    """A table's file, opened."""
+
+    path: Path
+    name: str  # of the table
+    record: dict[str, Any]
+    opened: Any
+    header: Header
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[_File]]]:
+    """Open a checkpoint: its manifest and files, headers checked. Later saves do not matter to it."""
+    with ExitStack() as stack:
+        for left in range(_TRIES, -1, -1):
+            manifest = _read_manifest(folder)
+            try:
+                files = [
+                    stack.enter_context(_open_file(folder, record, manifest["options"]["step_counts"]))
+                    for record in manifest["tables"]
+                ]
+                break
+            except FileNotFoundError as error:
+                if not left or _read_manifest(folder) == manifest:
+                    raise CheckpointError(
+                        f"{error.filename} is missing, which {folder / MANIFEST} names"
+                    ) from error
+        yield manifest, files
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: expected the folder of a checkpoint, as nb_sparse_adam.checkpoint.save "
+            "writes it"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged, or of something else: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of a checkpoint of nb_sparse_adam")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {manifest.get('version')!r}, expected {VERSION}: it was written by another "
+            "version of nb_sparse_adam"
+        )
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
+    try:
+        options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
+        for record in manifest["tables"]:
+            if not _OURS.fullmatch(record["file"]) or set(record) != _RECORD:
+                raise KeyError(record["file"])
+    except (KeyError, TypeError, SparseAdamError) as error:
+        raise CheckpointError(
+            f"{path} was not written by nb_sparse_adam.checkpoint.save: {error!r}"
+        ) from error
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _open_file(folder: Path, record: dict[str, Any], step_counts: str) -> Iterator[_File]:
+    path = folder / record["file"]
+    with open(path, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        try:
+            if size != record["size"]:
+                raise TensorFileError(f"has {size} bytes, expected {record['size']}")
+            header = check_header(opened, size)
+            _check_entries(header, record, step_counts)
+        except TensorFileError as error:
+            raise CheckpointError(f"{path} is damaged: it {error}") from error
+        yield _File(path, record["name"], record, opened, header)
+
+
+def _check_entries(header: Header, record: Mapping[str, Any], step_counts: str) -> None:
+    shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+    expected: dict[str, Any] = dict.fromkeys(ARRAYS[:3], (dtype, shape))
+    counted = {"element": shape, "row": shape[:1], "global": ()}[step_counts]
+    if found != {**expected, "steps": (np.dtype(record["steps"]), counted)}:
+        raise TensorFileError(f"holds {sorted(header.entries)}, not what the manifest says of it")
+
+
+def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam | None) -> dict[str, Any]:
+    given = manifest["options"]
+    step_counts = given["step_counts"] if optimizer is None else optimizer.step_counts
+    dtypes = {np.dtype(record["dtype"]) for record in manifest["tables"]}
+    try:
+        return options.check_saved(given, dtypes, step_counts)
+    except SparseAdamError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
+
+
+def _check_fit(folder: Path, files: list[_File], optimizer: SparseAdam) -> None:
+    tables = optimizer.state
+    if {file.name for file in files} != set(tables):
+        raise CheckpointError(
+            f"{folder} is of tables {sorted(file.name for file in files)}, expected {sorted(tables)}"
+        )
+    for file in files:
+        table, entry = tables[file.name], file.header.entries["param"]
+        if entry.shape != table.shape or entry.dtype != table.dtype:
+            raise CheckpointError(
+                f"{file.path}: table {file.name!r} is {entry.shape} {entry.dtype}, expected {table.shape} "
+                f"{table.dtype}; nothing is converted: load() makes tables of the shapes that were saved"
+            )
+
+
+def _read_all(
+    files: list[_File],
+    target: Callable[[_File], Mapping[str, NDArray[Any]] | None],
+    progress: bool,
+    what: str,
+    verify: bool = True,
+) -> None:
+    """Read files into what `target` gives for each, None to look only."""
+    entries = [entry for file in files for entry in file.header.entries.values()]
+    with _bar(sum(array_size(entry.dtype, entry.shape) for entry in entries), what, progress) as tell:
+        for file in files:
+            try:
+                digest = read_pieces(file.opened, file.header, target(file), _check_piece, tell, verify)
+            except TensorFileError as error:
+                raise CheckpointError(f"{file.path} is damaged: it {error}") from error
+            if verify and digest != file.record["sha256"]:
+                raise CheckpointError(
+                    f"{file.path} is damaged: its SHA-256 is {digest}, expected {file.record['sha256']}; go "
+                    "back to an older checkpoint"
+                )
+
+
+def _check_piece(name: str, piece: NDArray[Any]) -> None:
+    if name in ("steps", "exp_avg_sq") and piece.size and piece.min() < 0:
+        raise TensorFileError(f"has a negative number in {name}")
+
+
+@contextmanager
+def _bar(total: int, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    if not shown:
+        yield lambda _: None
+        return
+    tqdm = require("tqdm", "train", "showing a bar")
+    with tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+        yield bar.update

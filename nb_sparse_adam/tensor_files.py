@@ -1,0 +1,182 @@
+"""Files of named arrays in the safetensors format, written and read in pieces, so that arrays may be large.
+
+The format (https://github.com/huggingface/safetensors#format): the length of the header as 8 bytes, little
+endian; the header, JSON that gives each array its dtype, shape and place; the arrays, row by row, without
+gaps. The package reads these files; it does not write arrays in pieces, which is why they are written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Entry", "Header", "TensorFileError", "array_size", "check_header", "read_pieces", "write_tensors"]
+
+PIECE = 32 << 20  # bytes read, hashed or written at a time
+ALIGNMENT = 64  # of the first array in the file, so that it can be mapped; the format allows spaces in front
+MOST_HEADER = 100 << 20  # as the package has it
+_NAMES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+_CODES = {dtype: name for name, dtype in _NAMES.items()}
+
+Progress = Callable[[int], None]  # is told the number of bytes done since the last call
+
+
+class TensorFileError(Exception):
+    """What is wrong with a file; whoever opened it says which."""
+
+
+class Entry(NamedTuple):
+    """An array in a file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int  # in the file
+
+
+class Header(NamedTuple):
+    """What a file holds."""
+
+    entries: dict[str, Entry]
+    size: int  # of the file
+
+
+def array_size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Return the bytes of an array."""
+    return int(dtype.itemsize) * math.prod(shape)
+
+
+def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> str:
+    """Write arrays of float32, float64, int32 or int64, of any strides; return the SHA-256 of all that."""
+    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        code = _CODES[array.dtype.newbyteorder("<")]
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    file.write(head)
+    for piece in _in_order(arrays.values()):
+        file.write(piece)
+        digest.update(piece)
+        progress(len(piece))
+    return digest.hexdigest()
+
+
+def _in_order(arrays: Iterable[NDArray[Any]]) -> Iterator[Any]:
+    for array in arrays:
+        flat = array.reshape(1) if array.ndim == 0 else array
+        for rows in _runs(flat.shape, flat.dtype):
+            piece = np.ascontiguousarray(flat[rows], dtype=flat.dtype.newbyteorder("<"))
+            if piece.size:
+                yield piece.reshape(-1).view(np.uint8).data
+
+
+def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
+    """Cut an array into runs of rows of a piece each."""
+    at_once = max(1, PIECE // max(1, array_size(dtype, shape[1:])))
+    for first in range(0, shape[0], at_once):
+        yield slice(first, min(first + at_once, shape[0]))
+
+
+def check_header(file: BinaryIO, size: int) -> Header:
+    """Read the header of a file of a known size; the file is at the first array then.
+
+    Raises
+    ------
+    TensorFileError
+        If it is not the header of such a file.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MOST_HEADER):
+        raise TensorFileError(f"has {size} bytes, and a header of {length}")
+    try:
+        given = json.loads(file.read(length))
+        given.pop("__metadata__", None)
+        entries, end = {}, 0
+        for name, entry in given.items():
+            dtype, shape = _NAMES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            start = end
+            end += array_size(dtype, shape)
+            if min(shape, default=0) < 0 or entry["data_offsets"] != [start, end]:
+                raise ValueError(f"{name} is at {entry['data_offsets']}, expected [{start}, {end}]")
+            entries[name] = Entry(dtype, shape, 8 + length + start)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
+    if 8 + length + end != size:
+        raise TensorFileError(f"has {size} bytes, and its header needs {8 + length + end}")
+    return Header(entries, size)
+
+
+def read_pieces(
+    file: BinaryIO,
+    header: Header,
+    into: Mapping[str, NDArray[Any]] | None,
+    check: Callable[[str, NDArray[Any]], None],
+    progress: Progress,
+    whole: bool = True,
+) -> str:
+    """Read a file from its beginning; return its SHA-256.
+
+    Parameters
+    ----------
+    file : binary file
+    header : Header
+        As `check_header` gave it.
+    into : mapping of str to array, or None
+        What each array of the file is copied to, in its shape, with any strides; None to look only.
+    check : callable
+        Is given the name and each piece of an array before it is copied.
+    progress : callable
+        Is told the number of bytes.
+    whole : bool, default True
+        Whether to read what is not wanted, too; without it the SHA-256 is not that of the file.
+
+    Raises
+    ------
+    TensorFileError
+        If the file ends too early.
+    """
+    digest = hashlib.sha256()
+    file.seek(0)
+    start = min((entry.start for entry in header.entries.values()), default=header.size)
+    digest.update(_read(file, start))
+    for name, entry in header.entries.items():
+        shape = entry.shape or (1,)
+        target = None if into is None else into.get(name)
+        if target is None and not whole:
+            continue
+        file.seek(entry.start)
+        if target is not None and not entry.shape:
+            target = target.reshape(1)
+        for rows in _runs(shape, entry.dtype):
+            size = array_size(entry.dtype, (rows.stop - rows.start, *shape[1:]))
+            piece = _read(file, size)
+            if whole:
+                digest.update(piece)
+            values = np.frombuffer(piece, entry.dtype).reshape(rows.stop - rows.start, *shape[1:])
+            check(name, values)
+            if target is not None:
+                target[rows] = values
+            progress(size)
+    return digest.hexdigest()
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    piece = file.read(size)
+    if len(piece) != size:
+        raise TensorFileError(f"ends after {file.tell()} bytes")
+    return piece
