@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import Target, check
 from nb_sparse_adam.kernels import Hyperparameters
+from nb_sparse_adam.mapped import StateFolder
 from nb_sparse_adam.planning import size_of
 from nb_sparse_adam.runs import finish, prepare
 from nb_sparse_adam.table_state import STATE_VERSION, TableState
@@ -74,6 +76,11 @@ class SparseAdam:
     num_threads : int, optional
         Threads for large steps. By default at most `numba.get_num_threads`, and fewer while the clock says
         that this is faster, beside other programs on the same cores. Results do not depend on it.
+    state_dir : path, optional
+        A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
+        memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows
+        that are touched take memory, and room on the disk. If the disk is full the system ends the process.
+        These are working files and no checkpoint (see `flush`), and nobody deletes them.
 
     Raises
     ------
@@ -81,6 +88,8 @@ class SparseAdam:
         For an option outside its domain (also a ValueError).
     TableError
         For a table that cannot be updated in place, or is given twice (also a ValueError).
+    OSError
+        If `state_dir` cannot be written to.
 
     See Also
     --------
@@ -108,6 +117,7 @@ class SparseAdam:
         "_betas",
         "_eps",
         "_eps_hat",
+        "_folder",
         "_for_kernels",
         "_lock",
         "_lr",
@@ -138,10 +148,33 @@ class SparseAdam:
         maximize: bool = False,
         on_nonfinite: str = "raise",
         num_threads: int | None = None,
+        state_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
         named = _named_tables(tables)
-        self._tables = {name: TableState(name, table, self._step_counts) for name, table in named.items()}
+        self._folder = None if state_dir is None else StateFolder(state_dir)
+        try:
+            self._set_up(named, lr, betas, eps, eps_hat, maximize, on_nonfinite, num_threads)
+        except BaseException:
+            if self._folder is not None:
+                self._folder.remove()
+            raise
+
+    def _set_up(
+        self,
+        named: Mapping[str, NDArray[Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        eps_hat: bool,
+        maximize: bool,
+        on_nonfinite: str,
+        num_threads: int | None,
+    ) -> None:
+        zeros = None if self._folder is None else self._folder.zeros
+        self._tables = {
+            name: TableState(name, table, self._step_counts, zeros) for name, table in named.items()
+        }
         _refuse_overlap(self._tables)
         self._memory = tuple(array for table in self._tables.values() for array in table.memory)
         self._lock = threading.RLock()
@@ -419,6 +452,19 @@ class SparseAdam:
     def skipped_rows(self) -> Mapping[str, int]:
         """For each table, how often a row was left out of a step by ``on_nonfinite="skip"``."""
         return MappingProxyType({name: table.skipped_rows for name, table in self._tables.items()})
+
+    def flush(self) -> None:
+        """Write to their files what steps have changed in `state_dir`, and in tables that are ``np.memmap``.
+
+        The system does so by itself, sooner or later, in an order of its own: between two calls the files are
+        no state of any moment. What survives a crash is a checkpoint.
+        """
+        with self._lock:
+            if self._folder is not None:
+                self._folder.flush()
+            for table in self._tables.values():
+                if isinstance(table.param, np.memmap):
+                    table.param.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Copy the state and the hyper-parameters, without the tables.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["STATE_VERSION", "TableState"]
 STATE_VERSION = 1
 
 MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
+Zeros = Callable[[int, "np.dtype[Any]"], NDArray[Any]]  # (length, dtype) -> (length,) zeros
 READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
 MAX_INT32 = np.iinfo(np.int32).max
 
@@ -44,13 +46,14 @@ class TableState:
     speed of updates at random rows and makes 2 MB the grain of what a touched row occupies.
     """
 
-    def __init__(self, name: str, param: Any, step_counts: str) -> None:
+    def __init__(self, name: str, param: Any, step_counts: str, zeros: Zeros | None = None) -> None:
         self.name = name
         self.param = _check_table(name, param)
         self.mode = MODES[step_counts]
         self.rows: int = len(param)
         self.dim: int = param.shape[1] if param.ndim == 2 else 1
-        self.arrays = _allocate(np.asarray(param).reshape(self.rows, self.dim), self.mode)
+        self._zeros = _zeros if zeros is None else zeros
+        self.arrays = _allocate(np.asarray(param).reshape(self.rows, self.dim), self.mode, self._zeros)
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self.buffers = Buffers()
         self.paces = Paces()
@@ -128,7 +131,9 @@ class TableState:
             if self._highest_count >= MAX_INT32:
                 self._highest_count = int(self._counts().max(initial=0))
             if self._highest_count >= MAX_INT32:
-                self._set_counts(self._counts().astype(np.int64))
+                narrow = self._counts()
+                self._set_counts(self._zeros(narrow.size, np.dtype(np.int64)).reshape(narrow.shape))
+                self._counts()[...] = narrow
         self._highest_count += 1
 
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
@@ -161,7 +166,8 @@ class TableState:
             Of the counts to come: int64 are given room.
         """
         if self.arrays.counts.dtype.itemsize < steps.itemsize:
-            self._set_counts(np.zeros(_shape_of_counts(self.rows, self.dim, self.mode), np.int64))
+            shape = _shape_of_counts(self.rows, self.dim, self.mode)
+            self._set_counts(self._zeros(math.prod(shape), np.dtype(np.int64)).reshape(shape))
         first, second = (self._moments(which) for which in (0, 1))
         if self.param.ndim == 1:
             first, second = first[:, 0], second[:, 0]
@@ -222,7 +228,7 @@ def _shape_of_counts(rows: int, dim: int, mode: int) -> tuple[int, int]:
     return {ELEMENT: (rows, dim), ROW: (rows, 1), GLOBAL: (1, 1)}[mode]
 
 
-def _allocate(param: NDArray[Any], mode: int) -> TableArrays:
+def _allocate(param: NDArray[Any], mode: int, zeros: Zeros) -> TableArrays:
     """Lay out a table's state: a record a row, of two moments and, where it pays, its counts.
 
     A row's one count goes into the record of short rows only. Where two moments fill whole cache lines, a
@@ -234,13 +240,13 @@ def _allocate(param: NDArray[Any], mode: int) -> TableArrays:
     record = 2 * dim * size + columns * 4
     short = record <= CACHE_LINE
     if (mode == ELEMENT or (mode == ROW and short)) and record % size == 0:
-        moments = _zeros(rows * record // size, param.dtype)
+        moments = zeros(rows * record // size, param.dtype)
         counts = moments.view(np.int32)[2 * dim * size // 4 :]
         return TableArrays(param, moments, counts, record // size, record // 4)
     dtype = np.dtype(np.int64 if mode == GLOBAL else np.int32)
     stride = 0 if mode == GLOBAL else columns
-    counts = _zeros(count_rows * columns, dtype)
-    return TableArrays(param, _zeros(2 * rows * dim, param.dtype), counts, 2 * dim, stride)
+    counts = zeros(count_rows * columns, dtype)
+    return TableArrays(param, zeros(2 * rows * dim, param.dtype), counts, 2 * dim, stride)
 
 
 def _strided(flat: NDArray[Any], rows: int, columns: int, stride: int) -> NDArray[Any]:
