@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterator
 
 import llvmlite
@@ -58,6 +60,23 @@ def threading_layer() -> str:
         return f"none: {error}".partition("\n")[0]
 
 
+def layers() -> dict[str, str | None]:
+    """Return numba's threading layers, each with the reason why it cannot be loaded, None if it can."""
+    reasons: dict[str, str | None] = {}
+    for name, module in {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}.items():
+        try:
+            importlib.import_module(f"numba.np.ufunc.{module}")
+            reasons[name] = None
+        except ImportError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def _mends_tbb() -> str:
+    """Say how to get TBB: pip puts its library where the system's loader does not look."""
+    return f" (pip install tbb, and set LD_LIBRARY_PATH={os.path.join(sys.prefix, 'lib')})"
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,6 +115,11 @@ def report_lines() -> Iterator[str]:
     yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable_cores()}"
     yield f"{'numba threads':16} {numba.get_num_threads()} of at most {numba.config.NUMBA_NUM_THREADS}"
     yield f"{'threading layer':16} {threading_layer()}"
+    found = layers()
+    yield f"{'layers':16} {', '.join(name for name, reason in found.items() if reason is None)}"
+    for name, reason in found.items():
+        if reason is not None:
+            yield f"{'':16} {name} cannot be loaded: {reason}{_mends_tbb() if name == 'tbb' else ''}"
     yield f"{'kernel cache':16} {_cache_folder()}"
     for extra in EXTRAS:
         reasons = unusable(extra)

@@ -1,19 +1,10 @@
-"""A step is done or not begun, whatever interrupts it: signal handlers, forks, other threads."""
+"""A step is done or not begun, whatever signal handler interrupts it."""
 
-import multiprocessing
-import os
-import subprocess
-import sys
-import textwrap
-import threading
-
-import numba
 import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam, runs
-from nb_sparse_adam.errors import SparseAdamWarning
 
 
 def two_tables(**options):
@@ -94,107 +85,3 @@ def test_an_interrupt_before_the_first_write_changes_nothing():
     undisturbed, its_tables = two_tables()
     undisturbed.step(GRADIENTS)
     assert_same_bits(state_bits(opt, tables), state_bits(undisturbed, its_tables))
-
-
-def large_gradient(seed):
-    rng = np.random.default_rng(seed)
-    return RowGradient(rng.integers(0, 5000, 8000), rng.normal(size=(8000, 16)).astype(np.float32))
-
-
-@pytest.mark.jit
-def test_steps_of_one_optimizer_from_many_threads_are_all_applied():
-    table = np.zeros((5000, 16), np.float32)
-    opt = SparseAdam(table, step_counts="row")
-    gradient = RowGradient(np.arange(5000), np.ones((5000, 16), np.float32))
-    threads = [threading.Thread(target=lambda: [opt.step(gradient) for _ in range(5)]) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (opt.state["table"].steps == 80).all()
-
-
-PROGRAM = """
-    import sys, threading
-    import numpy as np
-    from nb_sparse_adam import RowGradient, SparseAdam
-
-    rng = np.random.default_rng(0)
-    gradient = RowGradient(rng.integers(0, 5000, 8000), rng.normal(size=(8000, 16)).astype(np.float32))
-
-    def train(out):
-        table = np.zeros((5000, 16), np.float32)
-        opt = SparseAdam(table)
-        for _ in range(20):
-            opt.step(gradient)
-        out.append(table.tobytes())
-
-    results = []
-    threads = [threading.Thread(target=train, args=(results,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    import numba
-    print(numba.threading_layer(), len(results), len(set(results)))
-"""
-
-
-@pytest.mark.jit
-@pytest.mark.parametrize(
-    "layer",
-    [
-        "workqueue",
-        pytest.param(
-            "omp",
-            marks=pytest.mark.skipif(
-                sys.platform != "linux", reason="numba's wheels have OpenMP on Linux only"
-            ),
-        ),
-    ],
-)
-def test_different_optimizers_step_from_many_threads_on_every_layer(layer):
-    """numba's workqueue ends the process where two threads enter it at once."""
-    env = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (run.returncode, run.stdout.split()) == (0, [layer, "8", "1"]), run.stderr
-
-
-def _step_in_child(queue):
-    import warnings
-
-    table = np.zeros((5000, 16), np.float32)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opt = SparseAdam(table)
-        for seed in range(3):
-            opt.step(large_gradient(seed))
-    queue.put((table.tobytes(), [warning.category for warning in caught]))
-
-
-@pytest.mark.jit
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-def test_a_child_forked_after_parallel_steps_steps_on_one_thread_and_says_so_once():
-    """GNU OpenMP kills a forked child at its first parallel kernel."""
-    table = np.zeros((5000, 16), np.float32)
-    opt = SparseAdam(table)
-    for seed in range(3):
-        opt.step(large_gradient(seed))
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_step_in_child, args=(queue,))
-    child.start()
-    bits, warned = queue.get(timeout=120)
-    child.join(120)
-    assert child.exitcode == 0
-    assert bits == table.tobytes()
-    expected = [SparseAdamWarning] if numba.config.NUMBA_NUM_THREADS > 1 else []
-    assert [category for category in warned if category is SparseAdamWarning] == expected
