@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
-from nb_sparse_adam.errors import CheckpointError, SparseAdamError
+from nb_sparse_adam.errors import CheckpointError, OptionTypeError, SparseAdamError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.table_state import TableState
@@ -74,9 +74,12 @@ def save(
     ------
     CheckpointError
         If `extra` cannot be held, or another process is saving there.
+    OptionTypeError
+        If `optimizer` is of another kind.
     OSError
         If something cannot be written; the checkpoint that was there is as it was.
     """
+    _check_optimizer(optimizer)
     _check_extra(extra, "extra")
     folder = Path(path)
     token = secrets.token_hex(8)
@@ -168,6 +171,14 @@ def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> d
 
 def _arrays_of(table: TableState) -> dict[str, NDArray[Any]]:
     return {"param": table.param, **{name: getattr(table, name) for name in ARRAYS[1:]}}
+
+
+def _check_optimizer(given: Any) -> None:
+    if not isinstance(given, SparseAdam):
+        raise OptionTypeError(
+            f"optimizer is a {type(given).__name__}, expected a nb_sparse_adam.SparseAdam; those of torch, "
+            "nb_sparse_adam.torch's too, are saved by torch.save(optimizer.state_dict(), file)"
+        )
 
 
 def _check_extra(given: Any, where: str) -> None:
@@ -312,7 +323,10 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
     CheckpointError
         If it does not fit, or is missing, incomplete, damaged or not a checkpoint. Nothing has been changed
         then: every file is verified before the first write.
+    OptionTypeError
+        If `optimizer` is of another kind.
     """
+    _check_optimizer(optimizer)
     folder = Path(path)
     with _opened(folder) as (manifest, files):
         values = _check_options(folder, manifest, optimizer)

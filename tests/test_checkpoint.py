@@ -14,7 +14,7 @@ import pytest
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint, tensor_files
-from nb_sparse_adam.errors import CheckpointError
+from nb_sparse_adam.errors import CheckpointError, OptionTypeError
 
 EXTRA = {"epoch": 3, "best": [0.5, None, True], "name": "Zürich", "nested": {"a": -1e-300}}
 
@@ -347,6 +347,54 @@ def test_a_file_that_may_not_grow(saved):
     assert "File too large; the one that was there, if any, is as it was" in done.stdout
     assert sorted(os.listdir(folder)) == before
     assert_same(checkpoint.load(folder)[0], opt)
+
+
+READ_ONLY = """
+import os, sys
+import numpy as np
+from nb_sparse_adam import SparseAdam, checkpoint
+optimizer = SparseAdam(np.ones((10, 2)))
+if os.geteuid() == 0:  # may write anywhere
+    os.setgid(65534)
+    os.setuid(65534)
+for folder in sys.argv[1:]:
+    try:
+        checkpoint.save(folder, optimizer)
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs users")
+def test_a_folder_that_may_not_be_written_to(saved):
+    folder, opt = saved
+    before = sorted(os.listdir(folder))
+    for path in (folder, *folder.parents[:3]):  # another user may look, but not write
+        path.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, str(folder), str(folder / "new")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        for path in (folder, *folder.parents[:3]):
+            path.chmod(0o755)
+    first, second = done.stdout.splitlines()
+    for said in (first, second):
+        assert said.startswith("PermissionError")
+        assert "saving a checkpoint in" in said
+        assert "Permission denied; the one that was there, if any, is as it was" in said
+    assert sorted(os.listdir(folder)) == before
+    assert_same(checkpoint.load(folder)[0], opt)
+
+
+def test_an_optimizer_of_another_kind(tmp_path):
+    for work in (lambda: checkpoint.save(tmp_path, {}), lambda: checkpoint.restore(tmp_path, None)):
+        with pytest.raises(OptionTypeError, match=r"expected a nb_sparse_adam\.SparseAdam; those of torch"):
+            work()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_after_the_manifest_is_in_its_place_loses_nothing(saved, monkeypatch):

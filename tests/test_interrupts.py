@@ -1,5 +1,11 @@
 """A step is done or not begun, whatever signal handler interrupts it."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
@@ -85,3 +91,71 @@ def test_an_interrupt_before_the_first_write_changes_nothing():
     undisturbed, its_tables = two_tables()
     undisturbed.step(GRADIENTS)
     assert_same_bits(state_bits(opt, tables), state_bits(undisturbed, its_tables))
+
+
+CTRL_C = """
+import signal, time
+import numpy as np
+from nb_sparse_adam import RowGradient, SparseAdam
+
+armed = [False]
+
+def interrupt(*_):
+    if armed[0]:
+        armed[0] = False
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)
+
+def make():
+    tables = {f"t{i}": np.ones((500, 8), np.float32) for i in range(4)} | {"large": np.ones((3000, 16))}
+    return SparseAdam(tables, lr=0.1, step_counts="global"), tables
+
+def gradients(k):
+    rng = np.random.default_rng(k)
+    return {name: RowGradient(rng.integers(0, len(table), 800), rng.normal(size=(800, table.shape[1])))
+            for name, table in made[1].items()}
+
+made = make()
+opt, tables = made
+opt.step(gradients(0))
+print("ready", flush=True)
+k = 1
+interrupts = 0
+end = time.monotonic() + 60
+while interrupts < 30 and time.monotonic() < end:
+    given = gradients(k)
+    try:
+        armed[0] = True
+        opt.step(given)
+        armed[0] = False
+    except KeyboardInterrupt:
+        interrupts += 1
+    done = {int(state.steps) for state in opt.state.values()}
+    assert done in ({k}, {k + 1}), (k, done)  # of all tables, or of none
+    k, = done
+other, others = make()
+for step in range(k):
+    other.step(gradients(step))
+assert all((tables[name] == others[name]).all() for name in tables)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python, when it ends, would let the next one end it
+print(interrupts)
+"""
+
+
+@pytest.mark.jit
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_ctrl_c_at_any_moment_finds_all_tables_stepped_or_none():
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        rng = np.random.default_rng(0)
+        while process.poll() is None:
+            time.sleep(rng.uniform(0.0005, 0.003))
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "30\n"), err
