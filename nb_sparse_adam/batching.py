@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam import kernels
 from nb_sparse_adam.finite import squares_are_finite
 from nb_sparse_adam.gradients import Entries, Rows, Target
-from nb_sparse_adam.grouping import DIGIT_BITS, IdBatch, group_tables_parallel, group_tables_serial
+from nb_sparse_adam.grouping import DIGIT_BITS, Buffers, IdBatch, group_tables_parallel, group_tables_serial
 from nb_sparse_adam.planning import dtypes_of, largest_of_rows, rehearsed
 from nb_sparse_adam.table_state import TableState
 from nb_sparse_adam.threads import ALONE, Crew, team, usable_threads
@@ -149,7 +149,9 @@ def _address(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def plan_batch(parts: Sequence[Part], tables: Sequence[kernels.Table], crew: Crew) -> BatchWork:
+def plan_batch(
+    parts: Sequence[Part], tables: Sequence[kernels.Table], crew: Crew, buffers: Buffers
+) -> BatchWork:
     """Group the ids of a batch, and prepare everything up to the first write.
 
     Parameters
@@ -160,10 +162,13 @@ def plan_batch(parts: Sequence[Part], tables: Sequence[kernels.Table], crew: Cre
         Theirs, that skip no row.
     crew : Crew
         On whose threads.
+    buffers : Buffers
+        Whose memory to work in; it is to be given back when the work has been run.
     """
     first = parts[0]
+    assert len({table.counts.dtype for table in tables}) == 1  # kernels are compiled for one
     lengths = [len(part.rows.ids) for part in parts]
-    memory = first.table.buffers.take(sum(lengths) + len(parts))
+    memory = buffers.take(sum(lengths) + len(parts))
     order = np.arange(len(parts))
     ids = _id_batch(parts, lengths)
     long_places = int(ids.first_long[-1]) + lengths[-1] // kernels.BLOCK

@@ -9,6 +9,7 @@ dies, ``manifest.json`` is the old one or the new one, and the files that it nam
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -42,7 +43,16 @@ FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
 MANIFEST = "manifest.json"
 ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
 _OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
-_RECORD = {"name", "file", "size", "sha256", "shape", "dtype", "steps", "skipped_rows"}
+_RECORD: dict[str, type] = {
+    "name": str,
+    "file": str,
+    "size": int,
+    "sha256": str,
+    "shape": list,
+    "dtype": str,
+    "steps": str,
+    "skipped_rows": int,
+}
 _TRIES = 10  # of reading a checkpoint that is being replaced meanwhile
 
 
@@ -63,7 +73,8 @@ def save(
     path : path
         A folder, created if need be. A checkpoint that is there already is replaced, by one atomic step.
     optimizer : SparseAdam
-        Steps of other Python threads wait meanwhile.
+        Steps of other Python threads wait meanwhile. Not to be called from a signal handler, which may come
+        in the middle of a step: set a flag there, and save after the step.
     extra : optional
         Something small of your own, as JSON can hold it: None, booleans, numbers, strings, lists, and dicts
         with strings for keys. Tuples come back as lists.
@@ -80,7 +91,16 @@ def save(
         If something cannot be written; the checkpoint that was there is as it was.
     """
     _check_optimizer(optimizer)
-    _check_extra(extra, "extra")
+    try:
+        _check_extra(extra, "extra")
+        json.loads(json.dumps(extra))
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
+    for name in optimizer.state:
+        if json.loads(json.dumps(name)) != name:
+            raise CheckpointError(f"a table is called {name!r}, which JSON cannot hold; give it another name")
     folder = Path(path)
     token = secrets.token_hex(8)
     try:
@@ -128,13 +148,16 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
                     file.unlink(missing_ok=True)
         raise
     _reached("manifest in its place")
-    _sync_folder(folder)
-    _reached("folder synced")
     kept = {record["file"] for record in records}
-    for name in os.listdir(folder):
-        if _OURS.fullmatch(name) and name not in kept:
-            (folder / name).unlink(missing_ok=True)
-            _reached("an old file deleted")
+    # The checkpoint is there. What cannot be deleted now, the next save deletes.
+    with contextlib.suppress(OSError):
+        _sync_folder(folder)
+        _reached("folder synced")
+        for name in os.listdir(folder):
+            if _OURS.fullmatch(name) and name not in kept:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink(missing_ok=True)
+                _reached("an old file deleted")
 
 
 def _names(folder: Path, token: str) -> bool:
@@ -215,6 +238,7 @@ def _only_saver(folder: Path) -> Iterator[None]:
             ) from error
         yield
     finally:
+        fcntl.flock(opened, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
         os.close(opened)
 
 
@@ -281,7 +305,7 @@ def load(
         for file in files:
             entry = file.header.entries["param"]
             tables[file.name] = (
-                np.memmap(file.path, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
+                np.memmap(file.opened, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
                 if mmap and array_size(entry.dtype, entry.shape)
                 else np.empty(entry.shape, entry.dtype)
             )
@@ -309,7 +333,8 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
         A folder that `save` wrote, of an optimizer with the same names, shapes and dtypes of tables, and the
         same ``step_counts``: nothing is converted.
     optimizer : SparseAdam
-        Its tables are written to where they are.
+        Its tables are written to where they are. An interrupt meanwhile leaves it restored in part: restore
+        it again.
     progress : bool, default False
         Whether to show a bar.
 
@@ -333,14 +358,14 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
         _check_fit(folder, files, optimizer)
         _read_all(files, lambda _: None, progress, "verifying")
         with optimizer._lock:
-
-            def target(file: _File) -> dict[str, NDArray[Any]]:
-                table = optimizer._tables[file.name]
+            for table in optimizer._tables.values():
                 table.check_writeable()
+            targets = {}
+            for file in files:
+                table = optimizer._tables[file.name]
                 into = table.arrays_to_load(file.header.entries["steps"].dtype)
-                return {"param": table.param, **into}
-
-            _read_all(files, target, progress, "restoring")
+                targets[file.name] = {"param": table.param, **into}
+            _read_all(files, lambda file: targets[file.name], progress, "restoring")
             for file in files:
                 optimizer._tables[file.name].loaded(file.record["skipped_rows"])
             optimizer._set(**values)
@@ -369,7 +394,14 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[_File]]]:
                     for record in manifest["tables"]
                 ]
                 break
-            except FileNotFoundError as error:
+            except OSError as error:
+                if error.errno == errno.EMFILE:
+                    raise CheckpointError(
+                        f"{folder} has {len(manifest['tables'])} files, more than this process may have "
+                        "open: raise the limit (ulimit -n)"
+                    ) from error
+                if not isinstance(error, FileNotFoundError):
+                    raise
                 if not left or _read_manifest(folder) == manifest:
                     raise CheckpointError(
                         f"{error.filename} is missing, which {folder / MANIFEST} names"
@@ -386,7 +418,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is missing: expected the folder of a checkpoint, as nb_sparse_adam.checkpoint.save "
             "writes it"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged, or of something else: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint of nb_sparse_adam")
@@ -398,15 +430,34 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _digest(manifest):
         raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
     try:
+        if set(manifest) != {"format", "version", "options", "tables", "extra"}:
+            raise ValueError(f"it has {sorted(manifest)}")
         options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
         for record in manifest["tables"]:
-            if not _OURS.fullmatch(record["file"]) or set(record) != _RECORD:
-                raise KeyError(record["file"])
-    except (KeyError, TypeError, SparseAdamError) as error:
+            _check_record(record)
+        for what in ("name", "file"):
+            if len({record[what] for record in manifest["tables"]}) != len(manifest["tables"]):
+                raise ValueError(f"a {what} is there twice")
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} was not written by nb_sparse_adam.checkpoint.save: {error!r}"
         ) from error
     return manifest
+
+
+def _check_record(record: Any) -> None:
+    """Check what a manifest says of a table, by types and ranges."""
+    if set(record) != set(_RECORD):
+        raise ValueError(f"a table has {sorted(record)}")
+    for key, kind in _RECORD.items():
+        if type(record[key]) is not kind:
+            raise ValueError(f"{key} is {record[key]!r}")
+    if not _OURS.fullmatch(record["file"]):
+        raise ValueError(f"file is {record['file']!r}")
+    if record["dtype"] not in ("float32", "float64") or record["steps"] not in ("int32", "int64"):
+        raise ValueError(f"dtypes are {record['dtype']!r} and {record['steps']!r}")
+    if not 0 <= record["skipped_rows"] < 2**63 or not all(type(n) is int and n >= 0 for n in record["shape"]):
+        raise ValueError(f"skipped_rows is {record['skipped_rows']}, shape {record['shape']}")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -485,7 +536,7 @@ def _read_all(
 
 
 def _check_piece(name: str, piece: NDArray[Any]) -> None:
-    if name in ("steps", "exp_avg_sq") and piece.size and piece.min() < 0:
+    if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
         raise TensorFileError(f"has a negative number in {name}")
 
 

@@ -7,6 +7,7 @@ never modified, and copied only where their dtype or layout asks for it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -118,6 +119,44 @@ class CSRGradient:
         return f"CSRGradient({np.size(self.data)} entries)"
 
 
+_FEW = 8
+
+
+class Places:
+    """Arrays that do not overlap; finds those that another array may overlap without asking each.
+
+    Parameters
+    ----------
+    arrays : sequence of array
+    """
+
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        known = sorted((*_extent(array), at) for at, array in enumerate(arrays) if array.size)
+        self._starts = [start for start, _, _ in known]
+        self._ends = [end for _, end, _ in known]
+        self._arrays = [arrays[at] for _, _, at in known]
+
+    def near(self, given: NDArray[Any]) -> Sequence[NDArray[Any]]:
+        """Return those that may overlap another, and no more than some few others."""
+        if len(self._arrays) <= _FEW:  # to ask each takes less than to find out where the other lies
+            return self._arrays
+        if not given.size:
+            return ()
+        start, end = _extent(given)
+        return self._arrays[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
+
+
+def _extent(array: NDArray[Any]) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array, and of the one behind its last."""
+    first = last = array.__array_interface__["data"][0]
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride > 0:
+            last += (length - 1) * stride
+        else:
+            first += (length - 1) * stride
+    return first, last + array.itemsize
+
+
 class Target(NamedTuple):
     """The table that a gradient is for, as far as a gradient has to fit it."""
 
@@ -126,7 +165,7 @@ class Target(NamedTuple):
     dim: int
     ndim: int  # of the user's table: 1-D tables have rows of dim 1
     dtype: np.dtype[Any]
-    memory: Sequence[NDArray[Any]]  # what no gradient may share memory with
+    memory: Places  # what no gradient may share memory with
 
     def refuse(self, kind: type[GradientError], message: str) -> GradientError:
         return kind(f"gradient of table {self.name!r}: {message}")
@@ -190,7 +229,7 @@ def _as_array(what: str, given: Any, target: Target) -> NDArray[Any]:
             raise target.refuse(
                 GradientTypeError, f"{what} cannot be read as an array: {error}; pass a NumPy array"
             ) from error
-    for memory in target.memory:
+    for memory in target.memory.near(given):
         if np.may_share_memory(given, memory) and _share_memory(given, memory):
             raise target.refuse(
                 GradientError,

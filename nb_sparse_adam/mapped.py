@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam.errors import OptionError, OptionTypeError
+from nb_sparse_adam.errors import OptionError, OptionTypeError, StateError
 
 __all__ = ["StateFolder"]
 
@@ -33,12 +33,14 @@ class StateFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
-            self.path = Path(path)
+            self.path = Path(path).absolute()  # counts may be widened when the working folder is another
         except TypeError as error:
             raise OptionTypeError(
                 f"state_dir is {path!r} ({type(path).__name__}), expected a path"
             ) from error
         self._maps: list[np.memmap[Any, Any]] = []
+        self._files: list[Path] = []
+        self._process = os.getpid()
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise OptionError(
                 f"state_dir is {os.fspath(self.path)!r}, which is there already and not an empty folder: "
@@ -52,9 +54,26 @@ class StateFolder:
         if not length:
             return np.zeros(0, dtype)
         file = self.path / f"{len(self._maps)}.{dtype.name}"
-        made = np.memmap(file, dtype, "w+", shape=(length,))
+        try:
+            with open(file, "x+b") as opened:
+                self._files.append(file)
+                opened.truncate(length * dtype.itemsize)
+                made = np.memmap(opened, dtype, "r+", shape=(length,))
+        except FileExistsError as error:
+            raise OptionError(
+                f"state_dir is {os.fspath(self.path)!r}, which another optimizer has begun to use; pass a "
+                "folder of its own for each"
+            ) from error
         self._maps.append(made)
         return made.view(np.ndarray)
+
+    def check_process(self) -> None:
+        """Refuse to go on in a child: it would change the parent's state, but not its tables."""
+        if os.getpid() != self._process:
+            raise StateError(
+                f"the state in {os.fspath(self.path)!r} is mapped by the process that this one was forked "
+                "from: a step here would change it there. Make an optimizer with a state_dir of its own"
+            )
 
     def flush(self) -> None:
         """Write what has been changed to the files."""
@@ -63,7 +82,7 @@ class StateFolder:
 
     def remove(self) -> None:
         """Delete the files, if the optimizer could not be made after all."""
-        for file in self.path.glob("*.*"):
+        for file in self._files:
             with contextlib.suppress(OSError):
                 file.unlink()
         self._maps.clear()

@@ -24,12 +24,12 @@ from nb_sparse_adam.errors import (
     TableError,
     TableTypeError,
 )
-from nb_sparse_adam.gradients import Target, check
+from nb_sparse_adam.gradients import Places, Target, check
 from nb_sparse_adam.kernels import Hyperparameters
 from nb_sparse_adam.mapped import StateFolder
 from nb_sparse_adam.planning import size_of
 from nb_sparse_adam.runs import finish, prepare
-from nb_sparse_adam.table_state import STATE_VERSION, TableState
+from nb_sparse_adam.table_state import STATE_VERSION, News, TableState
 
 __all__ = ["SparseAdam", "step_together"]
 
@@ -122,9 +122,10 @@ class SparseAdam:
         "_lock",
         "_lr",
         "_maximize",
-        "_memory",
+        "_news",
         "_num_threads",
         "_on_nonfinite",
+        "_places",
         "_step_counts",
         "_tables",
     )
@@ -171,12 +172,15 @@ class SparseAdam:
         on_nonfinite: str,
         num_threads: int | None,
     ) -> None:
+        self._news = News()
         zeros = None if self._folder is None else self._folder.zeros
         self._tables = {
             name: TableState(name, table, self._step_counts, zeros) for name, table in named.items()
         }
         _refuse_overlap(self._tables)
-        self._memory = tuple(array for table in self._tables.values() for array in table.memory)
+        self._places: Places | None = None
+        for table in self._tables.values():
+            table.news = self._news
         self._lock = threading.RLock()
         self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
         self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
@@ -344,6 +348,8 @@ class SparseAdam:
 
     def _parts(self, gradient: Any) -> list[Part]:
         """Check a step's gradients."""
+        if self._folder is not None:
+            self._folder.check_process()
         named = self._named_gradients(gradient)
         return [self._check(self._tables[name], given) for name, given in named.items()]
 
@@ -365,7 +371,10 @@ class SparseAdam:
     def _check(self, table: TableState, gradient: Any) -> Part:
         start = time.perf_counter()
         table.check_writeable()
-        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._memory)
+        if self._places is None or self._news.memory:
+            self._news.memory = False
+            self._places = Places([array for other in self._tables.values() for array in other.memory])
+        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._places)
         checked = check(gradient, target)
         size, for_kernels = size_of(checked, target), self._arrays_for_kernels
         seconds = time.perf_counter() - start
@@ -519,6 +528,8 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     GradientError, TableError
         As `SparseAdam.step`; nothing has been changed then, in any table of any optimizer.
     """
+    if len({id(optimizer) for optimizer, _ in steps}) != len(steps):
+        raise OptionError("step_together got an optimizer twice, expected each of them once")
     with ExitStack() as locks:
         for optimizer in sorted((optimizer for optimizer, _ in steps), key=id):  # one order: no deadlock
             locks.enter_context(optimizer._lock)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
 from nb_sparse_adam import kernels
 from nb_sparse_adam.batching import BatchWork, Part, choose, plan_batch
 from nb_sparse_adam.grouping import Buffers
-from nb_sparse_adam.pacing import Pace
+from nb_sparse_adam.pacing import Pace, Paces
 from nb_sparse_adam.planning import Work, plan
 
 __all__ = ["Run", "finish", "prepare"]
@@ -21,17 +22,18 @@ class Run:
         self, work: Work | BatchWork, table: kernels.Table, size: int, pace: Pace | None, buffers: Buffers
     ) -> None:
         self.work, self.table, self.size, self.pace, self.buffers = work, table, size, pace, buffers
-        self.goal = int(table.totals[0]) + 1
+        self.goal: int | None = None  # what `totals` says when its kernel has run
         self.seconds = 0.0  # that it has taken so far
 
     @property
     def done(self) -> bool:
         """Whether its kernel has run: all of it, or nothing."""
-        return int(self.table.totals[0]) == self.goal
+        return self.goal is not None and int(self.table.totals[0]) >= self.goal
 
     def __call__(self) -> None:
         """Run its kernel."""
         start = time.perf_counter()
+        self.goal = int(self.table.totals[0]) + 1
         self.work.run(self.table)
         self.seconds += time.perf_counter() - start
 
@@ -41,6 +43,16 @@ class Run:
             self.buffers.give_back(self.work.memory)
         if self.pace is not None:
             self.pace.took(self.seconds / self.size)
+
+
+class _OfBatches(threading.local):
+    """What batches keep from step to step: their tables have it each for themselves, and would in vain."""
+
+    def __init__(self) -> None:
+        self.buffers, self.paces = Buffers(), Paces()
+
+
+_of_batches = _OfBatches()  # of each Python thread
 
 
 def prepare(parts: Sequence[Part]) -> list[Run]:
@@ -53,20 +65,23 @@ def prepare(parts: Sequence[Part]) -> list[Run]:
     """
     if len(parts) == 1:
         return [_prepare_one(parts[0])]
+    for part in parts:  # before batches are chosen by the dtypes of their counts
+        part.table.make_room_for_a_step()
     batches = choose(parts)
     batched = {at for batch in batches for at in batch}
     return [
         *(_prepare_batch([parts[at] for at in batch]) for batch in batches),
-        *(_prepare_one(part) for at, part in enumerate(parts) if at not in batched),
+        *(_prepare_one(part, has_room=True) for at, part in enumerate(parts) if at not in batched),
     ]
 
 
-def _prepare_one(part: Part) -> Run:
+def _prepare_one(part: Part, has_room: bool = False) -> Run:
     start = time.perf_counter()
     table = part.table
     crew, pace = table.paces.crew_for(type(part.checked).__name__, part.size, part.num_threads)
     work = plan(part.checked, part.target, part.on_nonfinite, crew, table.buffers)
-    table.make_room_for_a_step()
+    if not has_room:
+        table.make_room_for_a_step()
     run = Run(work, part.for_kernels(table, work.check), part.size, pace, table.buffers)
     run.seconds = part.seconds + time.perf_counter() - start
     return run
@@ -74,14 +89,11 @@ def _prepare_one(part: Part) -> Run:
 
 def _prepare_batch(parts: Sequence[Part]) -> Run:
     start = time.perf_counter()
-    first, size = parts[0], sum(part.size for part in parts)
-    crew, pace = first.table.paces.crew_for("batch", size, first.num_threads)
-    tables = []
-    for part in parts:
-        part.table.make_room_for_a_step()
-        tables.append(part.for_kernels(part.table, False))
-    work = plan_batch(parts, tables, crew)
-    run = Run(work, tables[0], size, pace, first.table.buffers)
+    size = sum(part.size for part in parts)
+    crew, pace = _of_batches.paces.crew_for("batch", size, parts[0].num_threads)
+    tables = [part.for_kernels(part.table, False) for part in parts]
+    work = plan_batch(parts, tables, crew, _of_batches.buffers)
+    run = Run(work, tables[0], size, pace, _of_batches.buffers)
     run.seconds = sum(part.seconds for part in parts) + time.perf_counter() - start
     return run
 

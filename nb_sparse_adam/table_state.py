@@ -25,6 +25,18 @@ READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
 MAX_INT32 = np.iinfo(np.int32).max
 
 
+class News:
+    """What an optimizer is told by its tables.
+
+    Attributes
+    ----------
+    memory : bool
+        Whether one of them has other memory than before.
+    """
+
+    memory = False
+
+
 class TableState:
     """State of one table, as `SparseAdam.state` shows it.
 
@@ -58,6 +70,7 @@ class TableState:
         self.buffers = Buffers()
         self.paces = Paces()
         self.addresses: tuple[Any, tuple[int, ...]] | None = None  # of `batching`
+        self.news = News()
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:
@@ -139,6 +152,7 @@ class TableState:
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
         """Go on with wider counts, in memory of their own."""
         stride = 0 if self.mode == GLOBAL else counts.shape[1]
+        self.news.memory = True
         self.arrays = self.arrays._replace(counts=counts.reshape(-1), count_stride=stride)
 
     def counts_have_changed(self) -> None:
@@ -168,6 +182,7 @@ class TableState:
         if self.arrays.counts.dtype.itemsize < steps.itemsize:
             shape = _shape_of_counts(self.rows, self.dim, self.mode)
             self._set_counts(self._zeros(math.prod(shape), np.dtype(np.int64)).reshape(shape))
+        self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
         first, second = (self._moments(which) for which in (0, 1))
         if self.param.ndim == 1:
             first, second = first[:, 0], second[:, 0]
@@ -295,6 +310,6 @@ def _read_only(view: NDArray[Any]) -> NDArray[Any]:
 
 
 def _refuse_negative(what: str, values: NDArray[Any]) -> None:
-    if values.size and values.min() < 0:
+    if (values < 0).any():  # NaN would hide a negative number from min()
         at = tuple(int(i) for i in np.argwhere(values < 0)[0])
         raise StateError(f"{what}{list(at)} is {values[at]}, expected no negative values")

@@ -108,13 +108,15 @@ def check_header(file: BinaryIO, size: int) -> Header:
         given.pop("__metadata__", None)
         entries, end = {}, 0
         for name, entry in given.items():
-            dtype, shape = _NAMES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            dtype, shape = _NAMES[entry["dtype"]], tuple(entry["shape"])
+            if not all(type(n) is int for n in shape):
+                raise ValueError(f"{name} has shape {shape}")
             start = end
             end += array_size(dtype, shape)
             if min(shape, default=0) < 0 or entry["data_offsets"] != [start, end]:
                 raise ValueError(f"{name} is at {entry['data_offsets']}, expected [{start}, {end}]")
             entries[name] = Entry(dtype, shape, 8 + length + start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
     if 8 + length + end != size:
         raise TensorFileError(f"has {size} bytes, and its header needs {8 + length + end}")

@@ -1,6 +1,7 @@
 """Many tables in one step have the bits that each has by itself, and are one native call."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, batching, kernels, runs
-from nb_sparse_adam.errors import GradientIndexError, NonFiniteGradientError
+from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError, OptionError
 from nb_sparse_adam.optimizer import step_together
 from nb_sparse_adam.threads import max_threads
 
@@ -240,6 +241,67 @@ def test_options_and_wider_counts_are_heard(batches):
         expected = state_bits(each, {name: others[name]})
         assert_same_bits({key: got[key] for key in expected}, expected)
     assert batches == [4] * 6
+
+
+@pytest.mark.parametrize("which", [0, 3])
+def test_one_table_whose_counts_are_widened_by_the_step(which, batches):
+    tables, others = tables_of([(30, 4)] * 5), tables_of([(30, 4)] * 5)
+    gradients = {name: RowGradient([1, 2, 1, 5], np.ones((4, 4))) for name in tables}
+    optimizers = [SparseAdam(each, step_counts="row", num_threads=1) for each in (tables, others)]
+    for opt in optimizers:
+        state = opt.state_dict()
+        state["tables"][f"t{which}"]["steps"][:] = 2**31 - 1
+        opt.load_state_dict(state)
+    optimizers[0].step(gradients)
+    for name, each in gradients.items():
+        optimizers[1].step({name: each})
+    assert_same_bits(state_bits(optimizers[0], tables), state_bits(optimizers[1], others))
+    assert optimizers[0].state[f"t{which}"].steps.dtype == np.int64
+    assert batches == [4]
+
+
+def test_batches_keep_memory_for_one_batch():
+    """Whichever table is the largest."""
+    tables = {f"t{i}": np.zeros((100, 1), np.float32) for i in range(20)}
+    opt = SparseAdam(tables, num_threads=1)
+    ids, more = np.arange(2000) % 100, np.arange(2100) % 100
+
+    def step(largest):
+        opt.step(
+            {
+                name: RowGradient(more if i == largest else ids, np.ones((2100 if i == largest else 2000, 1)))
+                for i, name in enumerate(tables)
+            }
+        )
+
+    step(0)
+    tracemalloc.start()
+    try:
+        for largest in range(20):
+            step(largest)
+        assert tracemalloc.get_traced_memory()[0] < 2 * 16 * 20 * 2100
+    finally:
+        tracemalloc.stop()
+
+
+def test_gradients_that_share_memory_are_found_among_many_tables():
+    tables = {f"t{i}": np.ones((30, 4)) for i in range(40)}
+    opt = SparseAdam(tables, num_threads=1)
+    for name, values in {
+        "t3": tables["t17"][5:8],
+        "t4": tables["t39"][::-1][:3],
+        "t5": opt.state["t0"].exp_avg_sq[29:26:-1],
+        "t6": np.lib.stride_tricks.as_strided(tables["t8"][29, 3:], (3, 4), (0, 0)),
+    }.items():
+        with refused(GradientError, ValueError, f"'{name}'", "shares memory", opt=opt, tables=tables):
+            opt.step({name: RowGradient([1, 2, 3], values)})
+    opt.step({name: RowGradient([1, 2, 3], np.ones((3, 4))) for name in tables})
+
+
+def test_an_optimizer_twice_is_refused():
+    opt = SparseAdam(np.ones((3, 2)))
+    with pytest.raises(OptionError, match="an optimizer twice"):
+        step_together([(opt, RowGradient([1], np.ones((1, 2))))] * 2)
 
 
 def test_optimizers_whose_tables_share_memory_are_not_batched(batches):

@@ -14,7 +14,7 @@ import pytest
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint, tensor_files
-from nb_sparse_adam.errors import CheckpointError, OptionTypeError
+from nb_sparse_adam.errors import CheckpointError, OptionTypeError, TableError
 
 EXTRA = {"epoch": 3, "best": [0.5, None, True], "name": "Zürich", "nested": {"a": -1e-300}}
 
@@ -246,6 +246,64 @@ def test_what_is_damaged_is_refused_by_name_and_nothing_is_changed(damage, saved
         checkpoint.restore(folder, opt)
 
 
+FIELDS = {
+    "name": [None, 3, ["user"]],
+    "file": [None, "/etc/passwd"],
+    "size": ["3", -1, 2.0],
+    "sha256": [None, 3],
+    "shape": ["63", [50.0, 3], [-50, 3], [10**30, 3], None],
+    "dtype": ["float16", None, 3],
+    "steps": ["float64", None],
+    "skipped_rows": [None, -1, 1.5, True, 2**70, "x"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in FIELDS for value in FIELDS[field]])
+def test_a_manifest_that_somebody_has_edited(field, value, saved):
+    folder, opt = saved
+    rewrite(folder, lambda m: m["tables"][1].update({field: value}))
+    with pytest.raises(CheckpointError):
+        checkpoint.load(folder, mmap=True)
+    with refused(CheckpointError, ValueError, str(folder), opt=opt, tables=dict(opt.tables)):
+        checkpoint.restore(folder, opt)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("extra"),
+        lambda m: m.update(more=1),
+        lambda m: m["tables"].append(m["tables"][0]),
+        lambda m: m["tables"][1].update(name="user"),
+        lambda m: m.update(tables=[[]]),
+    ],
+)
+def test_a_manifest_with_more_or_less_in_it(change, saved):
+    folder, opt = saved
+    rewrite(folder, change)
+    with refused(CheckpointError, ValueError, "was not written by", opt=opt, tables=dict(opt.tables)):
+        checkpoint.restore(folder, opt)
+
+
+def test_json_that_is_too_deep(saved):
+    folder, opt = saved
+    (folder / "manifest.json").write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        checkpoint.load(folder)
+    itself = []
+    itself.append(itself)
+    with pytest.raises(CheckpointError, match="extra cannot be kept"):
+        checkpoint.save(folder, opt, itself)
+
+
+def test_a_table_that_cannot_be_written_to_changes_no_other(saved):
+    folder, _ = saved
+    other = trained(1)
+    other.tables["line"].flags.writeable = False
+    with refused(TableError, ValueError, "'line'", opt=other, tables=dict(other.tables)):
+        checkpoint.restore(folder, other)
+
+
 @pytest.mark.parametrize("name", ["steps", "exp_avg_sq"])
 def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved):
     """A negative count would be an index."""
@@ -253,6 +311,8 @@ def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved)
     file, state = one_file(folder), opt.state["user"]
     arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in checkpoint.ARRAYS[1:]}}
     arrays[name][4] = -1
+    if name == "exp_avg_sq":
+        arrays[name][3] = np.nan  # which a negative number may hide behind
     with open(file, "wb") as opened:
         digest = tensor_files.write_tensors(opened, arrays, lambda _: None)
     rewrite(folder, lambda m: m["tables"][0].update(sha256=digest))
@@ -436,6 +496,62 @@ def test_two_savers_are_kept_apart(saved):
     ):
         checkpoint.save(folder, opt)
     checkpoint.save(folder, opt)
+
+
+FORKING = """
+import os, sys, time
+import numpy as np
+from nb_sparse_adam import SparseAdam, checkpoint
+optimizer = SparseAdam(np.ones((10, 2)))
+children = []
+def fork(point):
+    if not children:
+        children.append(os.fork())
+        if children[0] == 0:
+            os.close(1)
+            time.sleep(30)
+            os._exit(0)
+checkpoint._reached = fork  # as another thread may, that starts workers
+checkpoint.save(sys.argv[1], optimizer, 1)
+checkpoint.save(sys.argv[1], optimizer, 2)
+os.kill(children[0], 9)
+print(checkpoint.load(sys.argv[1])[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_child_forked_during_a_save_keeps_no_lock(tmp_path):
+    command = [sys.executable, "-c", FORKING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "2\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of files")
+def test_more_files_than_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    opt = SparseAdam({f"t{i}": np.ones((2, 1)) for i in range(300)})
+    checkpoint.save(tmp_path, opt)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"has 300 files.*ulimit -n"):
+            checkpoint.load(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert_same(checkpoint.load(tmp_path)[0], opt)
+
+
+def test_what_cannot_be_deleted_is_no_failure(saved):
+    folder, opt = saved
+    (folder / "table-0-0123456789abcdef.safetensors").mkdir()
+    checkpoint.save(folder, opt, 2)
+    assert checkpoint.load(folder)[1] == 2
+
+
+def test_names_that_json_cannot_hold_are_refused(tmp_path):
+    opt = SparseAdam({"\ud83d\ude00": np.ones((2, 2))})
+    with pytest.raises(CheckpointError, match="JSON cannot hold"):
+        checkpoint.save(tmp_path, opt)
 
 
 def test_a_reader_beside_a_saver_sees_one_checkpoint_or_another(tmp_path):

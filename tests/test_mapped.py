@@ -74,6 +74,54 @@ def test_an_optimizer_that_is_refused_leaves_no_files(tmp_path):
         assert list((tmp_path / "state").iterdir()) == []
 
 
+def test_two_optimizers_on_one_folder(tmp_path, monkeypatch):
+    SparseAdam(np.ones((4, 2)), state_dir=tmp_path / "state")
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # both have looked before either has begun
+    with pytest.raises(OptionError, match="another optimizer has begun to use"):
+        SparseAdam(np.ones((4, 2)), state_dir=tmp_path / "state")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "state").iterdir())) == 1  # that of the first one
+
+
+def test_the_working_folder_may_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opt = SparseAdam(np.ones((40, 5)), step_counts="row", state_dir="state")
+    state = opt.state_dict()
+    state["tables"]["table"]["steps"][:] = 2**31 - 1
+    opt.load_state_dict(state)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opt.step(gradient(0))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam.errors import StateError
+opt = SparseAdam(np.ones((4, 2)), state_dir=sys.argv[1], num_threads=1)
+gradient = RowGradient([1], np.ones((1, 2)))
+opt.step(gradient)
+process = os.fork()
+if process == 0:
+    try:
+        opt.step(gradient)
+    except StateError as error:
+        os._exit(0 if "forked" in str(error) else 2)
+    os._exit(1)
+print(os.waitpid(process, 0)[1], opt.state["table"].steps[1].tolist())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_does_not_step_its_parents_state(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 [1, 1]\n"
+
+
 def test_empty_tables(tmp_path):
     opt = SparseAdam({"rows": np.zeros((0, 3)), "dim": np.zeros((3, 0))}, state_dir=tmp_path)
     opt.step({"rows": RowGradient([], np.ones((0, 3))), "dim": RowGradient([1], np.ones((1, 0)))})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import TOLERANCES, OracleSparseAdam
 from strategies import Gradient, gradients, hyper_parameters, shapes, tables
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, runs
 
 DTYPES = (np.float32, np.float64)
 
@@ -189,6 +189,33 @@ def test_tables_without_rows_or_columns_step(step_counts):
         opt = SparseAdam(table, step_counts=step_counts)
         opt.step(gradient)
         assert opt.state["table"].steps.tolist() == (steps | {"global": 1})[step_counts]
+
+
+def test_a_gradient_that_is_widened_counts_is_refused():
+    opt = SparseAdam(np.zeros((4, 16)), step_counts="row", num_threads=1)
+    state = opt.state_dict()
+    state["tables"]["table"]["steps"] = np.array([0, 2, 3, 2**31 + 1])
+    opt.load_state_dict(state)
+    with pytest.raises(ValueError, match="shares memory"):
+        opt.step(RowGradient(opt.state["table"].steps[1:3], np.ones((2, 16))))
+
+
+def test_a_step_within_a_step_loses_none():
+    """As of a signal handler that steps."""
+    opt = SparseAdam(np.zeros((4, 2)), step_counts="row", num_threads=1)
+    gradient = RowGradient([1], np.ones((1, 2)))
+    prepared = runs.prepare(opt._parts(gradient))
+    opt.step(gradient)
+    runs.finish(prepared)
+    assert opt.state["table"].steps[1] == 2
+
+
+def test_a_negative_number_beside_nan_is_refused():
+    opt = SparseAdam(np.zeros((4, 2)))
+    state = opt.state_dict()
+    state["tables"]["table"]["exp_avg_sq"][0] = np.nan, -1
+    with pytest.raises(ValueError, match=r"exp_avg_sq\[0, 1\] is -1"):
+        opt.load_state_dict(state)
 
 
 def test_step_of_an_empty_mapping_does_nothing():
