@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels
 from nb_sparse_adam.finite import squares_are_finite
-from nb_sparse_adam.gradients import Entries, Rows, Target
-from nb_sparse_adam.grouping import DIGIT_BITS, Buffers, IdBatch, group_tables_parallel, group_tables_serial
+from nb_sparse_adam.gradients import Entries, Rows, Target, extent
+from nb_sparse_adam.grouping import (
+    DIGIT_BITS,
+    Buffers,
+    IdBatch,
+    bits_of,
+    group_tables_parallel,
+    group_tables_serial,
+)
 from nb_sparse_adam.planning import dtypes_of, largest_of_rows, rehearsed
 from nb_sparse_adam.table_state import TableState
 from nb_sparse_adam.threads import ALONE, Crew, team, usable_threads
@@ -130,19 +137,14 @@ def _skips_nothing(part: Part) -> bool:
 def _bits(part: Part) -> tuple[int, int]:
     """How many bits an id takes, and how many its payload."""
     rows = part.rows
-    payloads = len(rows.ids) if rows.per_id or rows.offsets is None else len(rows.offsets) - 1
-    return max(part.target.rows - 1, 0).bit_length(), max(payloads - 1, 0).bit_length()
+    offsets = None if rows.per_id else rows.offsets
+    return bits_of(max(part.target.rows - 1, 0), len(rows.ids), offsets)
 
 
 def _are_apart(parts: Sequence[Part]) -> bool:
     """Whether no two tables share memory: threads would meet there."""
-    places = sorted(_extent(part.table.arrays.param) for part in parts)
+    places = sorted(extent(part.table.arrays.param) for part in parts)
     return all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
-
-
-def _extent(array: NDArray[Any]) -> tuple[int, int]:
-    start = _address(array)
-    return start, start + array.nbytes
 
 
 def _address(array: NDArray[Any]) -> int:

@@ -299,8 +299,6 @@ def load(
     folder = Path(path)
     with _opened(folder) as (manifest, files):
         values = _check_options(folder, manifest, None)
-        if mmap and verify:
-            _read_all(files, lambda _: None, progress, "verifying")
         tables: dict[str, NDArray[Any]] = {}
         for file in files:
             entry = file.header.entries["param"]
@@ -317,8 +315,7 @@ def load(
             into = table.arrays_to_load(file.header.entries["steps"].dtype)
             return into if mmap else {"param": table.param, **into}
 
-        checked = verify if verify is not None else not mmap
-        _read_all(files, target, progress, "loading", verify=checked and not mmap)
+        _read_all(files, target, progress, "loading", verify=not mmap if verify is None else verify)
         for file in files:
             optimizer._tables[file.name].loaded(file.record["skipped_rows"])
         return optimizer, manifest["extra"]

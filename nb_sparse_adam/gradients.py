@@ -131,7 +131,7 @@ class Places:
     """
 
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
-        known = sorted((*_extent(array), at) for at, array in enumerate(arrays) if array.size)
+        known = sorted((*extent(array), at) for at, array in enumerate(arrays) if array.size)
         self._starts = [start for start, _, _ in known]
         self._ends = [end for _, end, _ in known]
         self._arrays = [arrays[at] for _, _, at in known]
@@ -142,11 +142,11 @@ class Places:
             return self._arrays
         if not given.size:
             return ()
-        start, end = _extent(given)
+        start, end = extent(given)
         return self._arrays[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
 
 
-def _extent(array: NDArray[Any]) -> tuple[int, int]:
+def extent(array: NDArray[Any]) -> tuple[int, int]:
     """Return the addresses of the first byte of an array, and of the one behind its last."""
     first = last = array.__array_interface__["data"][0]
     for length, stride in zip(array.shape, array.strides, strict=True):

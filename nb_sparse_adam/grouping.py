@@ -22,6 +22,7 @@ __all__ = [
     "Buffers",
     "Grouping",
     "IdBatch",
+    "bits_of",
     "count_long",
     "cut_evenly",
     "fill_bags",
@@ -97,6 +98,12 @@ class Buffers:
         self._kept = memory
 
 
+def bits_of(highest: int, n: int, offsets: NDArray[Any] | None) -> tuple[int, int]:
+    """How many bits an id takes, and how many its payload; parameters as of `group_ids`, for n ids."""
+    payloads = n if offsets is None else len(offsets) - 1
+    return highest.bit_length(), max(payloads - 1, 0).bit_length()
+
+
 def group_ids(
     ids: NDArray[Any],
     highest: int,
@@ -128,9 +135,7 @@ def group_ids(
         None if an id and its payload do not fit into 63 bits together.
     """
     n = len(ids)
-    payloads = n if offsets is None else len(offsets) - 1
-    row_shift = max(payloads - 1, 0).bit_length()
-    id_bits = highest.bit_length()
+    id_bits, row_shift = bits_of(highest, n, offsets)
     if id_bits + row_shift > 63:
         return None
     packed, other = np.empty((2, n + 1), np.int64) if memory is None else memory[:, : n + 1]

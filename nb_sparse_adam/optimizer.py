@@ -154,42 +154,28 @@ class SparseAdam:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
         named = _named_tables(tables)
         self._folder = None if state_dir is None else StateFolder(state_dir)
-        try:
-            self._set_up(named, lr, betas, eps, eps_hat, maximize, on_nonfinite, num_threads)
-        except BaseException:
+        with ExitStack() as undo:
             if self._folder is not None:
-                self._folder.remove()
-            raise
-
-    def _set_up(
-        self,
-        named: Mapping[str, NDArray[Any]],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        eps_hat: bool,
-        maximize: bool,
-        on_nonfinite: str,
-        num_threads: int | None,
-    ) -> None:
-        self._news = News()
-        zeros = None if self._folder is None else self._folder.zeros
-        self._tables = {
-            name: TableState(name, table, self._step_counts, zeros) for name, table in named.items()
-        }
-        _refuse_overlap(self._tables)
-        self._places: Places | None = None
-        for table in self._tables.values():
-            table.news = self._news
-        self._lock = threading.RLock()
-        self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
-        self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
-        self.betas = betas
-        self.eps = eps
-        self.eps_hat = eps_hat
-        self.maximize = maximize
-        self.on_nonfinite = on_nonfinite
-        self.num_threads = num_threads
+                undo.callback(self._folder.remove)
+            zeros = None if self._folder is None else self._folder.zeros
+            self._tables = {
+                name: TableState(name, table, self._step_counts, zeros) for name, table in named.items()
+            }
+            _refuse_overlap(self._tables)
+            self._news = News()
+            self._places: Places | None = None
+            for table in self._tables.values():
+                table.news = self._news
+            self._lock = threading.RLock()
+            self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
+            self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
+            self.betas = betas
+            self.eps = eps
+            self.eps_hat = eps_hat
+            self.maximize = maximize
+            self.on_nonfinite = on_nonfinite
+            self.num_threads = num_threads
+            undo.pop_all()
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name}: {table.shape} {table.dtype}" for name, table in self._tables.items())

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nb_sparse_adam import info
+from nb_sparse_adam.bench import worker
 
 pytestmark = pytest.mark.jit
 
@@ -25,11 +25,8 @@ LAYERS = [
 
 def run(program, layer, *arguments, folder=None):
     """Run a program with two threads of a layer; it is to end with status 0, and without a signal."""
-    env = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2"}
-    if layer == "tbb":  # pip puts TBB's library where the system's loader does not look for it
-        env["LD_LIBRARY_PATH"] = os.pathsep.join(
-            filter(None, [str(Path(sys.prefix, "lib")), env.get("LD_LIBRARY_PATH")])
-        )
+    env = worker._environment(layer)
+    if layer == "tbb":
         loads = subprocess.run(
             [sys.executable, "-c", "from numba.np.ufunc import tbbpool"],
             env=env,

@@ -16,7 +16,6 @@ from nb_sparse_adam.bench.contenders import HYPER, Contender
 
 __all__ = [
     "PEERS",
-    "SPINNING",
     "FbgemmBag",
     "PaddleRows",
     "Peer",
@@ -24,10 +23,9 @@ __all__ = [
     "TorchEntries",
     "TorchRows",
     "import_peer",
-    "torch_on",
 ]
 
-SPINNING = 0.25
+_SPINNING = 0.25
 """Seconds. The OpenMP that Paddle and MKL bring lets threads spin for 0.2 s after their work (KMP_BLOCKTIME),
 on the cores that the next contender needs."""
 
@@ -80,8 +78,7 @@ def import_peer(name: str) -> Any:
         raise NotImplementedError(reason) from error
 
 
-def torch_on(threads: int) -> Any:
-    """Import torch, with that many threads."""
+def _torch(threads: int) -> Any:
     torch = import_peer("torch")
     torch.set_num_threads(threads)
     return torch
@@ -94,11 +91,11 @@ class _Torch(Contender):
     skips the sorting and summing that it does in every step otherwise.
     """
 
-    rest = SPINNING
+    rest = _SPINNING
 
     def __init__(self, case: Case, *, threads: int, coalesced: bool) -> None:
         super().__init__(case)
-        torch = torch_on(threads)
+        torch = _torch(threads)
         self._parameter = torch.nn.Parameter(torch.from_numpy(case.table()))
         self._optimizer = self._make_optimizer([self._parameter])
         gradients = [
@@ -152,11 +149,11 @@ class TorchEntries(_Torch):
 class TorchBag(Contender):
     """torch's EmbeddingBag(sparse=True) and SparseAdam: the backward pass and the step are timed."""
 
-    rest = SPINNING
+    rest = _SPINNING
 
     def __init__(self, case: Case, *, threads: int) -> None:
         super().__init__(case)
-        torch = torch_on(threads)
+        torch = _torch(threads)
         self._make_layer(
             case.rows, case.dim, mode="sum", sparse=True, include_last_offset=True,
             _weight=torch.from_numpy(case.table()),
@@ -197,11 +194,11 @@ class FbgemmBag(Contender):
         On the CPU it has no Adam.
     """
 
-    rest = SPINNING
+    rest = _SPINNING
 
     def __init__(self, case: Case, *, threads: int, optimizer: str) -> None:
         super().__init__(case)
-        torch = torch_on(threads)
+        torch = _torch(threads)
         import_peer("fbgemm")
         from fbgemm_gpu import split_embedding_configs as configs
         from fbgemm_gpu import split_table_batched_embeddings_ops_training as training
@@ -238,7 +235,7 @@ class FbgemmBag(Contender):
 class PaddleRows(Contender):
     """Paddle's Adam(lazy_mode=True) on the gradient of an embedding lookup; the step is timed."""
 
-    rest = SPINNING
+    rest = _SPINNING
 
     def __init__(self, case: Case, *, threads: int) -> None:
         super().__init__(case)

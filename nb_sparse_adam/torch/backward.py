@@ -8,7 +8,7 @@ updated or none.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -177,8 +177,8 @@ def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
     first = lookups[0]
     if isinstance(first, RowLookup):
         return RowGradient(
-            _joined(lookups, lambda lookup: lookup.ids).numpy(),
-            _joined(lookups, lambda lookup: lookup.grad_output).numpy(),
+            _joined([lookup.ids for lookup in lookups]).numpy(),
+            _joined([lookup.grad_output for lookup in lookups]).numpy(),
         )
     before, starts = 0, []
     for lookup in lookups:
@@ -186,11 +186,11 @@ def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
         before += len(lookup.ids)
     weights = None
     if any(lookup.weights is not None for lookup in lookups):
-        weights = _joined(lookups, _weights_of).numpy()
+        weights = _joined([_weights_of(lookup) for lookup in lookups]).numpy()
     return BagGradient(
-        _joined(lookups, lambda lookup: lookup.ids).numpy(),
-        (starts[0] if len(starts) == 1 else torch.cat(starts)).numpy(),
-        _joined(lookups, lambda lookup: lookup.grad_output).numpy(),
+        _joined([lookup.ids for lookup in lookups]).numpy(),
+        _joined(starts).numpy(),
+        _joined([lookup.grad_output for lookup in lookups]).numpy(),
         weights,
         first.mode,
     )
@@ -202,6 +202,5 @@ def _weights_of(lookup: BagLookup) -> Tensor:
     return lookup.weights
 
 
-def _joined(lookups: list[Any], part: Callable[[Any], Tensor]) -> Tensor:
-    parts = [part(lookup) for lookup in lookups]
+def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -123,15 +123,19 @@ class _Fused(_Module):
                 f"penalty), and there is no optimizer for it. Use torch.nn.{type(self).__name__}"
                 "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
             )
-        group = self.optimizer.param_groups[0]
-        was = group["params"][0]
-        if was is not weight:  # another Parameter has been put in its place
-            group["params"][0] = weight
-            if was in self.optimizer.state:
-                self.optimizer.state[weight] = self.optimizer.state.pop(was)
-        held = self.optimizer.ready(weight, group, name, 1)
+        held = self.optimizer.ready(weight, self._group(), name, 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
         return Job(self.optimizer, weight, held, gradient)
+
+    def _group(self) -> dict[str, Any]:
+        """The optimizer's group, with the Parameter that is there now; another one takes over the state."""
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        was = group["params"][0]
+        if was is not self.weight:
+            group["params"][0] = self.weight
+            if was in self.optimizer.state:
+                self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
+        return group
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
@@ -142,7 +146,7 @@ class _Fused(_Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what `get_extra_state` gave."""
-        self.optimizer.param_groups[0]["params"][0] = self.weight
+        self._group()
         self.optimizer.load_state_dict(state)
 
     def _load_from_state_dict(

@@ -142,17 +142,13 @@ class SparseAdam(torch.optim.Optimizer):
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
         params = group["params"]
-        for what, has in (("Sparse", "is_sparse"), ("Complex", "is_complex")):
-            found = [[index, i] for i, p in enumerate(params) if _is(p, has)]
+        for what, is_one, refusal in (
+            ("Sparse", _is_sparse, "requires dense parameter tensors"),
+            ("Complex", torch.is_complex, "does not support complex parameters"),
+        ):
+            found = [[index, i] for i, p in enumerate(params) if is_one(p)]
             if found:
-                raise TableError(
-                    f"{what} params at indices {found}: SparseAdam "
-                    + (
-                        "requires dense parameter tensors"
-                        if what == "Sparse"
-                        else "does not support complex parameters"
-                    )
-                )
+                raise TableError(f"{what} params at indices {found}: SparseAdam {refusal}")
         for i, p in enumerate(params):
             check_parameter(_name(group, index, i), p)
         if len(set(params)) != len(params):
@@ -321,9 +317,8 @@ def _name(group: Mapping[str, Any], g: int, i: int) -> str:
     return names[i] if names is not None else f"param_groups[{g}]['params'][{i}]"
 
 
-def _is(param: Tensor, what: str) -> bool:
-    found = getattr(param, what)
-    return bool(found() if callable(found) else found)
+def _is_sparse(param: Tensor) -> bool:
+    return param.is_sparse
 
 
 def _numbers(value: Any) -> Any:
