@@ -17,6 +17,8 @@ table into a `View` first, so that it stays in registers.
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +71,8 @@ __all__ = [
     "csr_serial",
     "first_poisoned_row",
     "first_poisoned_segment",
+    "formula",
+    "late_correction",
     "prefetch_element",
     "prefetch_row",
     "rows_ahead",
@@ -247,16 +251,33 @@ class Compressed(NamedTuple):
 # --- the formula ------------------------------------------------------------------------------------------
 
 
-@jit
-def adam(p: Any, m: Any, v: Any, g: Any, table: Any, step_size: Any, scale: Any) -> Any:
-    """One active step of one element: the new parameter and moments (Kingma & Ba 2015, Algorithm 1).
+def formula(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Make `adam` of a multiplication: a CPU's, or one that a GPU does not fuse with the sum next to it."""
 
-    ``step_size`` and ``scale`` hold the bias corrections (`Corrections`), and ``step_size`` the learning
-    rate, so that one expression serves both places where ε may stand.
-    """
-    m = table.beta1 * m + table.one_minus_beta1 * g
-    v = table.beta2 * v + table.one_minus_beta2 * (g * g)
-    return p - step_size * (m / (math.sqrt(v) * scale + table.eps)), m, v
+    def adam(p: Any, m: Any, v: Any, g: Any, table: Any, step_size: Any, scale: Any) -> Any:
+        """One active step of one element: the new parameter and moments (Kingma & Ba 2015, Algorithm 1).
+
+        ``step_size`` and ``scale`` hold the bias corrections (`Corrections`), and ``step_size`` the learning
+        rate, so that one expression serves both places where ε may stand.
+        """
+        m = product(table.beta1, m) + product(table.one_minus_beta1, g)
+        v = product(table.beta2, v) + product(table.one_minus_beta2, product(g, g))
+        return p - product(step_size, m / (product(math.sqrt(v), scale) + table.eps)), m, v
+
+    return adam
+
+
+adam = jit(formula(operator.mul))
+
+
+@jit
+def late_correction(k: Any, log_beta1: Any, log_beta2: Any, eps_hat: Any) -> Any:
+    """``step_size`` and ``scale`` after k active steps, as float64, where k is beyond the table of them."""
+    c1 = -math.expm1(k * log_beta1)
+    c2 = -math.expm1(k * log_beta2)
+    if eps_hat:
+        return math.sqrt(c2) / c1, 1.0
+    return 1.0 / c1, 1.0 / math.sqrt(c2)
 
 
 @jit
@@ -265,12 +286,9 @@ def correction(table: Any, k: Any) -> Any:
     if k <= table.last or table.complete:
         at = 2 * min(k, table.last)
         return load_correction(table.corrections, at), load_correction(table.corrections, at + 1)
-    c1 = -math.expm1(k * table.log_beta1)
-    c2 = -math.expm1(k * table.log_beta2)
+    step_size, scale = late_correction(k, table.log_beta1, table.log_beta2, table.eps_hat)
     dtype = table.corrections.dtype.type
-    if table.eps_hat:
-        return dtype(math.sqrt(c2) / c1), dtype(1.0)
-    return dtype(1.0 / c1), dtype(1.0 / math.sqrt(c2))
+    return dtype(step_size), dtype(scale)
 
 
 @jit

@@ -98,9 +98,9 @@ def test_kernels_are_read_from_disk_until_they_are_edited(install):
     before = run_steps(install)
     kernels = install / "nb_sparse_adam" / "kernels.py"
     text = kernels.read_text(encoding="utf-8")
-    formula = "return p - step_size *"
+    formula = "return p - product(step_size,"
     assert text.count(formula) == 1
-    kernels.write_text(text.replace(formula, "return p + step_size *"), encoding="utf-8")
+    kernels.write_text(text.replace(formula, "return p + product(step_size,"), encoding="utf-8")
     after = run_steps(install)
     assert after["misses"] > 0
     assert after["table"] == [[-x for x in row] for row in before["table"]]
