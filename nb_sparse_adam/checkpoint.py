@@ -117,8 +117,9 @@ def save(
 
 
 def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
+    optimizer.synchronize()
     tables = optimizer.state
-    total = sum(array.nbytes for table in tables.values() for array in _arrays_of(table).values())
+    total = sum(array.nbytes for table in tables.values() for array in table.arrays_to_save().values())
     written: list[Path] = []
     try:
         records = []
@@ -171,7 +172,7 @@ def _names(folder: Path, token: str) -> bool:
 
 
 def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:
-    arrays = _arrays_of(table)
+    arrays = table.arrays_to_save()
     with open(file, "xb") as opened:
         _reached("a file begun")
         digest = write_tensors(opened, arrays, tell)
@@ -187,13 +188,9 @@ def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> d
         "sha256": digest,
         "shape": list(table.shape),
         "dtype": table.dtype.name,
-        "steps": table.steps.dtype.name,
+        "steps": table.arrays.counts.dtype.name,
         "skipped_rows": table.skipped_rows,
     }
-
-
-def _arrays_of(table: TableState) -> dict[str, NDArray[Any]]:
-    return {"param": table.param, **{name: getattr(table, name) for name in ARRAYS[1:]}}
 
 
 def _check_optimizer(given: Any) -> None:
@@ -355,13 +352,14 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
         _check_fit(folder, files, optimizer)
         _read_all(files, lambda _: None, progress, "verifying")
         with optimizer._lock:
+            optimizer.synchronize()
             for table in optimizer._tables.values():
                 table.check_writeable()
             targets = {}
             for file in files:
                 table = optimizer._tables[file.name]
                 into = table.arrays_to_load(file.header.entries["steps"].dtype)
-                targets[file.name] = {"param": table.param, **into}
+                targets[file.name] = {"param": table.param_to_load(), **into}
             _read_all(files, lambda file: targets[file.name], progress, "restoring")
             for file in files:
                 optimizer._tables[file.name].loaded(file.record["skipped_rows"])

@@ -17,10 +17,12 @@ _TRAIN = ("matplotlib", "polars", "safetensors", "tqdm")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": _TRAIN,
     "torch": ("torch",),
+    "cuda": ("numba-cuda",),
+    "cuda12": ("numba-cuda",),
     "test": (*_TRAIN, "expecttest", "hypothesis", "pytest", "scipy"),
     "bench": (*_TRAIN, "asv", "virtualenv"),
 }
-"""Extra -> the packages it brings. Each is imported by the name that it is installed by."""
+"""Extra -> the packages it brings. Each is imported by the name that it is installed by, but for hyphens."""
 
 
 def install_command(extra: str) -> str:

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from nb_sparse_adam.jit import jit
 from nb_sparse_adam.threads import ALONE, Crew, team
 
-__all__ = ["largest_magnitude", "squares_are_finite"]
+__all__ = ["SAFE_SHARE", "largest_magnitude", "square_root_of_largest", "squares_are_finite"]
 
 # Below this many values one thread is done before a second one has started.
 PARALLEL_VALUES = 1 << 17
 
 FEW_VALUES = 1 << 10  # for fewer, what surrounds the fast loop takes longer than a plain one
+
+SAFE_SHARE = 1.25  # what rounding may add to a sum, generously
 
 BLOCK = 4096  # values; enough for the processor's own prefetching
 
@@ -56,7 +58,12 @@ def squares_are_finite(largest: float, terms: int, dtype: np.dtype[Any]) -> bool
     eps, largest_square_root = _LIMITS[dtype.itemsize]
     if not terms * eps < 0.1:  # each addition may round up by half of eps
         return False
-    return largest * terms * 1.25 < largest_square_root
+    return largest * terms * SAFE_SHARE < largest_square_root
+
+
+def square_root_of_largest(dtype: np.dtype[Any]) -> float:
+    """Return what no number may exceed if its square is to be finite."""
+    return _LIMITS[dtype.itemsize][1]
 
 
 @jit

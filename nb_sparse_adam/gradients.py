@@ -166,6 +166,7 @@ class Target(NamedTuple):
     ndim: int  # of the user's table: 1-D tables have rows of dim 1
     dtype: np.dtype[Any]
     memory: Places  # what no gradient may share memory with
+    arrays: Any  # `HostArrays`, or what reads arrays that are on the table's GPU
 
     def refuse(self, kind: type[GradientError], message: str) -> GradientError:
         return kind(f"gradient of table {self.name!r}: {message}")
@@ -215,28 +216,71 @@ def check(gradient: object, target: Target) -> Rows | Compressed | Entries:
 # --- arrays -----------------------------------------------------------------------------------------------
 
 
-def _as_array(what: str, given: Any, target: Target) -> NDArray[Any]:
-    if type(given) is not np.ndarray:
-        if isinstance(given, np.ma.MaskedArray):
-            raise target.refuse(
-                GradientTypeError,
-                f"{what} is a masked array, expected one without a mask; pass .filled(0), or leave out the "
-                "masked entries",
-            )
-        try:
-            given = np.asarray(given)
-        except Exception as error:
-            raise target.refuse(
-                GradientTypeError, f"{what} cannot be read as an array: {error}; pass a NumPy array"
-            ) from error
-    for memory in target.memory.near(given):
-        if np.may_share_memory(given, memory) and _share_memory(given, memory):
-            raise target.refuse(
-                GradientError,
-                f"{what} shares memory with a table or its state, which would change while it is read; "
-                "pass a copy",
-            )
-    return given  # type: ignore[no-any-return]
+class HostArrays:
+    """Reads a gradient's arrays, which are in the memory of the host."""
+
+    def read(self, what: str, given: Any, target: Target) -> NDArray[Any]:
+        """See what was given as an array; nothing is copied if it is one."""
+        if type(given) is not np.ndarray:
+            if isinstance(given, np.ma.MaskedArray):
+                raise target.refuse(
+                    GradientTypeError,
+                    f"{what} is a masked array, expected one without a mask; pass .filled(0), or leave out "
+                    "the masked entries",
+                )
+            if on_gpu(given):
+                raise target.refuse(
+                    GradientTypeError,
+                    f"{what} is on a GPU, expected it where the table is, in the memory of the host: copy it "
+                    "there, or keep the table on the GPU",
+                )
+            try:
+                given = np.asarray(given)
+            except Exception as error:
+                raise target.refuse(
+                    GradientTypeError, f"{what} cannot be read as an array: {error}; pass a NumPy array"
+                ) from error
+        for memory in target.memory.near(given):
+            if np.may_share_memory(given, memory) and _share_memory(given, memory):
+                raise shares_memory(what, target)
+        return given  # type: ignore[no-any-return]
+
+    def as_column(self, array: NDArray[Any]) -> NDArray[Any]:
+        """See (n,) as (n, 1)."""
+        return array[:, None]
+
+    def ready(self, array: NDArray[Any], dtype: np.dtype[Any], rows_apart: bool = False) -> NDArray[Any]:
+        """Give the array, or a copy: native, aligned, of a dtype, and C-contiguous, if only within rows."""
+        if array.dtype != dtype:
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
+                return array.astype(dtype, order="C")
+        flags = array.flags
+        if not flags.aligned or not (flags.c_contiguous or (rows_apart and _has_rows_apart(array))):
+            return array.copy(order="C")
+        return array if flags.writeable or not array.size else np.asarray(_Alias(array))
+
+
+HOST = HostArrays()
+
+
+def on_gpu(given: object) -> bool:
+    """Whether something is an array on a GPU (or in numba's simulator of one)."""
+    if isinstance(given, np.ndarray):
+        return False
+    if getattr(given, "__cuda_ndarray__", False):
+        return True
+    try:
+        return hasattr(given, "__cuda_array_interface__")
+    except RuntimeError:  # torch's, of a tensor that requires a gradient
+        return True
+
+
+def shares_memory(what: str, target: Target) -> GradientError:
+    """Refuse a gradient that would change while it is read."""
+    return target.refuse(
+        GradientError,
+        f"{what} shares memory with a table or its state, which would change while it is read; pass a copy",
+    )
 
 
 def _share_memory(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -263,52 +307,42 @@ class _Alias:
         self.owner = array
 
 
-def _for_kernels(array: NDArray[Any], dtype: np.dtype[Any], rows_apart: bool = False) -> NDArray[Any]:
-    """The array, or a copy, as native, aligned, of a dtype, and C-contiguous, if only within its rows."""
-    if array.dtype != dtype:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
-            return array.astype(dtype, order="C")
-    flags = array.flags
-    if not flags.aligned or not (flags.c_contiguous or (rows_apart and _has_rows_apart(array))):
-        return array.copy(order="C")
-    return array if flags.writeable or not array.size else np.asarray(_Alias(array))
-
-
 def _has_rows_apart(array: NDArray[Any]) -> bool:
     """Whether rows are contiguous and follow each other at a distance, as slices of a larger array do."""
     apart, within = array.strides
     return within == array.itemsize and apart > 0 and apart % array.itemsize == 0
 
 
-def _values(
+def values_of(
     what: str, given: Any, target: Target, rows: int | None, of: str, matrix: bool = True
 ) -> NDArray[Any]:
     """Check float values: (rows, dim) as a matrix, else (rows,)."""
-    array = _as_array(what, given, target)
+    array = target.arrays.read(what, given, target)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise target.refuse(
             GradientTypeError,
             f"{what} has dtype {array.dtype}, expected float32 or float64; convert it first",
         )
+    shape = tuple(array.shape)
     count = "n" if rows is None else str(rows)
     if matrix:
         shapes = f"({count}, {target.dim})" + (f" or ({count},)" if target.ndim == 1 else "")
         if array.ndim == 1 and target.ndim == 1:
-            array = array[:, None]
+            array = target.arrays.as_column(array)
         fits = array.ndim == 2 and array.shape[1] == target.dim
     else:
         shapes, fits = f"({count},)", array.ndim == 1
     if not fits or rows not in (None, len(array)):
         raise target.refuse(
-            GradientError, f"{what} has shape {np.shape(given)}, expected {shapes}: one row or value {of}"
+            GradientError, f"{what} has shape {shape}, expected {shapes}: one row or value {of}"
         )
-    return _for_kernels(array, target.dtype, rows_apart=matrix)
+    return target.arrays.ready(array, target.dtype, rows_apart=matrix)  # type: ignore[no-any-return]
 
 
-def _integers(what: str, given: Any, target: Target, length: int | None = None) -> NDArray[Any]:
+def integers_of(what: str, given: Any, target: Target, length: int | None = None) -> NDArray[Any]:
     """Check a 1-D array of integers and bring it to int32 or int64."""
-    array = _as_array(what, given, target)
-    if array.size == 0 and not isinstance(given, np.ndarray):
+    array = target.arrays.read(what, given, target)
+    if isinstance(array, np.ndarray) and array.size == 0 and not isinstance(given, np.ndarray):
         array = array.astype(np.int64)  # an empty list has no dtype of its own
     if array.dtype.kind not in "iu":
         raise target.refuse(
@@ -318,7 +352,16 @@ def _integers(what: str, given: Any, target: Target, length: int | None = None) 
         )
     if array.ndim != 1 or length not in (None, len(array)):
         count = "n" if length is None else str(length)
-        raise target.refuse(GradientError, f"{what} has shape {array.shape}, expected ({count},)")
+        raise target.refuse(GradientError, f"{what} has shape {tuple(array.shape)}, expected ({count},)")
+    if isinstance(array, np.ndarray):
+        _refuse_huge(what, array, target)
+    narrow = array.dtype.kind == "i" and array.dtype.itemsize <= 4
+    dtype = np.dtype(np.int32) if narrow else np.dtype(np.int64)
+    return target.arrays.ready(array, dtype)  # type: ignore[no-any-return]
+
+
+def _refuse_huge(what: str, array: NDArray[Any], target: Target) -> None:
+    """Raise for a number that int64 cannot hold."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size:
         large = np.flatnonzero(array > np.uint64(np.iinfo(np.int64).max))
         if len(large):
@@ -326,27 +369,28 @@ def _integers(what: str, given: Any, target: Target, length: int | None = None) 
             raise target.refuse(
                 GradientIndexError, f"{what}[{at}] is {array[at]}, which no index can be (at most 2**63 - 1)"
             )
-    dtype = (
-        np.dtype(np.int32) if array.dtype.kind == "i" and array.dtype.itemsize <= 4 else np.dtype(np.int64)
+
+
+def id_error(what: str, at: int, got: int, upper: int, of: str, target: Target) -> GradientError:
+    """Say which id is not in 0..upper - 1."""
+    return target.refuse(
+        GradientIndexError,
+        f"{what}[{at}] is {got}, expected 0 <= {of} < {upper}"
+        + ("; negative ids do not count from the end" if got < 0 else ""),
     )
-    return _for_kernels(array, dtype)
 
 
-def _refuse_ids(what: str, ids: NDArray[Any], upper: int, of: str, target: Target) -> None:
+def _refuse_ids(what: str, ids: NDArray[Any], upper: int, of: str, target: Target) -> NoReturn:
     """Raise for the first id that is not in 0..upper - 1."""
     at = int(np.flatnonzero((ids < 0) | (ids >= upper))[0])
-    raise target.refuse(
-        GradientIndexError,
-        f"{what}[{at}] is {ids[at]}, expected 0 <= {of} < {upper}"
-        + ("; negative ids do not count from the end" if ids[at] < 0 else ""),
-    )
+    raise id_error(what, at, int(ids[at]), upper, of, target)
 
 
 def _ids(
     what: str, given: Any, target: Target, length: int | None = None, of: str = "row"
 ) -> tuple[NDArray[Any], bool, bool]:
     """Check row ids; also whether they never decrease, and always increase."""
-    ids = _integers(what, given, target, length)
+    ids = integers_of(what, given, target, length)
     if not len(ids):
         return ids, True, True
     smallest, largest, nondecreasing, increasing = scan_ids(ids)
@@ -360,11 +404,14 @@ def _ids(
 
 def _check_rows(gradient: RowGradient, target: Target) -> Rows:
     ids, nondecreasing, increasing = _ids("RowGradient.rows", gradient.rows, target)
-    values = _values("RowGradient.values", gradient.values, target, len(ids), "for each of RowGradient.rows")
+    values = values_of(
+        "RowGradient.values", gradient.values, target, len(ids), "for each of RowGradient.rows"
+    )
     return Rows(ids, values, nondecreasing, increasing)
 
 
-def _check_bags(gradient: BagGradient, target: Target) -> Rows:
+def check_mode(gradient: BagGradient, target: Target) -> None:
+    """Refuse modes that there are not, and weighted means."""
     if gradient.mode not in ("sum", "mean"):
         raise target.refuse(GradientError, f"BagGradient.mode is {gradient.mode!r}, expected 'sum' or 'mean'")
     if gradient.mode == "mean" and gradient.weights is not None:
@@ -373,11 +420,22 @@ def _check_bags(gradient: BagGradient, target: Target) -> Rows:
             "BagGradient got weights together with mode='mean', which torch does not define either; divide "
             "the weights by the sizes of their bags and pass mode='sum'",
         )
+
+
+def _check_bags(gradient: BagGradient, target: Target) -> Rows:
+    check_mode(gradient, target)
     ids, nondecreasing, increasing = _ids("BagGradient.indices", gradient.indices, target)
-    values = _values("BagGradient.grad_output", gradient.grad_output, target, None, "for each bag")
-    offsets = _bag_offsets(gradient, target, len(values), len(ids))
+    values = values_of("BagGradient.grad_output", gradient.grad_output, target, None, "for each bag")
+    n = len(ids)
+    offsets = offsets_of(gradient, target, len(values), n).astype(np.int64, copy=False)
+    if len(offsets) == len(values):
+        offsets = np.append(offsets, n)
+    if offsets[0] != 0 or count_rises_and_falls(offsets)[1] or offsets[-1] > n:
+        _refuse_offsets("BagGradient.offsets", offsets, n, target)
+    if offsets[-1] != n:
+        raise offset_error("BagGradient.offsets", len(values), int(offsets[-1]), 0, n, True, target)
     if gradient.weights is not None:
-        weights = _values(
+        weights = values_of(
             "BagGradient.weights", gradient.weights, target, len(ids), "for each of indices", matrix=False
         )
         return Rows(ids, values, nondecreasing, increasing, offsets, weights, True)
@@ -387,54 +445,56 @@ def _check_bags(gradient: BagGradient, target: Target) -> Rows:
     return Rows(ids, values, nondecreasing, increasing, offsets)
 
 
-def _bag_offsets(gradient: BagGradient, target: Target, bags: int, n: int) -> NDArray[Any]:
+def offsets_of(gradient: BagGradient, target: Target, bags: int, n: int) -> NDArray[Any]:
+    """Check how many offsets there are; not what they are."""
     what = "BagGradient.offsets"
-    offsets = _integers(what, gradient.offsets, target).astype(np.int64, copy=False)
+    offsets = integers_of(what, gradient.offsets, target)
     if len(offsets) not in (bags, bags + 1):
         raise target.refuse(
             GradientError,
             f"{what} has {len(offsets)} entries, expected {bags + 1} (or {bags}, without the last) for the "
             f"{bags} rows of grad_output",
         )
-    if len(offsets) == bags + 1:
-        if offsets[-1] != n:
-            raise target.refuse(
-                GradientIndexError, f"{what}[{bags}] is {offsets[-1]}, expected len(indices) = {n}"
-            )
-    else:
-        offsets = np.append(offsets, n)
-    if offsets[0] != 0 or count_rises_and_falls(offsets)[1] or offsets[-1] > n:
-        _refuse_offsets(what, offsets, n, target)
+    if len(offsets) == 0 and n:
+        raise target.refuse(GradientIndexError, f"{what} is empty, expected a bag for the {n} indices")
     return offsets
+
+
+def offset_error(
+    what: str, at: int, got: int, before: int, last: int, closed: bool, target: Target
+) -> GradientError:
+    """Say why an offset cannot be: they start at 0, never decrease, and do not pass ``last``.
+
+    ``closed``: it is the one that must be ``last``.
+    """
+    if at == 0 and got != 0:
+        why = "expected 0"
+    elif got < before:
+        why = f"less than {what}[{at - 1}] = {before}; expected a sequence that never decreases"
+    elif closed:
+        why = f"expected len(indices) = {last}"
+    else:
+        why = f"expected at most {last}"
+    return target.refuse(GradientIndexError, f"{what}[{at}] is {got}, {why}")
 
 
 def _refuse_offsets(what: str, offsets: NDArray[Any], last: int, target: Target) -> NoReturn:
     """Say where offsets do not start at 0, decrease, or pass ``last``."""
-    if offsets[0] != 0:
-        raise target.refuse(GradientIndexError, f"{what}[0] is {offsets[0]}, expected 0")
-    if (offsets[1:] < offsets[:-1]).any():
-        at = int(np.flatnonzero(offsets[1:] < offsets[:-1])[0]) + 1
-        value, before = int(offsets[at]), int(offsets[at - 1])
-        if before > last:
-            at, value = at - 1, before
-        else:
-            raise target.refuse(
-                GradientIndexError,
-                f"{what}[{at}] is {value}, less than {what}[{at - 1}] = {before}; expected a sequence that "
-                "never decreases",
-            )
-        raise target.refuse(GradientIndexError, f"{what}[{at}] is {value}, expected at most {last}")
-    at = int(np.flatnonzero(offsets > last)[0])
-    raise target.refuse(GradientIndexError, f"{what}[{at}] is {offsets[at]}, expected at most {last}")
+    wrong = offsets > last
+    wrong[0] |= offsets[0] != 0
+    wrong[1:] |= offsets[1:] < offsets[:-1]
+    at = int(np.flatnonzero(wrong)[0])
+    before = int(offsets[at - 1]) if at else 0
+    raise offset_error(what, at, int(offsets[at]), before, last, False, target)
 
 
 def _check_csr(
     target: Target, what: str, indptr: Any, indices: Any, data: Any, exact: bool
 ) -> Compressed | Entries:
     """``exact``: the arrays hold what indptr names and no more. SciPy allows capacity beyond it."""
-    indptr = _integers(what + "indptr", indptr, target, target.rows + 1)
-    indices = _integers(what + "indices", indices, target)
-    data = _values(what + "data", data, target, None, "for each entry", matrix=False)
+    indptr = integers_of(what + "indptr", indptr, target, target.rows + 1)
+    indices = integers_of(what + "indices", indices, target)
+    data = values_of(what + "data", data, target, None, "for each entry", matrix=False)
     present, fall = count_rises_and_falls(indptr)
     if fall or indptr[0] != 0 or indptr[-1] > len(indices):
         _refuse_offsets(what + "indptr", indptr, len(indices), target)
@@ -504,7 +564,7 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | Compressed | Entries:
     rows, _, _ = _ids(what + "row", gradient.row, target)
     transposed = target._replace(rows=target.dim)
     columns, _, _ = _ids(what + "col", gradient.col, transposed, len(rows), "column")
-    data = _values(what + "data", gradient.data, target, len(rows), "for each entry", matrix=False)
+    data = values_of(what + "data", gradient.data, target, len(rows), "for each entry", matrix=False)
     return Entries(rows.astype(np.int64, copy=False) * target.dim + columns, data)
 
 

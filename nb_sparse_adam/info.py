@@ -77,6 +77,21 @@ def _mends_tbb() -> str:
     return f" (pip install tbb, and set LD_LIBRARY_PATH={os.path.join(sys.prefix, 'lib')})"
 
 
+def gpus() -> str:
+    """Say which GPUs numba-cuda finds, or why it finds none."""
+    reasons = unusable("cuda")
+    if reasons:
+        return f"none that is looked for: {install_command('cuda')}"
+    if numba.config.ENABLE_CUDASIM:
+        return "simulated: NUMBA_ENABLE_CUDASIM is set"
+    from numba import cuda
+
+    if not cuda.is_available():
+        return "none: " + (" ".join(str(cuda.cuda_error() or "").split()) or "no GPU that may be used")
+    names = [device.name for device in cuda.list_devices()]
+    return ", ".join(name.decode() if isinstance(name, bytes) else name for name in names)
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -99,7 +114,7 @@ def unusable(extra: str) -> list[str]:
     reasons = []
     for package in EXTRAS[extra]:
         try:
-            require(package, extra, extra)
+            require(package.replace("-", "_"), extra, extra)
         except MissingExtraError as error:
             reasons.append(f"{package}: {error.__cause__}")
         except Exception as error:  # noqa: BLE001  whatever a broken package does when it is imported
@@ -120,6 +135,7 @@ def report_lines() -> Iterator[str]:
     for name, reason in found.items():
         if reason is not None:
             yield f"{'':16} {name} cannot be loaded: {reason}{_mends_tbb() if name == 'tbb' else ''}"
+    yield f"{'GPUs':16} {gpus()}"
     yield f"{'kernel cache':16} {_cache_folder()}"
     for extra in EXTRAS:
         reasons = unusable(extra)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels, options
 from nb_sparse_adam.batching import Part
-from nb_sparse_adam.corrections import corrections
+from nb_sparse_adam.corrections import Corrections, corrections
 from nb_sparse_adam.errors import (
     GradientTypeError,
     OptionError,
@@ -24,7 +24,7 @@ from nb_sparse_adam.errors import (
     TableError,
     TableTypeError,
 )
-from nb_sparse_adam.gradients import Places, Target, check
+from nb_sparse_adam.gradients import HOST, Places, Target, check, on_gpu
 from nb_sparse_adam.kernels import Hyperparameters
 from nb_sparse_adam.mapped import StateFolder
 from nb_sparse_adam.planning import size_of
@@ -51,7 +51,9 @@ class SparseAdam:
     ----------
     tables : array or mapping of str to array
         Parameters, (rows, dim) or (n,), float32 or float64, C-contiguous and writeable: updated in place.
-        One array alone is called ``"table"``.
+        One array alone is called ``"table"``. NumPy arrays, or arrays on a GPU: numba's, CuPy's, torch's
+        tensors, anything with ``__cuda_array_interface__`` (package numba-cuda, extra ``cuda``). A table's
+        gradients are where the table is.
     lr : float, default 1e-3
         Learning rate, > 0 (0 is allowed later, for schedulers).
     betas : (float, float), default (0.9, 0.999)
@@ -76,6 +78,12 @@ class SparseAdam:
     num_threads : int, optional
         Threads for large steps. By default at most `numba.get_num_threads`, and fewer while the clock says
         that this is faster, beside other programs on the same cores. Results do not depend on it.
+    device_checks : {"immediate", "deferred", "off"}, default "immediate"
+        For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
+        anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is
+        refused, and all steps after it, write nothing, until the error is raised by a later `step` or by
+        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: a wild id overwrites
+        memory. Not with ``on_nonfinite="raise"``.
     state_dir : path, optional
         A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
         memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows
@@ -115,10 +123,12 @@ class SparseAdam:
     __slots__ = (
         "__weakref__",
         "_betas",
+        "_device_checks",
         "_eps",
         "_eps_hat",
         "_folder",
         "_for_kernels",
+        "_guard",
         "_lock",
         "_lr",
         "_maximize",
@@ -150,6 +160,7 @@ class SparseAdam:
         on_nonfinite: str = "raise",
         num_threads: int | None = None,
         state_dir: str | os.PathLike[str] | None = None,
+        device_checks: str = "immediate",
     ) -> None:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
         named = _named_tables(tables)
@@ -159,9 +170,11 @@ class SparseAdam:
                 undo.callback(self._folder.remove)
             zeros = None if self._folder is None else self._folder.zeros
             self._tables = {
-                name: TableState(name, table, self._step_counts, zeros) for name, table in named.items()
+                name: _new_table(name, table, self._step_counts, zeros) for name, table in named.items()
             }
             _refuse_overlap(self._tables)
+            self._guard = _new_guard(self._tables)
+            self._on_nonfinite, self._device_checks = "propagate", "immediate"
             self._news = News()
             self._places: Places | None = None
             for table in self._tables.values():
@@ -175,6 +188,7 @@ class SparseAdam:
             self.maximize = maximize
             self.on_nonfinite = on_nonfinite
             self.num_threads = num_threads
+            self.device_checks = device_checks
             undo.pop_all()
 
     def __repr__(self) -> str:
@@ -186,6 +200,11 @@ class SparseAdam:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._guard is not None:
+            raise TableError(
+                "an optimizer of tables on a GPU cannot be pickled or copied: save it with "
+                "nb_sparse_adam.checkpoint.save, or keep its state_dict(), which is on the host"
+            )
         tables = {name: table.param for name, table in self._tables.items()}
         return _rebuild, (tables, self._options(), self.num_threads, self.state_dict())
 
@@ -243,7 +262,9 @@ class SparseAdam:
 
     @on_nonfinite.setter
     def on_nonfinite(self, value: str) -> None:
-        self._set(_on_nonfinite=options.choice("on_nonfinite", value, options.ON_NONFINITE))
+        value = options.choice("on_nonfinite", value, options.ON_NONFINITE)
+        _refuse_unseen(value, self._device_checks)
+        self._set(_on_nonfinite=value)
 
     @property
     def num_threads(self) -> int | None:
@@ -252,7 +273,30 @@ class SparseAdam:
 
     @num_threads.setter
     def num_threads(self, value: int | None) -> None:
-        self._set(_num_threads=options.threads(value))
+        value = options.threads(value)
+        if value is not None and all(table.on_gpu for table in self._tables.values()):
+            raise OptionError(
+                f"num_threads is {value}, expected None: all tables are on a GPU, with threads of its own"
+            )
+        self._set(_num_threads=value)
+
+    @property
+    def device_checks(self) -> str:
+        """When gradients of tables on a GPU are checked, and who waits; settable between steps."""
+        return self._device_checks
+
+    @device_checks.setter
+    def device_checks(self, value: str) -> None:
+        value = options.choice("device_checks", value, options.DEVICE_CHECKS)
+        if value != "immediate" and self._guard is None:
+            raise OptionError(
+                f"device_checks is {value!r}, expected 'immediate': no table is on a GPU, and what is on the "
+                "host is always checked"
+            )
+        _refuse_unseen(self._on_nonfinite, value)
+        if self._device_checks != "immediate":
+            self.synchronize()
+        self._set(_device_checks=value)
 
     @property
     def step_counts(self) -> str:
@@ -271,16 +315,20 @@ class SparseAdam:
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in options.SAVED}
 
+    def _constants(self) -> Hyperparameters:
+        (beta1, beta2), sign = self._betas, -1 if self._maximize else 1
+        return Hyperparameters(beta1, 1 - beta1, beta2, 1 - beta2, self._lr, self._eps, sign)
+
+    def _corrections(self, table: TableState) -> Corrections:
+        return corrections(*self._betas, self._eps_hat, table.dtype)
+
     def _arrays_for_kernels(self, table: TableState, check: bool) -> kernels.Table:
         """What kernels need to know of a table; kept until an option or the table's memory changes."""
         arrays, made = self._for_kernels.get((table.name, check), (None, None))
         if made is None or arrays is not table.arrays:
             arrays = table.arrays
-            beta1, beta2 = self._betas
-            known = corrections(beta1, beta2, self._eps_hat, table.dtype)
-            constants = Hyperparameters(
-                beta1, 1 - beta1, beta2, 1 - beta2, self._lr, self._eps, -1 if self._maximize else 1
-            )
+            known = self._corrections(table)
+            constants = self._constants()
             settings = kernels.Settings(
                 moment_stride=arrays.moment_stride,
                 count_stride=arrays.count_stride,
@@ -304,7 +352,7 @@ class SparseAdam:
 
     # --- steps --------------------------------------------------------------------------------------------
 
-    def step(self, gradient: Any) -> None:
+    def step(self, gradient: Any, *, stream: Any = None) -> None:
         """Update the tables with one gradient, or with one for each of several tables.
 
         Parameters
@@ -313,6 +361,10 @@ class SparseAdam:
             A `RowGradient`, `BagGradient`, `CSRGradient`, or scipy.sparse CSR, CSC or COO array or matrix of
             the table's shape. With a mapping, the tables named in it are updated and the others are not
             touched, their counts included.
+        stream : optional
+            For tables on a GPU: the stream to run on, of numba's, CuPy's or torch's, or its address. By
+            default the one that the gradient's arrays are ready on: torch's current one for torch's tensors,
+            what their interface says for others, else the default stream.
 
         Raises
         ------
@@ -329,15 +381,23 @@ class SparseAdam:
         gradient gives the same bits on any number of threads. Python threads that step one optimizer take
         turns. An interrupt that comes after the first write is raised when all tables have been updated.
         """
-        with self._lock:
-            finish(prepare(self._parts(gradient)))
+        if self._guard is None:
+            with self._lock:
+                finish(prepare(self._parts(gradient, stream)))
+        else:
+            with _stepping([self]):
+                finish(prepare(self._parts(gradient, stream)))
 
-    def _parts(self, gradient: Any) -> list[Part]:
+    def _parts(self, gradient: Any, stream: Any = None) -> list[Any]:
         """Check a step's gradients."""
         if self._folder is not None:
             self._folder.check_process()
         named = self._named_gradients(gradient)
-        return [self._check(self._tables[name], given) for name, given in named.items()]
+        if stream is not None and not any(self._tables[name].on_gpu for name in named):
+            raise OptionError("step got a stream, expected None: none of the tables in it is on a GPU")
+        if self._guard is not None and self._device_checks != "immediate":
+            self._guard.raise_what_is_known()
+        return [self._check(self._tables[name], given, stream) for name, given in named.items()]
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -354,13 +414,23 @@ class SparseAdam:
                 raise TableError(f"step got a gradient for table {name!r}, expected one of {names}")
         return gradient
 
-    def _check(self, table: TableState, gradient: Any) -> Part:
+    def _check(self, table: TableState, gradient: Any, stream: Any) -> Any:
+        if table.on_gpu:
+            from nb_sparse_adam.cuda.steps import part_of
+            from nb_sparse_adam.cuda.table import DeviceTable
+
+            assert isinstance(table, DeviceTable)
+            return part_of(
+                table, gradient, self._guard, self._on_nonfinite, self._device_checks, stream,
+                self._constants(), self._corrections(table),
+            )  # fmt: skip
         start = time.perf_counter()
         table.check_writeable()
         if self._places is None or self._news.memory:
             self._news.memory = False
-            self._places = Places([array for other in self._tables.values() for array in other.memory])
-        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._places)
+            tables = [other for other in self._tables.values() if not other.on_gpu]
+            self._places = Places([array for other in tables for array in other.memory])
+        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._places, HOST)
         checked = check(gradient, target)
         size, for_kernels = size_of(checked, target), self._arrays_for_kernels
         seconds = time.perf_counter() - start
@@ -410,6 +480,11 @@ class SparseAdam:
         """
         with self._lock:
             table = self._table_named(name)
+            if table.on_gpu:
+                raise TableError(
+                    f"kernel_table of table {table.name!r}, which is on a GPU: expected one in the memory of "
+                    "the host, where @njit functions run. Use step"
+                )
             if self._on_nonfinite == "raise":
                 raise OptionError(
                     "kernel_table with on_nonfinite='raise': a loop that has begun to write cannot refuse a "
@@ -436,7 +511,7 @@ class SparseAdam:
     @property
     def tables(self) -> Mapping[str, NDArray[Any]]:
         """The parameter tables by name: the arrays that were given."""
-        return MappingProxyType({name: table.param for name, table in self._tables.items()})
+        return MappingProxyType({name: table.given for name, table in self._tables.items()})
 
     @property
     def state(self) -> Mapping[str, TableState]:
@@ -447,6 +522,19 @@ class SparseAdam:
     def skipped_rows(self) -> Mapping[str, int]:
         """For each table, how often a row was left out of a step by ``on_nonfinite="skip"``."""
         return MappingProxyType({name: table.skipped_rows for name, table in self._tables.items()})
+
+    def synchronize(self) -> None:
+        """Wait until all steps on a GPU are done; with tables of the host there is nothing to wait for.
+
+        Raises
+        ------
+        GradientError
+            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
+            after it, have changed nothing; the next one is a new beginning.
+        """
+        with self._lock:
+            if self._guard is not None:
+                self._guard.raise_what_is_wrong()
 
     def flush(self) -> None:
         """Write to their files what steps have changed in `state_dir`, and in tables that are ``np.memmap``.
@@ -471,6 +559,7 @@ class SparseAdam:
             "skipped_rows"}}}``: arrays of the shapes of `state`, copied.
         """
         with self._lock:
+            self.synchronize()
             return {
                 "version": STATE_VERSION,
                 "options": self._options(),
@@ -493,6 +582,7 @@ class SparseAdam:
         given_options, given_tables = _check_state_dict(state_dict, self._tables)
         values = options.check_saved(given_options, self._dtypes(), self._step_counts)
         with self._lock:
+            self.synchronize()
             loads: list[Callable[[], None]] = [
                 table.check_load(given_tables[name]) for name, table in self._tables.items()
             ]
@@ -516,10 +606,65 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     """
     if len({id(optimizer) for optimizer, _ in steps}) != len(steps):
         raise OptionError("step_together got an optimizer twice, expected each of them once")
-    with ExitStack() as locks:
-        for optimizer in sorted((optimizer for optimizer, _ in steps), key=id):  # one order: no deadlock
-            locks.enter_context(optimizer._lock)
+    with _stepping([optimizer for optimizer, _ in steps]):
         finish(prepare([part for optimizer, gradient in steps for part in optimizer._parts(gradient)]))
+
+
+def _new_table(name: str, table: Any, step_counts: str, zeros: Any) -> TableState:
+    if not on_gpu(table):
+        return TableState(name, table, step_counts, zeros)
+    if zeros is not None:
+        raise OptionError(
+            f"state_dir with table {name!r}, which is on a GPU: expected tables in the memory of the host, "
+            "whose state can be mapped from files"
+        )
+    from nb_sparse_adam.cuda.table import DeviceTable
+
+    return DeviceTable(name, table, step_counts)
+
+
+def _new_guard(tables: Mapping[str, TableState]) -> Any:
+    """What the tables on a GPU share; None if there are none."""
+    found: list[Any] = [table for table in tables.values() if table.on_gpu]
+    if not found:
+        return None
+    if len({table.ordinal for table in found}) > 1:
+        places = ", ".join(f"{table.name!r} on GPU {table.ordinal}" for table in found)
+        raise TableError(f"got tables on several GPUs ({places}), expected one: use an optimizer for each")
+    from nb_sparse_adam.cuda.guard import Guard
+
+    guard = Guard(found[0].ordinal)
+    guard.tables = found
+    return guard
+
+
+def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
+    if device_checks == "off" and on_nonfinite == "raise":
+        raise OptionError(
+            "device_checks='off' with on_nonfinite='raise': nobody would see that a gradient is refused; set "
+            "on_nonfinite to 'skip', which leaves out rows without telling the host, or to 'propagate'"
+        )
+
+
+@contextmanager
+def _stepping(optimizers: Sequence[SparseAdam]) -> Iterator[None]:
+    """Let no other Python thread step these optimizers."""
+    with ExitStack() as locks:
+        for optimizer in sorted(optimizers, key=id):  # one order: no deadlock
+            locks.enter_context(optimizer._lock)
+        on_gpu = [optimizer for optimizer in optimizers if optimizer._guard is not None]
+        if any(optimizer._guard.stepping for optimizer in on_gpu):
+            raise TableError(
+                "step of tables on a GPU within a step of the same tables, as a signal handler may call it: "
+                "they have one memory to work in. Set a flag there, and step when the step is done"
+            )
+        try:
+            for optimizer in on_gpu:
+                optimizer._guard.stepping = True
+            yield
+        finally:
+            for optimizer in on_gpu:
+                optimizer._guard.stepping = False
 
 
 def _named_tables(tables: Any) -> Mapping[str, Any]:
@@ -537,7 +682,7 @@ def _refuse_overlap(tables: Mapping[str, TableState]) -> None:
     seen: list[TableState] = []
     for table in tables.values():
         for other in seen:
-            if np.may_share_memory(table.param, other.param):
+            if table.overlaps(other):
                 raise TableError(
                     f"tables {other.name!r} and {table.name!r} share memory, expected separate arrays: each "
                     "would undo the other's update. Give every table once"

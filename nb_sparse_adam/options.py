@@ -14,6 +14,7 @@ from nb_sparse_adam.threads import max_threads
 
 STEP_COUNTS = ("element", "row", "global")
 ON_NONFINITE = ("raise", "skip", "propagate")
+DEVICE_CHECKS = ("immediate", "deferred", "off")
 # What a state dict holds.
 SAVED = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite")
 

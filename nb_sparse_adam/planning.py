@@ -18,7 +18,17 @@ from nb_sparse_adam.gradients import Entries, Rows, Target
 from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
 from nb_sparse_adam.threads import Crew, team
 
-__all__ = ["Work", "dtypes_of", "largest_of_rows", "plan", "rehearsed", "size_of"]
+__all__ = [
+    "Work",
+    "dtypes_of",
+    "largest_of_rows",
+    "nonfinite_error",
+    "overflow_error",
+    "plan",
+    "rehearsed",
+    "size_of",
+    "too_many_bits",
+]
 
 
 class Work(NamedTuple):
@@ -136,7 +146,7 @@ def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, crew: Cre
     if check and on_nonfinite == "raise":
         at = int(kernels.first_poisoned_row(rows.values))
         if at >= 0:
-            raise _overflow(target, int(rows.ids[at]), 1)
+            raise overflow_error(target, int(rows.ids[at]), 1)
         check = False
     kernel = kernels.rows_serial if crew.parts == 1 else kernels.rows_parallel
     scratch = _scratch(crew.parts, target.dim, target.dtype)
@@ -154,7 +164,7 @@ def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, crew: Crew, bu
         at = int(kernels.first_poisoned_segment(segments, scratch))
         if at >= 0:
             start, end = (int(x) for x in segments.starts[at : at + 2])
-            raise _overflow(target, int(segments.packed[start] >> segments.row_shift), end - start)
+            raise overflow_error(target, int(segments.packed[start] >> segments.row_shift), end - start)
         check = False
     bounds = np.empty(crew.parts + 1, np.int64)
     cut_evenly(segments.starts, 4, kernels.BLOCK, len(segments.long) > 0, bounds)
@@ -171,7 +181,7 @@ def _group(
     payload = None if rows.per_id else rows.offsets
     grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, crew, memory)
     if grouping is None:
-        raise _too_many_bits(target, n)
+        raise too_many_bits(target, n)
     source = grouping.spare
     if rows.per_id:
         fill_bags(rows.offsets, source)
@@ -209,7 +219,8 @@ def _room_for_sums(spare: NDArray[Any], shape: tuple[int, int], dtype: np.dtype[
     return unused[start : start + size].view(dtype).reshape(shape)
 
 
-def _too_many_bits(target: Target, n: int) -> GradientError:
+def too_many_bits(target: Target, n: int) -> GradientError:
+    """Say that ids cannot be packed."""
     return target.refuse(
         GradientError,
         f"{n} ids or entries into a table of {target.rows} rows of {target.dim} cannot be grouped: a "
@@ -233,7 +244,7 @@ def _plan_csr(checked: kernels.Compressed | Entries, target: Target, on_nonfinit
         at = int(kernels.first_poisoned_row(data.reshape(-1, 1)))
         if at >= 0:
             row = int(np.searchsorted(indptr, at, side="right")) - 1
-            raise _overflow(target, int(rows[row]), 1)
+            raise overflow_error(target, int(rows[row]), 1)
         check = False
     bounds = _cut_csr(indptr, crew.parts)
     kernel = kernels.csr_serial if crew.parts == 1 else kernels.csr_parallel
@@ -279,15 +290,21 @@ def _largest(what: str, values: NDArray[Any], target: Target, on_nonfinite: str,
 
 def _refuse_nonfinite(what: str, values: NDArray[Any], target: Target) -> None:
     at = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    raise nonfinite_error(what, at, float(values[at]), target)
+
+
+def nonfinite_error(what: str, at: tuple[int, ...], got: float, target: Target) -> GradientError:
+    """Say which value is not finite; ``at`` has its row, and its place in it."""
     where = ", ".join(map(str, at[:1] if target.ndim == 1 else at))
-    raise target.refuse(
+    return target.refuse(
         NonFiniteGradientError,
-        f"{what}[{where}] is {values[at]} as {target.dtype}, expected a finite number; nothing was updated. "
+        f"{what}[{where}] is {got} as {target.dtype}, expected a finite number; nothing was updated. "
         "on_nonfinite='skip' leaves out the rows that receive one, 'propagate' lets it through",
     )
 
 
-def _overflow(target: Target, row: int, ids: int) -> NonFiniteGradientError:
+def overflow_error(target: Target, row: int, ids: int) -> NonFiniteGradientError:
+    """Say of which row the sum over some ids is too large."""
     return NonFiniteGradientError(
         f"gradient of table {target.name!r}: the gradient of row {row}, "
         + (f"a sum over {ids} ids, " if ids > 1 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from nb_sparse_adam import kernels
 from nb_sparse_adam.batching import BatchWork, Part, choose, plan_batch
@@ -29,6 +30,11 @@ class Run:
     def done(self) -> bool:
         """Whether its kernel has run: all of it, or nothing."""
         return self.goal is not None and int(self.table.totals[0]) >= self.goal
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether it cannot be said that nothing has been written."""
+        return self.done
 
     def __call__(self) -> None:
         """Run its kernel."""
@@ -55,14 +61,28 @@ class _OfBatches(threading.local):
 _of_batches = _OfBatches()  # of each Python thread
 
 
-def prepare(parts: Sequence[Part]) -> list[Run]:
+def prepare(parts: Sequence[Any]) -> list[Any]:
     """Prepare a step of one table or several, up to the first write.
+
+    Parameters
+    ----------
+    parts : sequence of Part or DevicePart
 
     Raises
     ------
     GradientError
         As `SparseAdam.step`; nothing has been written then.
     """
+    on_gpu = [part for part in parts if part.table.on_gpu]
+    if not on_gpu:
+        return _prepare_on_host(parts)
+    from nb_sparse_adam.cuda import steps
+
+    on_host = [part for part in parts if not part.table.on_gpu]
+    return [*_prepare_on_host(on_host), *steps.prepare(on_gpu, waits=bool(on_host))]
+
+
+def _prepare_on_host(parts: Sequence[Part]) -> list[Any]:
     if len(parts) == 1:
         return [_prepare_one(parts[0])]
     for part in parts:  # before batches are chosen by the dtypes of their counts
@@ -98,14 +118,17 @@ def _prepare_batch(parts: Sequence[Part]) -> Run:
     return run
 
 
-def finish(runs: Sequence[Run]) -> None:
+def finish(runs: Sequence[Any]) -> None:
     """Do the work of a step that has been prepared."""
-    run_all(runs)
-    for run in runs:
-        run.close()
+    try:
+        run_all(runs)
+    finally:  # an interrupt is raised when everything has been written
+        for run in runs:
+            if run.may_have_run:
+                run.close()
 
 
-def run_all(runs: Sequence[Run]) -> None:
+def run_all(runs: Sequence[Any]) -> None:
     """Run every kernel exactly once, whatever Python exception comes in between.
 
     A kernel is one native call that counts itself as done before it returns, so that a signal handler's
@@ -123,7 +146,7 @@ def run_all(runs: Sequence[Run]) -> None:
             break
         except BaseException as error:
             interrupt = error
-            if not any(run.done for run in runs):
+            if not any(run.may_have_run for run in runs):
                 raise
     if interrupt is not None:
         raise interrupt

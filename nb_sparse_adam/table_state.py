@@ -58,14 +58,17 @@ class TableState:
     speed of updates at random rows and makes 2 MB the grain of what a touched row occupies.
     """
 
+    on_gpu = False
+
     def __init__(self, name: str, param: Any, step_counts: str, zeros: Zeros | None = None) -> None:
         self.name = name
-        self.param = _check_table(name, param)
+        self.given = param
+        self.param = self._check_table(name, param)
         self.mode = MODES[step_counts]
-        self.rows: int = len(param)
-        self.dim: int = param.shape[1] if param.ndim == 2 else 1
+        self.rows: int = self.param.shape[0]
+        self.dim: int = self.param.shape[1] if self.param.ndim == 2 else 1
         self._zeros = _zeros if zeros is None else zeros
-        self.arrays = _allocate(np.asarray(param).reshape(self.rows, self.dim), self.mode, self._zeros)
+        self.arrays = self._allocate()
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
         self.buffers = Buffers()
         self.paces = Paces()
@@ -76,15 +79,27 @@ class TableState:
     def __repr__(self) -> str:
         return f"TableState({self.name!r}, {self.shape} {self.dtype}, steps {self.steps.dtype})"
 
+    def _check_table(self, name: str, param: Any) -> Any:
+        return _check_table(name, param)
+
+    def _allocate(self) -> TableArrays:
+        param = np.asarray(self.param).reshape(self.rows, self.dim)
+        return _allocate(param, self.mode, self._zeros)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter table."""
-        return self.param.shape
+        return tuple(self.param.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the parameter table and of its moments."""
-        return self.param.dtype
+        return self.param.dtype  # type: ignore[no-any-return]
+
+    @property
+    def shape_of_steps(self) -> tuple[int, ...]:
+        """Shape of `steps`."""
+        return {ELEMENT: self.shape, ROW: self.shape[:1], GLOBAL: ()}[self.mode]
 
     @property
     def memory(self) -> tuple[NDArray[Any], ...]:
@@ -133,6 +148,10 @@ class TableState:
         moment = self._moments(which)
         return _read_only(moment[:, 0] if self.param.ndim == 1 else moment)
 
+    def overlaps(self, other: TableState) -> bool:
+        """Whether two tables share memory."""
+        return not other.on_gpu and bool(np.may_share_memory(self.param, other.param))
+
     def check_writeable(self) -> None:
         """Refuse a table that its owner has made read-only since: our view of it would not know."""
         if not self.param.flags.writeable:
@@ -142,12 +161,20 @@ class TableState:
         """Widen the counts before one of them could overflow. Changes no value."""
         if self.arrays.counts.dtype == np.int32:
             if self._highest_count >= MAX_INT32:
-                self._highest_count = int(self._counts().max(initial=0))
+                self._highest_count = self._find_highest()
             if self._highest_count >= MAX_INT32:
-                narrow = self._counts()
-                self._set_counts(self._zeros(narrow.size, np.dtype(np.int64)).reshape(narrow.shape))
-                self._counts()[...] = narrow
+                self._widen()
         self._highest_count += 1
+
+    def _find_highest(self) -> int:
+        """Look at all counts for the highest."""
+        return int(self._counts().max(initial=0))
+
+    def _widen(self) -> None:
+        """Go on with counts of 64 bits."""
+        narrow = self._counts()
+        self._set_counts(self._zeros(narrow.size, np.dtype(np.int64)).reshape(narrow.shape))
+        self._counts()[...] = narrow
 
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
         """Go on with wider counts, in memory of their own."""
@@ -171,6 +198,14 @@ class TableState:
             "skipped_rows": self.skipped_rows,
         }
 
+    def arrays_to_save(self) -> dict[str, Any]:
+        """Give all arrays, the parameters first; to be read piece by piece."""
+        return {name: getattr(self, name) for name in ("param", "exp_avg", "exp_avg_sq", "steps")}
+
+    def param_to_load(self) -> Any:
+        """Give the parameters, to be filled piece by piece."""
+        return self.param
+
     def arrays_to_load(self, steps: np.dtype[Any]) -> dict[str, NDArray[Any]]:
         """Give exp_avg, exp_avg_sq and steps, writeable, to be filled piece by piece; then call `loaded`.
 
@@ -190,8 +225,11 @@ class TableState:
 
     def loaded(self, skipped_rows: int) -> None:
         """Take note that all arrays have been filled."""
-        self.totals[1] = skipped_rows
-        self._highest_count = int(self._counts().max(initial=0))
+        self._set_skipped_rows(skipped_rows)
+        self._highest_count = self._find_highest()
+
+    def _set_skipped_rows(self, number: int) -> None:
+        self.totals[1] = number
 
     def check_load(self, given: Any) -> Callable[[], None]:
         """Check its part of a state dict; return what loads it, and cannot fail."""
@@ -209,34 +247,41 @@ class TableState:
                     f"{self.dtype}"
                 )
         steps = arrays["steps"]
-        if steps.shape != self.steps.shape or steps.dtype not in (np.int32, np.int64):
+        if steps.shape != self.shape_of_steps or steps.dtype not in (np.int32, np.int64):
             raise StateError(
-                f"{where}: steps is {steps.shape} {steps.dtype}, expected {self.steps.shape} int32 or int64"
+                f"{where}: steps is {steps.shape} {steps.dtype}, expected {self.shape_of_steps} int32 or "
+                "int64"
             )
         _refuse_negative(f"{where}: steps", steps)
         _refuse_negative(f"{where}: exp_avg_sq", arrays["exp_avg_sq"])
         skipped = given["skipped_rows"]
         if isinstance(skipped, bool) or not isinstance(skipped, (int, np.integer)) or skipped < 0:
             raise StateError(f"{where}: skipped_rows is {skipped!r}, expected an integer >= 0")
+        fill = self._filling(steps, arrays["exp_avg"], arrays["exp_avg_sq"])
         highest = int(steps.max(initial=0))
-        wider = None
-        if highest > np.iinfo(self.arrays.counts.dtype).max:
-            wider = np.empty(_shape_of_counts(self.rows, self.dim, self.mode), np.int64)
-        moments = [
-            moment.reshape(self.rows, self.dim) for moment in (arrays["exp_avg"], arrays["exp_avg_sq"])
-        ]
 
         def load() -> None:
+            fill()
+            self._set_skipped_rows(int(skipped))
+            self._highest_count = highest
+
+        return load
+
+    def _filling(self, steps: NDArray[Any], *moments: NDArray[Any]) -> Callable[[], None]:
+        """Allocate what is needed to take over counts and moments; return what does it, and cannot fail."""
+        wider = None
+        if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
+            wider = np.empty(_shape_of_counts(self.rows, self.dim, self.mode), np.int64)
+
+        def fill() -> None:
             if wider is not None:
                 self._set_counts(wider)
             counts = self._counts()
             counts[...] = steps.reshape(counts.shape)
             for which, moment in enumerate(moments):
-                self._moments(which)[...] = moment
-            self.totals[1] = skipped
-            self._highest_count = highest
+                self._moments(which)[...] = moment.reshape(self.rows, self.dim)
 
-        return load
+        return fill
 
 
 def _shape_of_counts(rows: int, dim: int, mode: int) -> tuple[int, int]:

@@ -4,9 +4,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from backends import CPU, host
 
 STEP_COUNTS = ("element", "row", "global")
-OPTIONS = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite", "num_threads")
+OPTIONS = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite")
+OPTIONS += ("num_threads", "device_checks")
 
 
 def named(tables):
@@ -15,7 +17,7 @@ def named(tables):
 
 def bits(array):
     """The array's bits as unsigned integers: NaN equals itself, and -0.0 is not 0.0."""
-    array = np.array(array, order="C")  # a copy
+    array = np.array(host(array), order="C")  # a copy
     return array.view(np.dtype(f"u{array.itemsize}"))
 
 
@@ -61,7 +63,7 @@ def refused(error, builtin, *words, opt=None, tables=None):
         assert options_of(opt) == before[1]
 
 
-def step_beside_oracle(opt, tables, oracle, gradients):
+def step_beside_oracle(opt, tables, oracle, gradients, backend=CPU):
     """One step of both. ``gradients`` is ``{table name: drawn gradient}``, as ``strategies`` draws them.
 
     Asserts that both have the same numbers, that what the oracle did not write kept its bits, and that the
@@ -69,6 +71,7 @@ def step_beside_oracle(opt, tables, oracle, gradients):
     """
     __tracebackhide__ = True
     tables = named(tables)
+    gradients = {name: backend.drawn(gradient) for name, gradient in gradients.items()}
     before = state_bits(opt, tables)
     given_before = {name: [bits(array) for array in gradient.arrays] for name, gradient in gradients.items()}
     written = oracle.step({name: oracle.sums(g.form, g.arguments, name) for name, g in gradients.items()})
@@ -76,8 +79,8 @@ def step_beside_oracle(opt, tables, oracle, gradients):
     after = state_bits(opt, tables)
     for name, table in tables.items():
         expected, state = oracle.tables[name], opt.state[name]
-        expected.assert_close(table, state.exp_avg, state.exp_avg_sq)
-        np.testing.assert_array_equal(state.steps, expected.steps)
+        expected.assert_close(host(table), host(state.exp_avg), host(state.exp_avg_sq))
+        np.testing.assert_array_equal(host(state.steps), expected.steps)
         assert state.steps.shape == expected.steps.shape
         assert opt.skipped_rows[name] == expected.skipped_rows
         untouched = ~written.get(name, np.zeros(table.shape, bool))

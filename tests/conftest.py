@@ -1,13 +1,18 @@
-"""Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone."""
+"""Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone.
+
+Tests marked `gpu` are of tables on a GPU. They run on numba's simulator of one, wherever numba-cuda is; with
+``-m gpu`` on a real one.
+"""
 
 import os
+import sys
+from importlib.util import find_spec
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("checks", "oracle")
+pytest.register_assert_rewrite("backends", "checks", "oracle")
 
 # The first example of a test compiles kernels for seconds: no deadline, and slowness says nothing.
 shared = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,18 +21,71 @@ settings.register_profile("ci", shared, max_examples=50, derandomize=True, datab
 settings.register_profile("thorough", shared, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-if numba.config.DISABLE_JIT:
-    # Interpreted kernels compute with NumPy's scalars, which warn where compiled code is silent.
-    np.seterr(over="ignore", invalid="ignore", divide="ignore")
+# A thread of the simulated GPU computes with NumPy's scalars, under the error state that threads start with.
+SIMULATED_WARNINGS = "ignore:.* encountered in (scalar|cast):RuntimeWarning"
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="repeat what is tried at random much more often")
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    import numba  # reads the variable when it is imported
+
+    if numba.config.ENABLE_CUDASIM and find_spec("numba_cuda") is not None:
+        import simulator
+
+        simulator.repair()
+    if numba.config.DISABLE_JIT:
+        # Interpreted kernels compute with NumPy's scalars, which warn where compiled code is silent.
+        np.seterr(over="ignore", invalid="ignore", divide="ignore")
+
+
+def pytest_collection_modifyitems(items):
+    import numba
+
+    if numba.config.ENABLE_CUDASIM:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.filterwarnings(SIMULATED_WARNINGS))
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_or_its_simulator(request):
+    """What tests marked `gpu` need."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import numba
+
+    if find_spec("numba_cuda") is None:
+        pytest.skip('no numba-cuda: pip install "nb-sparse-adam[test,cuda]"')
+    if not numba.config.ENABLE_CUDASIM and request.config.option.markexpr != "gpu":
+        pytest.skip(
+            "NUMBA_ENABLE_CUDASIM=0: tests of the extra `cuda` run on the simulator, or with -m gpu on a GPU"
+        )
+    before = sys.getswitchinterval()
+    if numba.config.ENABLE_CUDASIM:
+        sys.setswitchinterval(1e-4)  # a barrier takes some switches of each of its threads
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request, _a_gpu_or_its_simulator):
+    """Where tables are: one of `backends`."""
+    import backends
+
+    return backends.BACKENDS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def _numbas_threads_are_left_alone():
     """A promise of the library; and what a test leaves behind here is what the next one starts with."""
+    import numba
+
     before = numba.get_num_threads()
     yield
     after = numba.get_num_threads()

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+from backends import CPU, CUDA, Foreign, foreign, host
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -33,10 +34,10 @@ BUILTINS = {
 }
 
 
-def trained(step_counts="element", **options):
-    table = np.linspace(-1, 1, ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM)
+def trained(step_counts="element", backend=CPU, **options):
+    table = backend.table(np.linspace(-1, 1, ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM))
     opt = SparseAdam(table, step_counts=step_counts, **options)
-    opt.step(RowGradient(np.arange(ROWS), np.ones((ROWS, DIM))))
+    opt.step(backend.gradient(RowGradient(np.arange(ROWS), np.ones((ROWS, DIM)))))
     return opt, table
 
 
@@ -385,6 +386,71 @@ def test_propagate_does_not_turn_checks_of_ids_off(make, error, words):
         opt.step(make())
 
 
+# What a GPU is not given, or says in other words: there is more of a form on a host, and more to convert.
+OTHERWISE_ON_A_GPU = {
+    "row id that 64 bits would wrap": (GradientIndexError, ["RowGradient.rows[13] is -1"]),
+    "object rows": None,
+    "rows that are no array": (GradientTypeError, ["rows is a str in the memory of the host"]),
+    "object values": None,
+    "values that are no array": (GradientTypeError, ["values is a NoneType in the memory of the host"]),
+    "indptr before the end": (GradientIndexError, ["indptr[10] is 28, expected len(indices) = 30"]),
+    "matrix of another height": (GradientTypeError, ["CSC", "not offered on a GPU", "tocsr()"]),
+    "transposed matrix": (GradientTypeError, ["COO", "not offered on a GPU", "tocsr()"]),
+    "complex matrix": None,
+    "bool matrix": None,
+    "spoilt CSC row": None,
+    "spoilt CSC pointer": None,
+    "spoilt COO row": None,
+    "spoilt COO column": None,
+    **{name: (GradientTypeError, [name, "not offered", "tocsr()"]) for name in ("DOK", "LIL", "BSR", "DIA")},
+    "dense array": (GradientTypeError, ["dense", "RowGradient with the rows 0..len(g) - 1"]),
+    "COO without rows": (GradientTypeError, ["COO", "not offered on a GPU"]),
+    "masked values": (GradientTypeError, ["RowGradient.values is a MaskedArray in the memory of the host"]),
+}
+ON_A_GPU = [name for name in BAD_GRADIENTS if OTHERWISE_ON_A_GPU.get(name, ()) is not None]
+
+
+def in_words_of_a_gpu(message):
+    """What a CPU says, where a GPU takes matrices that are not scipy's, and no other forms of them."""
+    return message.replace(
+        "scipy.sparse CSR, CSC or COO array", "CSR matrix on the GPU, as CuPy has them"
+    ).replace("scipy.sparse", "sparse")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"on_nonfinite": "propagate", "device_checks": "deferred"}], ids=["immediate", "deferred"]
+)
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_a_gpu_refuses_bad_gradients_in_the_same_words(name, options):
+    make, error, words = BAD_GRADIENTS[name]
+    opt, table = trained(backend=CUDA, **options)
+    if name in OTHERWISE_ON_A_GPU:
+        error, words = OTHERWISE_ON_A_GPU[name]
+    with refused(error, BUILTINS[error], *words, opt=opt, tables=table) as caught:
+        opt.step(CUDA.gradient(make()))
+        opt.synchronize()
+    if name not in OTHERWISE_ON_A_GPU:
+        with pytest.raises(error) as on_cpu:
+            trained()[0].step(make())
+        assert str(caught.value) == in_words_of_a_gpu(str(on_cpu.value))
+    opt.step(CUDA.gradient(RowGradient(at(0), values())))
+    opt.synchronize()
+    assert host(opt.state["table"].steps)[0, 0] == 2
+
+
+def test_the_last_offset_is_refused_by_what_is_wrong_with_it(backend):
+    for offsets, words in (
+        ([0, 13, 21, 29], "BagGradient.offsets[3] is 29, expected len(indices) = 30"),
+        ([0, 13, 21, 31], "BagGradient.offsets[3] is 31, expected at most 30"),
+        ([0, 13, 21, -1], "BagGradient.offsets[3] is -1, less than BagGradient.offsets[2] = 21"),
+        ([0, 21, 13, 29], "BagGradient.offsets[2] is 13, less than BagGradient.offsets[1] = 21"),
+    ):
+        opt, table = trained(backend=backend)
+        with refused(GradientIndexError, IndexError, words, opt=opt, tables=table):
+            opt.step(backend.gradient(bags(offsets=offsets)))
+
+
 def test_the_helpers_above_make_good_gradients_where_nothing_is_spoilt():
     for good in (
         RowGradient(at(0), values()),
@@ -423,13 +489,13 @@ def pointers(length):
     return right | hnp.arrays(np.int64, st.integers(0, 6), elements=wild)
 
 
-def accepts(make):
+def accepts(make, backend=CPU):
     """Whether a step takes the gradient; if not, no bit has changed."""
-    table = np.ones((4, 3), np.float32)
+    table = backend.table(np.ones((4, 3), np.float32))
     opt = SparseAdam(table)
     before = state_bits(opt, table)
     try:
-        opt.step(make())
+        opt.step(backend.gradient(make()))
     except GradientError:
         assert_same_bits(state_bits(opt, table), before)
         return False
@@ -472,42 +538,65 @@ def test_bags_are_accepted_exactly_if_offsets_and_ids_are_valid(offsets, indices
     assert accepts(lambda: BagGradient(indices, offsets, np.ones((2, 3)))) == valid
 
 
+@pytest.mark.gpu
+@settings(max_examples=40)
+@given(
+    pointer=pointers(5),
+    short=pointers(3),
+    indices=wild_ids(4) | hnp.arrays(np.int64, st.integers(0, 4), elements=st.integers(0, 2)),
+)
+def test_a_gpu_accepts_what_a_cpu_accepts(pointer, short, indices):
+    for make in (
+        lambda: RowGradient(indices, np.ones((len(indices), 3))),
+        lambda: CSRGradient(pointer, indices, np.ones(len(indices))),
+        lambda: BagGradient(indices, short, np.ones((2, 3))),
+    ):
+        assert accepts(make, CUDA) == accepts(make)
+
+
 # Memory that is shared.
 
 
-def test_a_gradient_that_shares_memory_with_a_table_is_refused():
-    opt, table = trained()
-    ids = np.arange(ROWS)
+def test_a_gradient_that_shares_memory_with_a_table_is_refused(backend):
+    opt, table = trained(backend=backend)
+    ids, first, columns, pointer = map(
+        backend.array, (np.arange(ROWS), np.arange(3), np.arange(40) % DIM, np.arange(0, 41, 4))
+    )
     whole = table.ravel()
     integers = whole.view(np.int32)
-    for make in (
+    makes = [
         lambda: RowGradient(ids, table),
-        lambda: RowGradient(ids[:3], table[4:7]),
-        lambda: RowGradient(ids[:3], table[::-1][:3]),
-        lambda: RowGradient(integers[:2], values(2)),
-        lambda: CSRGradient(np.arange(0, 41, 4), np.arange(40) % DIM, whole),
-        lambda: sparse.csr_array((whole, np.arange(40) % DIM, np.arange(0, 41, 4)), shape=(ROWS, DIM)),
+        lambda: RowGradient(first, table[4:7]),
+        lambda: RowGradient(integers[:2], backend.array(values(2))),
+        lambda: CSRGradient(pointer, columns, whole),
         lambda: BagGradient(ids, ids, table),
-        lambda: BagGradient(ids, ids, values(ROWS), weights=whole[:ROWS]),
-    ):
+        lambda: BagGradient(ids, ids, backend.array(values(ROWS)), weights=whole[:ROWS]),
+    ]
+    if backend is CPU:
+        makes += [
+            lambda: RowGradient(first, table[::-1][:3]),
+            lambda: sparse.csr_array((whole, columns, pointer), shape=(ROWS, DIM)),
+        ]
+    for make in makes:
         with refused(GradientError, ValueError, "memory", "copy", opt=opt, tables=table):
             opt.step(make())
 
 
-def test_a_gradient_that_shares_memory_with_another_table_of_the_step_is_refused():
+def test_a_gradient_that_shares_memory_with_another_table_of_the_step_is_refused(backend):
     tables = {"user": np.ones((ROWS, DIM), np.float32), "item": np.ones((ROWS, DIM), np.float32)}
+    tables = backend.table(tables)
     opt = SparseAdam(tables)
-    good = RowGradient(at(0), values())
-    shared = RowGradient(np.arange(ROWS), tables["user"])
+    good = backend.gradient(RowGradient(at(0), values()))
+    shared = RowGradient(backend.array(np.arange(ROWS)), tables["user"])
     with refused(GradientError, ValueError, "item", "memory", opt=opt, tables=tables):
         opt.step({"user": good, "item": shared})
 
 
-def test_a_gradient_that_shares_memory_with_the_state_is_refused():
-    opt, table = trained()
+def test_a_gradient_that_shares_memory_with_the_state_is_refused(backend):
+    opt, table = trained(backend=backend)
     for moment in (opt.state["table"].exp_avg, opt.state["table"].exp_avg_sq):
         with refused(GradientError, ValueError, "memory", opt=opt, tables=table):
-            opt.step(RowGradient(np.arange(ROWS), moment))
+            opt.step(RowGradient(backend.array(np.arange(ROWS)), moment))
 
 
 # Tables.
@@ -550,27 +639,52 @@ BAD_TABLES = {
 }
 
 
+OF_THE_HOST = {"list", "masked", "None", "number", "sparse matrix", "objects", "the other byte order"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in BAD_TABLES if name not in OF_THE_HOST])
+def test_a_table_that_cannot_be_updated_on_a_gpu_is_refused(name):
+    make, error, words = BAD_TABLES[name]
+    given = make()
+    if isinstance(given, dict):
+        given = {key: CUDA.array(array) for key, array in given.items()}
+    else:
+        given = foreign(given, read_only=not given.flags.writeable)
+    with refused(error, BUILTINS[error], *words):
+        SparseAdam(given)
+
+
 @pytest.mark.parametrize(("make", "error", "words"), BAD_TABLES.values(), ids=BAD_TABLES)
 def test_a_table_that_cannot_be_updated_is_refused(make, error, words):
     with refused(error, BUILTINS[error], *words):
         SparseAdam(make())
 
 
-def test_an_array_that_is_not_aligned_is_refused():
-    table = np.frombuffer(bytearray(65), np.uint8)[1:].view(np.float32).reshape(4, 4)
-    assert not table.flags.aligned
+def test_an_array_that_is_not_aligned_is_refused(backend):
+    array = np.frombuffer(bytearray(65), np.uint8)[1:].view(np.float32).reshape(4, 4)
+    assert not array.flags.aligned
+    table = array
+    if backend is CUDA:
+        memory = foreign(np.frombuffer(bytearray(65), np.uint8)[::1])
+        start, _ = memory.__cuda_array_interface__["data"]
+        about = {"shape": (4, 4), "strides": None, "typestr": "<f4", "data": (start + 1, False)}
+        table = Foreign(memory, memory.__cuda_array_interface__ | about)
+        opt, other = trained(backend=CUDA)
+        with refused(GradientError, ValueError, "values is not aligned", opt=opt, tables=other):
+            opt.step(RowGradient(CUDA.array(np.arange(4)), table))
     with refused(TableError, ValueError, "aligned"):
         SparseAdam(table)
 
 
-def test_one_table_under_two_names_is_refused():
-    table = np.ones((6, 4))
-    for second in (table, table[2:], table.view(), table.ravel()[20:]):
+def test_one_table_under_two_names_is_refused(backend):
+    table = backend.table(np.ones((6, 4)))
+    for second in (table, table[2:], table.view(np.float64), table.ravel()[20:]):
         with refused(TableError, ValueError, "user", "item", "memory"):
             SparseAdam({"user": table, "item": second})
     halves = {"user": table[:3], "item": table[3:]}  # side by side is fine
-    SparseAdam(halves).step({"item": RowGradient(np.array([0]), np.ones((1, 4)))})
-    assert ((table != 1).any(axis=1)).tolist() == [False, False, False, True, False, False]
+    SparseAdam(halves).step(backend.gradient({"item": RowGradient(np.array([0]), np.ones((1, 4)))}))
+    assert ((host(table) != 1).any(axis=1)).tolist() == [False, False, False, True, False, False]
 
 
 def test_a_table_that_became_read_only_is_refused():
@@ -634,8 +748,8 @@ def test_an_option_out_of_its_domain_is_refused_at_construction(options, error, 
 
 
 @pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
-def test_an_option_out_of_its_domain_is_refused_when_it_is_set(options, error, words):
-    opt, table = trained()
+def test_an_option_out_of_its_domain_is_refused_when_it_is_set(options, error, words, backend):
+    opt, table = trained(backend=backend)
     ((name, value),) = options.items()
     with refused(error, BUILTINS[error], *words, opt=opt, tables=table):
         setattr(opt, name, value)
@@ -671,24 +785,24 @@ def test_a_misspelt_option_is_refused():
 # Names.
 
 
-def test_a_step_of_an_unknown_table_is_refused():
-    tables = {"user": np.ones((ROWS, DIM)), "item": np.ones((ROWS, DIM))}
+def test_a_step_of_an_unknown_table_is_refused(backend):
+    tables = backend.table({"user": np.ones((ROWS, DIM)), "item": np.ones((ROWS, DIM))})
     opt = SparseAdam(tables)
-    good = RowGradient(at(0), values())
+    good = backend.gradient(RowGradient(at(0), values()))
     with refused(TableError, ValueError, "users", "user", "item", opt=opt, tables=tables):
         opt.step({"user": good, "users": good})
     with refused(TableError, ValueError, "3", "user", opt=opt, tables=tables):
         opt.step({"user": good, 3: good})
-    opt, table = trained()
+    opt, table = trained(backend=backend)
     with refused(TableError, ValueError, "user", "table", opt=opt, tables=table):
         opt.step({"user": good})
 
 
-def test_a_bare_gradient_for_several_tables_is_refused():
-    tables = {"user": np.ones((ROWS, DIM)), "item": np.ones((ROWS, DIM))}
+def test_a_bare_gradient_for_several_tables_is_refused(backend):
+    tables = backend.table({"user": np.ones((ROWS, DIM)), "item": np.ones((ROWS, DIM))})
     opt = SparseAdam(tables)
     with refused(GradientTypeError, TypeError, "user", "item", "RowGradient", opt=opt, tables=tables):
-        opt.step(RowGradient(at(0), values()))
+        opt.step(backend.gradient(RowGradient(at(0), values())))
 
 
 def test_state_of_an_unknown_table_is_a_key_error():

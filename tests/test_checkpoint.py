@@ -11,6 +11,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from backends import CPU, CUDA, host
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint, tensor_files
@@ -41,10 +42,12 @@ def gradient(k):
     }
 
 
-def trained(steps=5, **options):
-    opt = SparseAdam(tables(), **{"lr": 0.1, "on_nonfinite": "skip", "num_threads": 1, **options})
+def trained(steps=5, backend=CPU, **options):
+    if backend is CPU:
+        options["num_threads"] = 1
+    opt = SparseAdam(backend.table(tables()), **{"lr": 0.1, "on_nonfinite": "skip", **options})
     for k in range(steps):
-        opt.step(gradient(k))
+        opt.step(backend.gradient(gradient(k)))
     return opt
 
 
@@ -90,18 +93,54 @@ def test_training_goes_on_with_the_same_bits(step_counts, how, tmp_path, monkeyp
     assert opt.skipped_rows["user"] > 1
 
 
-def test_counts_beyond_int32_are_kept(tmp_path):
-    opt = trained(step_counts="row")
+@pytest.mark.gpu
+@pytest.mark.parametrize(("of", "to"), [(CPU, CUDA), (CUDA, CPU), (CUDA, CUDA)], ids=["to", "from", "on"])
+@pytest.mark.parametrize("step_counts", STEP_COUNTS)
+def test_so_it_does_on_a_gpu_and_from_a_host_to_a_gpu_and_back(step_counts, of, to, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PIECE", 100)
+    opt = trained(3, of, step_counts=step_counts, betas=(0.8, 0.95), maximize=True)
+    checkpoint.save(tmp_path, opt, EXTRA)
+    other = SparseAdam(to.table(tables()), step_counts=step_counts)
+    assert checkpoint.restore(tmp_path, other) == EXTRA
+    loaded, _ = checkpoint.load(tmp_path)
+    for each in (other, loaded):
+        assert_same(each, opt)
+    for k in (4, 5):
+        for each, backend in ((opt, of), (other, to), (loaded, CPU)):
+            each.step(backend.gradient(gradient(k)))
+    assert_same(other, opt)
+    assert_same(loaded, opt)
+    assert opt.skipped_rows["user"] == 2
+    checkpoint.save(tmp_path / "again", other)
+    assert_same(checkpoint.load(tmp_path / "again")[0], opt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("damage", ["a file is missing", "the last bit", "no manifest", "other counts"])
+def test_what_is_damaged_changes_nothing_on_a_gpu(damage, tmp_path):
+    opt = trained(1, CUDA)
+    checkpoint.save(tmp_path, opt)
+    opt.step(CUDA.gradient(gradient(1)))
+    damaging, message = DAMAGES[damage]
+    damaging(tmp_path)
+    with refused(CheckpointError, ValueError, opt=opt, tables=dict(opt.tables)) as caught:
+        checkpoint.restore(tmp_path, opt)
+    caught.match(message)
+
+
+def test_counts_beyond_int32_are_kept(tmp_path, backend):
+    opt = trained(2, backend, step_counts="row")
     state = opt.state_dict()
     state["tables"]["user"]["steps"] = np.full(50, 2**40)
     opt.load_state_dict(state)
     checkpoint.save(tmp_path, opt)
-    for other in (checkpoint.load(tmp_path)[0], SparseAdam(tables(), step_counts="row")):
+    fresh = SparseAdam(backend.table(tables()), step_counts="row")
+    for other, of_other in ((checkpoint.load(tmp_path)[0], CPU), (fresh, backend)):
         checkpoint.restore(tmp_path, other)
         assert other.state["user"].steps.dtype == np.int64
         assert_same(other, opt)
-        other.step({"user": gradient(0)["user"]})
-        assert other.state["user"].steps.max() == 2**40 + 1
+        other.step(of_other.gradient({"user": gradient(0)["user"]}))
+        assert host(other.state["user"].steps).max() == 2**40 + 1
 
 
 def test_the_package_safetensors_reads_the_files(saved):

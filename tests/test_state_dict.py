@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from backends import CPU, CUDA, host
 from checks import STEP_COUNTS, assert_same_bits, bits, refused, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam
@@ -20,34 +21,33 @@ OPTIONS = {
 }
 
 
-def fresh_tables():
-    return {"user": np.ones((6, 3), np.float32), "bias": np.ones(5, np.float64)}
+def fresh_tables(backend=CPU):
+    return backend.table({"user": np.ones((6, 3), np.float32), "bias": np.ones(5, np.float64)})
 
 
-def train(opt, steps, seed=0):
+def train(opt, steps, seed=0, backend=CPU):
     """Some steps, one row of each of which is skipped."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         values = rng.normal(size=(8, 3))
         values[rng.integers(8), 0] = np.nan
-        opt.step(
-            {
-                "user": RowGradient(rng.integers(0, 6, 8), values),
-                "bias": RowGradient(rng.integers(0, 5, 4), rng.normal(size=4)),
-            }
-        )
+        gradients = {
+            "user": RowGradient(rng.integers(0, 6, 8), values),
+            "bias": RowGradient(rng.integers(0, 5, 4), rng.normal(size=4)),
+        }
+        opt.step(backend.gradient(gradients))
 
 
-def trained(step_counts="element"):
-    tables = fresh_tables()
+def trained(step_counts="element", backend=CPU):
+    tables = fresh_tables(backend)
     opt = SparseAdam(tables, step_counts=step_counts, **OPTIONS)
-    train(opt, 3)
+    train(opt, 3, backend=backend)
     return opt, tables
 
 
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
-def test_a_state_dict_is_the_whole_state(step_counts):
-    opt, _ = trained(step_counts)
+def test_a_state_dict_is_the_whole_state(step_counts, backend):
+    opt, _ = trained(step_counts, backend)
     state = opt.state_dict()
     assert state.keys() == {"version", "options", "tables"}
     assert state["version"] == 1
@@ -61,17 +61,17 @@ def test_a_state_dict_is_the_whole_state(step_counts):
         for what in ("exp_avg", "exp_avg_sq", "steps"):
             assert type(saved[what]) is np.ndarray
             assert saved[what].dtype == getattr(live, what).dtype
-            np.testing.assert_array_equal(saved[what], getattr(live, what), strict=True)
+            np.testing.assert_array_equal(saved[what], host(getattr(live, what)), strict=True)
         assert saved["exp_avg"].any()
     assert state["tables"]["user"]["skipped_rows"] > 0
 
 
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
-def test_a_state_dict_is_a_copy_both_ways(step_counts):
-    opt, tables = trained(step_counts)
+def test_a_state_dict_is_a_copy_both_ways(step_counts, backend):
+    opt, tables = trained(step_counts, backend)
     state = opt.state_dict()
     kept = copy.deepcopy(state)
-    train(opt, 1, seed=1)
+    train(opt, 1, seed=1, backend=backend)
     assert_same_state(state, kept)  # steps do not reach it
     opt.load_state_dict(state)
     before = state_bits(opt, tables)
@@ -79,7 +79,7 @@ def test_a_state_dict_is_a_copy_both_ways(step_counts):
         saved["exp_avg"][...] = 7
         saved["steps"][...] = 7
     assert_same_bits(state_bits(opt, tables), before)
-    train(opt, 1, seed=1)
+    train(opt, 1, seed=1, backend=backend)
     assert (state["tables"]["user"]["exp_avg"] == 7).all()
 
 
@@ -91,30 +91,46 @@ def assert_same_state(got, expected):
             np.testing.assert_array_equal(bits(got["tables"][name][what]), bits(saved[what]))
 
 
+def from_one_to_the_other():
+    """Each pair of backends; a state dict is no one's."""
+    gpu = pytest.mark.gpu
+    return pytest.mark.parametrize(
+        ("backend", "of_again"),
+        [
+            (CPU, CPU),
+            pytest.param(CPU, CUDA, marks=gpu),
+            pytest.param(CUDA, CPU, marks=gpu),
+            pytest.param(CUDA, CUDA, marks=gpu),
+        ],
+        ids=lambda backend: backend.name,
+    )
+
+
+@from_one_to_the_other()
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
-def test_training_continues_with_the_bits_of_an_uninterrupted_run(step_counts):
-    opt, tables = trained(step_counts)
+def test_training_continues_with_the_bits_of_an_uninterrupted_run(step_counts, backend, of_again):
+    opt, tables = trained(step_counts, backend)
     state = pickle.loads(pickle.dumps(opt.state_dict()))
-    restored = {name: table.copy() for name, table in tables.items()}
+    restored = of_again.table({name: host(table).copy() for name, table in tables.items()})
     again = SparseAdam(restored, step_counts=step_counts)  # other options: those of the state win
     again.load_state_dict(state)
     for name, value in OPTIONS.items():
         assert getattr(again, name) == value
     assert_same_bits(state_bits(again, restored), state_bits(opt, tables))
-    train(opt, 3, seed=2)
-    train(again, 3, seed=2)
+    train(opt, 3, seed=2, backend=backend)
+    train(again, 3, seed=2, backend=of_again)
     assert_same_bits(state_bits(again, restored), state_bits(opt, tables))
 
 
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
-def test_views_taken_before_a_load_stay_live(step_counts):
-    opt, _ = trained(step_counts)
+def test_views_taken_before_a_load_stay_live(step_counts, backend):
+    opt, _ = trained(step_counts, backend)
     state = opt.state_dict()
-    fresh = SparseAdam(fresh_tables(), step_counts=step_counts)
+    fresh = SparseAdam(fresh_tables(backend), step_counts=step_counts)
     view = fresh.state["user"]
     fresh.load_state_dict(state)
-    np.testing.assert_array_equal(view.exp_avg, state["tables"]["user"]["exp_avg"])
-    np.testing.assert_array_equal(view.steps, state["tables"]["user"]["steps"])
+    np.testing.assert_array_equal(host(view.exp_avg), state["tables"]["user"]["exp_avg"])
+    np.testing.assert_array_equal(host(view.steps), state["tables"]["user"]["steps"])
 
 
 def without(mapping, key):
@@ -198,11 +214,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("edit", "error", "words"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_state_dict_is_refused_before_anything_is_written(edit, error, words):
-    for step_counts in STEP_COUNTS:
-        opt, tables = trained(step_counts)
+def test_a_broken_state_dict_is_refused_before_anything_is_written(edit, error, words, backend):
+    for step_counts in backend.step_counts:
+        opt, tables = trained(step_counts, backend)
         state = copy.deepcopy(opt.state_dict())
-        train(opt, 1, seed=3)  # so that a partial load would be seen
+        train(opt, 1, seed=3, backend=backend)  # so that a partial load would be seen
         opt.lr = 0.125
         edit(state)
         builtin = TypeError if error is StateTypeError else ValueError
@@ -211,17 +227,17 @@ def test_a_broken_state_dict_is_refused_before_anything_is_written(edit, error, 
 
 
 @pytest.mark.parametrize("state", [None, 3, [], "state"])
-def test_a_state_dict_of_a_wrong_type_is_refused(state):
-    opt, tables = trained()
+def test_a_state_dict_of_a_wrong_type_is_refused(state, backend):
+    opt, tables = trained(backend=backend)
     with refused(StateTypeError, TypeError, type(state).__name__, opt=opt, tables=tables):
         opt.load_state_dict(state)
 
 
 @pytest.mark.parametrize("of_state", STEP_COUNTS)
 @pytest.mark.parametrize("of_optimizer", STEP_COUNTS)
-def test_state_of_other_step_counts_is_refused(of_optimizer, of_state):
-    state = trained(of_state)[0].state_dict()
-    opt, tables = trained(of_optimizer)
+def test_state_of_other_step_counts_is_refused(of_optimizer, of_state, backend):
+    state = trained(of_state, backend)[0].state_dict()
+    opt, tables = trained(of_optimizer, backend)
     if of_optimizer == of_state:
         opt.load_state_dict(state)
         assert_same_state(opt.state_dict(), state)
@@ -230,9 +246,9 @@ def test_state_of_other_step_counts_is_refused(of_optimizer, of_state):
             opt.load_state_dict(state)
 
 
-def test_state_of_one_table_is_refused_for_several():
-    table = np.ones((6, 3), np.float32)
+def test_state_of_one_table_is_refused_for_several(backend):
+    table = backend.table(np.ones((6, 3), np.float32))
     state = SparseAdam(table).state_dict()
-    opt, tables = trained()
+    opt, tables = trained(backend=backend)
     with refused(StateError, ValueError, "user", opt=opt, tables=tables):
         opt.load_state_dict(state)

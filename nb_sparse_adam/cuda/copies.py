@@ -1,0 +1,63 @@
+"""Memory on a GPU: filled, converted, copied between rows that lie apart and rows that do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cuda, int64
+
+from nb_sparse_adam.cuda.device import kernel
+
+__all__ = ["convert_matrix", "convert_vector", "fill", "gather_rows", "scatter_rows", "widen"]
+
+
+@kernel
+def fill(array: Any, value: Any) -> None:
+    """``array[:]`` ← value."""
+    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    for i in range(start, array.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        array[i] = value
+
+
+@kernel
+def convert_vector(given: Any, out: Any) -> None:
+    """``out[:]`` ← the elements of a 1-D array, in the dtype of ``out``."""
+    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    for i in range(start, out.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        out[i] = given[i]
+
+
+@kernel
+def convert_matrix(given: Any, out: Any) -> None:
+    """``out[:]`` ← the elements of a 2-D array, row after row, in the dtype of ``out``."""
+    rows, columns = given.shape
+    group = int64(cuda.blockIdx.x) * cuda.blockDim.y + cuda.threadIdx.y
+    for row in range(group, rows, int64(cuda.gridDim.x) * cuda.blockDim.y):
+        for j in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+            out[row * columns + j] = given[row, j]
+
+
+@kernel
+def gather_rows(flat: Any, first: Any, apart: Any, columns: Any, out: Any) -> None:
+    """``out`` ← rows of ``columns`` elements, ``apart`` elements from one to the next, from ``first`` on."""
+    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    for i in range(start, out.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        row = i // columns
+        out[i] = flat[first + row * apart + (i - row * columns)]
+
+
+@kernel
+def scatter_rows(flat: Any, first: Any, apart: Any, columns: Any, given: Any) -> None:
+    """Do the opposite of `gather_rows`."""
+    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    for i in range(start, given.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        row = i // columns
+        flat[first + row * apart + (i - row * columns)] = given[i]
+
+
+@kernel
+def widen(narrow: Any, wide: Any) -> None:
+    """Copy counts to wider ones."""
+    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    for i in range(start, narrow.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        wide[i] = narrow[i]

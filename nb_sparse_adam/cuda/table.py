@@ -1,0 +1,352 @@
+"""One table on a GPU, and Adam's state for it there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam.cuda import copies
+from nb_sparse_adam.cuda.device import (
+    DEFAULT,
+    Mark,
+    Stream,
+    address_of,
+    array_from,
+    as_one_row,
+    blocks_for,
+    copy_to_device,
+    copy_to_host,
+    empty,
+    is_aligned,
+    launch,
+    ordinal_of,
+    strided,
+    using,
+)
+from nb_sparse_adam.cuda.layout import SKIPPED, THREADS, WORDS
+from nb_sparse_adam.errors import TableError, TableTypeError
+from nb_sparse_adam.kernels import ELEMENT, GLOBAL, TableArrays
+from nb_sparse_adam.table_state import MAX_INT32, READ_ONLY, TableState
+
+__all__ = ["DeviceTable", "Scratch", "extent"]
+
+_PIECE = 4 << 20  # elements that are copied at a time
+
+
+class DeviceTable(TableState):
+    """State of one table on a GPU, as `SparseAdam.state` shows it.
+
+    Attributes
+    ----------
+    exp_avg, exp_avg_sq : device array of the table's shape and dtype
+        Running means of the gradient and of its square (m and v): live views, not to be written to. They
+        have ``copy_to_host()`` and ``__cuda_array_interface__``.
+    steps : device array of integers
+        Active steps so far (k), a live view; with ``step_counts="global"`` a copy, 0-d, on the host.
+
+    Notes
+    -----
+    The two moments of a row lie side by side; counts lie by themselves, so that rows begin where several
+    elements can be loaded at once.
+    """
+
+    on_gpu = True
+
+    def __init__(self, name: str, param: Any, step_counts: str) -> None:
+        self.last: Mark | None = None  # of the stream on which the memory was used last
+        self.launched = 0  # steps; a kernel that is launched again for the same one does nothing
+        self.scratch = Scratch()
+        super().__init__(name, param, step_counts)
+        with using(self.ordinal):
+            self.info = self._new(WORDS, np.int64, 0)
+            self.got = self._new(2, np.float64, 0)
+
+    def _check_table(self, name: str, param: Any) -> Any:
+        where = f"table {name!r}"
+        try:
+            array = array_from(param)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            raise TableTypeError(
+                f"{where} is a {type(param).__name__} that cannot be seen as a device array: {error}"
+            ) from error
+        if array.dtype not in (np.float32, np.float64):
+            raise TableTypeError(f"{where} has dtype {array.dtype}, expected float32 or float64")
+        if array.ndim not in (1, 2):
+            raise TableError(f"{where} has shape {tuple(array.shape)}, expected (rows, dim) or (n,)")
+        interface = getattr(param, "__cuda_array_interface__", None)
+        if interface is not None and interface["data"][1]:
+            raise TableError(f"{where} {READ_ONLY}; pass a copy")
+        if not array.flags["C_CONTIGUOUS"] or not is_aligned(array):
+            raise TableError(
+                f"{where} is not C-contiguous (strides {tuple(array.strides)}) or not aligned; expected rows "
+                "one after the other. Pass a contiguous copy and use that from then on"
+            )
+        self.ordinal = ordinal_of(array)
+        return array
+
+    def _allocate(self) -> TableArrays:
+        size = self.rows * self.dim
+        with using(self.ordinal):
+            return TableArrays(
+                as_one_row(self.param, size),
+                self._new(2 * size, self.dtype, 0),
+                self._new(math.prod(self.shape_of_steps), np.int64 if self.mode == GLOBAL else np.int32, 0),
+                2 * self.dim,
+                0 if self.mode == GLOBAL else (self.dim if self.mode == ELEMENT else 1),
+            )
+
+    def _new(self, length: int, dtype: Any, value: Any) -> Any:
+        array = empty(length, dtype)
+        if length:
+            stream = self._ready()
+            launch(copies.fill, blocks_for(length, THREADS), THREADS, stream, array, array.dtype.type(value))
+            self.last = stream.mark()
+        return array
+
+    @property
+    def memory(self) -> tuple[Any, ...]:
+        """What no gradient may share memory with."""
+        return self.arrays[:3]
+
+    def overlaps(self, other: TableState) -> bool:
+        """Whether two tables share memory."""
+        if not other.on_gpu:
+            return False
+        (start, end), (begin, stop) = extent(self.param), extent(other.param)
+        return start < stop and begin < end
+
+    # --- the user's views -------------------------------------------------------------------------------
+
+    @property
+    def skipped_rows(self) -> int:
+        """How often a row was skipped; waits for the GPU."""
+        return int(self._read(self.info)[SKIPPED])
+
+    def _set_skipped_rows(self, number: int) -> None:
+        words = self._read(self.info)
+        words[SKIPPED] = number
+        self._write(self.info, words)
+
+    def _moment(self, which: int) -> Any:
+        if self.rows * self.dim == 0:
+            return self.arrays.moments.reshape(self.shape)
+        strides = (2 * self.dim, 1)[: len(self.shape)]
+        return strided(self.arrays.moments, which * self.dim, self.shape, strides)
+
+    @property
+    def steps(self) -> Any:
+        """Active steps so far (k)."""
+        if self.mode == GLOBAL:
+            return self._read(self.arrays.counts).reshape(())
+        return self.arrays.counts.reshape(self.shape_of_steps)
+
+    def check_writeable(self) -> None:
+        """Do nothing: memory of a GPU is never read-only."""
+
+    # --- counts -----------------------------------------------------------------------------------------
+
+    def _find_highest(self) -> int:
+        counts = self._window(self.arrays.counts, 1, 1, 0, tuple(self.arrays.counts.shape))
+        return max((int(piece.max(initial=0)) for piece in counts.pieces()), default=0)
+
+    def _widen(self) -> None:
+        narrow = self.arrays.counts
+        with using(self.ordinal):
+            self._set_wide_counts(self._new(narrow.shape[0], np.int64, 0))
+            if narrow.shape[0]:
+                stream = self._ready()
+                blocks = blocks_for(narrow.shape[0], THREADS)
+                launch(copies.widen, blocks, THREADS, stream, narrow, self.arrays.counts)
+                self.last = stream.mark()
+
+    def _set_wide_counts(self, counts: Any) -> None:
+        self.news.memory = True
+        self.arrays = self.arrays._replace(counts=counts)
+
+    # --- to the host and back ---------------------------------------------------------------------------
+
+    def _ready(self) -> Stream:
+        """The default stream, behind what has used the memory last."""
+        stream = Stream(DEFAULT)
+        stream.wait_for(self.last)
+        return stream
+
+    def _read(self, array: Any) -> NDArray[Any]:
+        with using(self.ordinal):
+            return copy_to_host(array, self._ready())
+
+    def _write(self, array: Any, values: NDArray[Any]) -> None:
+        with using(self.ordinal):
+            stream = self._ready()
+            array.copy_to_device(np.ascontiguousarray(values), stream=stream.numba)
+            stream.synchronize()
+            self.last = stream.mark()
+
+    def _window(self, flat: Any, columns: int, apart: int, first: int, shape: tuple[int, ...]) -> Window:
+        return Window(self, flat, columns, apart, first, shape)
+
+    def _windows(self) -> dict[str, Window]:
+        arrays, dim, shape = self.arrays, self.dim, self.shape
+        of_steps = self.shape_of_steps
+        columns = dim if self.mode == ELEMENT else 1
+        return {
+            "param": self._window(arrays.param, dim, dim, 0, shape),
+            "exp_avg": self._window(arrays.moments, dim, 2 * dim, 0, shape),
+            "exp_avg_sq": self._window(arrays.moments, dim, 2 * dim, dim, shape),
+            "steps": self._window(arrays.counts, columns, columns, 0, of_steps),
+        }
+
+    def arrays_to_save(self) -> dict[str, Any]:
+        """Give all arrays, to be read piece by piece."""
+        return dict(self._windows())
+
+    def param_to_load(self) -> Any:
+        """Give the parameters, to be filled piece by piece."""
+        return self._windows()["param"]
+
+    def arrays_to_load(self, steps: np.dtype[Any]) -> dict[str, Any]:
+        """Give exp_avg, exp_avg_sq and steps, to be filled piece by piece; then call `loaded`."""
+        if self.arrays.counts.dtype.itemsize < steps.itemsize:
+            with using(self.ordinal):
+                self._set_wide_counts(self._new(self.arrays.counts.shape[0], np.int64, 0))
+        self._highest_count = MAX_INT32
+        return {key: window for key, window in self._windows().items() if key != "param"}
+
+    def copy(self) -> dict[str, Any]:
+        """Its part of a state dict, on the host."""
+        windows = self._windows()
+        return {
+            **{key: windows[key].whole() for key in ("exp_avg", "exp_avg_sq", "steps")},
+            "skipped_rows": self.skipped_rows,
+        }
+
+    def _filling(self, steps: NDArray[Any], *moments: NDArray[Any]) -> Callable[[], None]:
+        wider = None
+        if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
+            with using(self.ordinal):
+                wider = self._new(self.arrays.counts.shape[0], np.int64, 0)
+
+        def fill() -> None:
+            if wider is not None:
+                self._set_wide_counts(wider)
+            windows = self._windows()
+            given = {"steps": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            for key, values in given.items():
+                windows[key].fill(values.reshape(windows[key].shape))
+
+        return fill
+
+    def synchronize(self) -> None:
+        """Wait until nothing uses the memory any more."""
+        with using(self.ordinal):
+            self._ready().synchronize()
+
+
+class Window:
+    """Part of every row of a table's memory on a GPU, copied to the host and back in pieces of rows."""
+
+    def __init__(
+        self, table: DeviceTable, flat: Any, columns: int, apart: int, first: int, shape: tuple[int, ...]
+    ) -> None:
+        self.table, self.flat, self.columns, self.apart, self.first = table, flat, columns, apart, first
+        self.shape, self.dtype = shape, np.dtype(flat.dtype)
+        self.ndim = len(shape)
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
+
+    def reshape(self, length: int) -> Window:
+        """See a single number as an array of one."""
+        return Window(self.table, self.flat, self.columns, self.apart, self.first, (length,))
+
+    def _span(self, rows: slice) -> tuple[int, int, int]:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.first + start * self.apart, stop - start, (stop - start) * self.columns
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        first, count, length = self._span(rows)
+        shape = (count, *self.shape[1:])
+        if length == 0:
+            return np.empty(shape, self.dtype)
+        with using(self.table.ordinal):
+            stream = self.table._ready()
+            out = empty(length, self.dtype)
+            blocks = blocks_for(length, THREADS)
+            launch(
+                copies.gather_rows, blocks, THREADS, stream, self.flat, first, self.apart, self.columns, out
+            )
+            return copy_to_host(out, stream).reshape(shape)
+
+    def __setitem__(self, rows: slice, values: NDArray[Any]) -> None:
+        first, _, length = self._span(rows)
+        if length == 0:
+            return
+        with using(self.table.ordinal):
+            stream = self.table._ready()
+            given = copy_to_device(np.asarray(values, self.dtype), stream)
+            blocks = blocks_for(length, THREADS)
+            launch(
+                copies.scatter_rows, blocks, THREADS, stream,
+                self.flat, first, self.apart, self.columns, given,
+            )  # fmt: skip
+            stream.synchronize()  # what was given is freed now
+            self.table.last = stream.mark()
+
+    def _rows(self) -> list[slice]:
+        at_once = max(1, _PIECE // max(1, self.columns))
+        rows = self.shape[0]
+        return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
+    def pieces(self) -> Any:
+        """Yield the whole, piece by piece."""
+        for rows in self._rows():
+            yield self[rows]
+
+    def whole(self) -> NDArray[Any]:
+        """Copy all of it."""
+        if not self.shape:
+            return self.reshape(1)[0:1].reshape(())
+        out = np.empty(self.shape, self.dtype)
+        for rows in self._rows():
+            out[rows] = self[rows]
+        return out
+
+    def fill(self, values: NDArray[Any]) -> None:
+        """Take over values of its shape."""
+        if not self.shape:
+            self.reshape(1)[0:1] = values.reshape(1)
+            return
+        for rows in self._rows():
+            self[rows] = values[rows]
+
+
+class Scratch:
+    """Memory that steps work in, kept from one to the next; each piece has a name."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+
+    def take(self, name: str, length: int, dtype: Any) -> Any:
+        """Return an array of a length and any content."""
+        seen = self._seen.get(name)
+        if seen is not None and seen.shape[0] == length and seen.dtype == dtype:
+            return seen
+        kept = self._kept.get(name)
+        if kept is None or kept.dtype != dtype or not length <= kept.shape[0] <= 16 * max(length, 1 << 12):
+            kept = self._kept[name] = empty(max(length + length // 4, 1), dtype)
+        seen = self._seen[name] = as_one_row(kept, length)
+        return seen
+
+
+def extent(array: Any) -> tuple[int, int]:
+    """Addresses of the first byte of an array and of the one behind its last; it may have gaps."""
+    first = last = address_of(array)
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride > 0:
+            last += (length - 1) * stride
+        else:
+            first += (length - 1) * stride
+    return (first, last + array.dtype.itemsize) if array.size else (first, first)

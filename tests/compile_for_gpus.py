@@ -1,0 +1,182 @@
+"""Compile every kernel that steps launch, for real GPUs, where there is none; run by test_cuda_compile.py.
+
+Steps of all forms are called on arrays of the host that pretend to be on a GPU. A launch compiles the kernel
+for the types of its arguments instead of running it, and assembles what it becomes. Prints a JSON list.
+
+    python tests/compile_for_gpus.py
+"""
+
+import contextlib
+import itertools
+import json
+import re
+import types
+
+import numba.cuda.dispatcher
+import numpy as np
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda
+from numba.cuda.np.numpy_support import from_dtype
+from numba.cuda.types import Array
+from numba.cuda.typing.typeof import typeof
+
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+
+CAPABILITIES = (8, 0), (9, 0)
+
+
+class OnHost:
+    """An array that looks like one of numba's on a GPU."""
+
+    __cuda_ndarray__ = True
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+        self.flags = {"C_CONTIGUOUS": self.array.flags.c_contiguous}
+        layout = "C" if self.array.flags.c_contiguous else "A"
+        self._numba_type_ = Array(from_dtype(self.array.dtype), self.array.ndim, layout)
+
+    def __getattr__(self, name):
+        return getattr(self.array, name)
+
+    def __len__(self):
+        return len(self.array)
+
+    def reshape(self, *shape):
+        return OnHost(self.array.reshape(*shape))
+
+    def copy_to_device(self, *arguments, **keywords):
+        pass
+
+
+class Compiled:
+    def __init__(self):
+        self.seen = {}
+        self.capability = CAPABILITIES[0]
+
+    def launch(self, function, blocks, threads, stream, *arguments):
+        assert blocks > 0
+        assert np.prod(threads) <= 1024
+        signature = tuple(map(typeof, arguments))
+        key = function, signature
+        if key in self.seen:
+            return
+        self.seen[key] = {}
+        for self.capability in CAPABILITIES:
+            try:
+                ptx, _ = cuda.compile_ptx(function.py_func, signature, cc=self.capability)
+            except Exception as error:
+                raise RuntimeError(f"{function.py_func.__name__}{signature} for {self.capability}") from error
+            self.seen[key][self.capability] = {"ptx": ptx, **self.assemble(ptx)}
+
+    def assemble(self, ptx):
+        arch = "sm_{}{}".format(*self.capability)
+        options = LinkerOptions(arch=arch, ptxas_options=["-v"])
+        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+        code = linker.link("cubin")
+        log = linker.get_info_log()
+        used = {
+            what: int(number)
+            for number, what in re.findall(r"(\d+) (registers|bytes spill stores|bytes smem)", log)
+        }
+        return {"size": len(code.code), "used": used}
+
+
+def pretend():
+    """Put what needs no GPU in the place of what does."""
+    compiled = Compiled()
+    # Device functions are compiled for the GPU that there is.
+    numba.cuda.dispatcher.get_current_device = lambda: types.SimpleNamespace(
+        compute_capability=compiled.capability
+    )
+
+    class Stream:
+        handle, numba = 0, 0
+
+        def __init__(self, handle=0):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *arguments: None
+
+    from nb_sparse_adam.cuda import device
+
+    device.launch = compiled.launch
+    device.Stream = Stream
+    device.stream_of = lambda given, arrays: Stream()
+    device.empty = lambda length, dtype: OnHost(np.zeros(length, dtype))
+    device.array_from = lambda given: given
+    device.as_one_row = lambda array, length: OnHost(
+        np.lib.stride_tricks.as_strided(array.array, (length,), (array.dtype.itemsize,))
+    )
+    device.address_of = lambda array: array.array.ctypes.data // 16 * 16
+    device.blocks_for = lambda units, at_once: 128
+    device.copy_to_host = lambda array, stream: np.array(array.array)
+    device.copy_to_device = lambda values, stream: OnHost(np.ravel(values))
+    device.pinned = lambda length, dtype: np.zeros(length, dtype)
+    device.copy_later = lambda array, into, stream: None
+    device.ordinal_of = lambda array: 0
+    device.using = lambda ordinal: contextlib.nullcontext()
+    return compiled
+
+
+def steps():
+    """Call steps of all forms, of all kinds of table."""
+    n, bags = 5000, 250
+    offsets, weights = np.arange(bags + 1) * (n // bags), np.ones(n)
+
+    def put(*arrays):
+        return [OnHost(array) for array in arrays]
+
+    ids = np.arange(n)
+    for step_counts, dtype, dim in itertools.product(
+        ("element", "row", "global"), (np.float32, np.float64), (64, 5)
+    ):
+        table = OnHost(np.zeros((1000, dim), dtype))
+        optimizer = SparseAdam(table, step_counts=step_counts, device_checks="deferred")
+        values = np.zeros((n, dim), dtype)
+        optimizer.step(RowGradient(*put(ids, values)))
+        optimizer.step(BagGradient(*put(ids, offsets, values[:bags])))
+        optimizer.step(BagGradient(*put(ids, offsets[:-1], values[:bags]), mode="mean"))
+        optimizer.step(BagGradient(*put(ids, offsets, values[:bags], weights.astype(dtype))))
+        other = np.float64 if dtype is np.float32 else np.float32
+        optimizer.step(RowGradient(*put(ids.astype(np.uint8), values.astype(other))))
+        indptr = np.minimum(np.arange(1001), n)
+        optimizer.step(CSRGradient(*put(indptr, ids[:1000], weights[:1000].astype(dtype))))
+        optimizer.betas = 0.9, 0.9999999  # corrections beyond the table of them
+        optimizer.step(RowGradient(*put(ids, values)))
+        optimizer.state_dict()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.state["table"]._widen()
+    optimizer.step(RowGradient(*put(ids, values)))
+    optimizer = SparseAdam(OnHost(np.zeros((1000, 64), np.float32)))
+    optimizer.step(RowGradient(*put(ids.astype(np.int32), np.zeros((n, 64), np.float32))))
+
+
+def main():
+    compiled = pretend()
+    steps()
+    from nb_sparse_adam.cuda import checks
+
+    one = OnHost(np.zeros(1, np.int64))  # of steps of several optimizers
+    compiled.launch(checks.join, 1, 1, None, one, one)
+    report = [
+        {
+            "kernel": function.py_func.__name__,
+            "types": str(signature),
+            "float32": "float32" in str(signature),
+            "capability": list(capability),
+            "fused": len(re.findall(r"\bfma\.rn\.f32", found["ptx"])),
+            "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.[fu]", found["ptx"])),
+            "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.[fu]", found["ptx"])),
+            "size": found["size"],
+            **found["used"],
+        }
+        for (function, signature), by_capability in compiled.seen.items()
+        for capability, found in by_capability.items()
+    ]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

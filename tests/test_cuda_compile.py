@@ -1,0 +1,58 @@
+"""Every kernel is compiled and assembled for real GPUs, which the simulator knows nothing of."""
+
+import inspect
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason='no numba-cuda: pip install "nb_sparse_adam[cuda]"')
+pytest.importorskip("cuda.bindings.nvvm", reason='no CUDA toolkit: pip install "nb_sparse_adam[cuda]"')
+
+pytestmark = pytest.mark.jit
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    program = Path(__file__).with_name("compile_for_gpus.py")
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_compiled_for_both_generations(compiled):
+    from nb_sparse_adam.cuda import checks, copies, grouping, kernels
+
+    written = {"sum_blocks", "poison_rows", "update_rows", "poison_entries", "update_entries"}
+    for module in (checks, copies, grouping, kernels):
+        source = inspect.getsource(module).splitlines()
+        for decorator, function in itertools.pairwise(source):
+            if decorator == "@kernel":
+                written.add(function.removeprefix("def ").partition("(")[0])
+    for capability in ([8, 0], [9, 0]):
+        found = {one["kernel"] for one in compiled if one["capability"] == capability}
+        assert found == written
+    assert all(one["size"] > 1000 for one in compiled)
+
+
+def test_products_and_sums_are_rounded_one_by_one_as_a_cpu_does(compiled):
+    assert [one["kernel"] for one in compiled if one["fused"]] == []
+
+
+def test_no_registers_are_spilled(compiled):
+    assert all(one["bytes spill stores"] == 0 for one in compiled)
+    # Of 64k registers a block of 1024 threads has 64 for each, one of 256 has 255.
+    assert all(one["registers"] <= (64 if one["kernel"] == "scan" else 168) for one in compiled)
+
+
+def test_rows_of_whole_16_bytes_are_moved_16_bytes_at_a_time(compiled):
+    wide = [one for one in compiled if one["kernel"] == "update_rows" and one["vector_stores"]]
+    assert len(wide) >= 12
+    for one in wide:
+        assert one["vector_loads"] >= 4  # gradient, parameters, two moments
+        assert one["vector_stores"] % 3 == 0  # of an unrolled loop, several times as many
