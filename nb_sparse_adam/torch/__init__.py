@@ -1,4 +1,4 @@
-"""For PyTorch, on the CPU: `SparseAdam` in the place of ``torch.optim.SparseAdam``, and fused embeddings.
+"""For PyTorch: `SparseAdam` in the place of ``torch.optim.SparseAdam``, and fused embeddings; on CPU and GPU.
 
 `Embedding` and `EmbeddingBag` update their table in the backward pass and never form a gradient of it.
 """

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
+from nb_sparse_adam.torch import deferred
+from nb_sparse_adam.torch.held import Gpu, array_of
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam, step_jobs, turn_of
 
 __all__ = ["BagLookup", "Layer", "RowLookup", "accumulating", "check_pass", "collect", "this_pass"]
@@ -28,6 +30,7 @@ class RowLookup(NamedTuple):
     weight: Tensor  # the table
     ids: Tensor  # (n,)
     grad_output: Tensor  # (n, dim)
+    stream: Any = None  # of a GPU, on which all of this is ready
 
     def copied(self) -> RowLookup:
         """Return one that nobody else can change."""
@@ -43,6 +46,7 @@ class BagLookup(NamedTuple):
     grad_output: Tensor  # (bags, dim)
     weights: Tensor | None  # (n,), a copy: it may be trained, and change before the pass ends
     mode: str
+    stream: Any = None
 
     def copied(self) -> BagLookup:
         """Return one that nobody else can change."""
@@ -82,7 +86,24 @@ class _Pass:
         _step(now)
 
 
-_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+_passes: dict[int, weakref.ref[_Pass]] = {}
+
+
+def _pass_of(number: int) -> _Pass:
+    """Find what a backward pass has met so far; the first time it is made, and queued for the pass's end.
+
+    A pass through several devices has a thread for each: `dict.setdefault` lets one of them be the first.
+    """
+    known = _passes.get(number)
+    current = None if known is None else known()
+    if current is None:
+        made = _Pass()
+        reference = weakref.ref(made, lambda _: _passes.pop(number, None))
+        current = _passes.setdefault(number, reference)()
+        assert current is not None
+        if current is made:
+            torch.autograd.Variable._execution_engine.queue_callback(made)
+    return current
 
 
 def this_pass() -> int:
@@ -114,13 +135,11 @@ def check_pass(seen_in: int) -> None:
 
 def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
     """Keep a lookup until the end of the backward pass that is going on."""
-    number = this_pass()
-    current = _passes.get(number)
-    if current is None:
-        current = _passes[number] = _Pass()
-        torch.autograd.Variable._execution_engine.queue_callback(current)
+    current = _pass_of(this_pass())
     if layer.accumulated is not None:
         lookup = lookup.copied()  # buffers of ids are used again, and outputs' gradients added to
+    if lookup.weight.device.type == "cuda":
+        lookup = lookup._replace(stream=torch.cuda.current_stream(lookup.weight.device))
     current.lookups.setdefault(layer, []).append(lookup)
 
 
@@ -142,11 +161,36 @@ def accumulating(layers: list[Any]) -> Iterator[None]:
 
 
 def _step(lookups: dict[Any, list[Any]]) -> None:
+    for found in lookups.values():
+        for lookup in found:
+            _wait_for(lookup)
     if not lookups or _scaler_will_skip(lookups):
         return
     _refuse_two_layers_of_one_table(lookups)
     with turn_of(layer.optimizer for layer in lookups):
+        deferred.raise_what_is_known(
+            held for layer in lookups for held in list(layer.optimizer._held.values())
+        )
         step_jobs([layer.job(found[0].weight, _gradient(found)) for layer, found in lookups.items()])
+
+
+def _wait_for(lookup: RowLookup | BagLookup) -> None:
+    """Let the stream of the step come after the one on which a lookup was collected.
+
+    Autograd runs a node on the stream of its forward pass. What was queued for the end of the pass it runs
+    on the streams that are current where `backward` was called, when it has made these wait for the leaves'
+    streams. So the current stream is the right one: the step comes before whatever the caller does next.
+    But the leaf of our node is the table, which is given no gradient: where lookups were made on several
+    streams, nothing makes the leaf's wait for the node's. And `accumulate` ends on a stream of its own.
+    """
+    if lookup.stream is None:
+        return
+    current = torch.cuda.current_stream(lookup.weight.device)
+    if lookup.stream != current:
+        current.wait_stream(lookup.stream)
+        for tensor in lookup[1:]:
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)  # its memory is not used again before the step is over
 
 
 def _scaler_will_skip(lookups: dict[Any, list[Any]]) -> bool:
@@ -175,32 +219,26 @@ def _refuse_two_layers_of_one_table(lookups: dict[Any, list[Any]]) -> None:
 def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
     """Make the lookups of one layer one gradient; a single one is not copied."""
     first = lookups[0]
+    on_gpu = Gpu.has(first.weight)
+
+    def joined(parts: list[Tensor]) -> Any:
+        return array_of(parts[0] if len(parts) == 1 else torch.cat(parts), on_gpu)
+
+    ids = joined([lookup.ids for lookup in lookups])
+    grad_output = joined([lookup.grad_output for lookup in lookups])
     if isinstance(first, RowLookup):
-        return RowGradient(
-            _joined([lookup.ids for lookup in lookups]).numpy(),
-            _joined([lookup.grad_output for lookup in lookups]).numpy(),
-        )
+        return RowGradient(ids, grad_output)
     before, starts = 0, []
     for lookup in lookups:
         starts.append(lookup.starts + before if before else lookup.starts)
         before += len(lookup.ids)
     weights = None
     if any(lookup.weights is not None for lookup in lookups):
-        weights = _joined([_weights_of(lookup) for lookup in lookups]).numpy()
-    return BagGradient(
-        _joined([lookup.ids for lookup in lookups]).numpy(),
-        _joined(starts).numpy(),
-        _joined([lookup.grad_output for lookup in lookups]).numpy(),
-        weights,
-        first.mode,
-    )
+        weights = joined([_weights_of(lookup) for lookup in lookups])
+    return BagGradient(ids, joined(starts), grad_output, weights, first.mode)
 
 
 def _weights_of(lookup: BagLookup) -> Tensor:
     if lookup.weights is None:
         return lookup.grad_output.new_ones(len(lookup.ids))
     return lookup.weights
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

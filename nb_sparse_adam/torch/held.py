@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,9 +24,28 @@ from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.threads import max_threads
 
-__all__ = ["Held", "check_parameter", "coo", "entry_copied"]
+__all__ = ["Gpu", "Held", "array_of", "check_parameter", "coo", "entry_copied"]
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Gpu:
+    """What torch and the engine hand each other of a GPU's memory. Tests replace it to run without one."""
+
+    @staticmethod
+    def has(tensor: Tensor) -> bool:
+        """Whether a tensor is there."""
+        return tensor.device.type == "cuda"
+
+    @staticmethod
+    def for_engine(tensor: Tensor) -> Any:
+        """See a tensor that requires no gradient as the engine sees arrays: by its interface."""
+        return tensor
+
+    @staticmethod
+    def for_torch(array: Any, device: torch.device) -> Tensor:
+        """See an array of the engine's as a tensor, which keeps it alive."""
+        return torch.as_tensor(array, device=device)
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -35,7 +55,11 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"parameter {name} has dtype {param.dtype}, expected torch.float32 or torch.float64; convert it "
             "with .float(), or leave it to torch.optim.SparseAdam"
         )
-    _check_on_cpu(f"parameter {name}", param)
+    if param.device.type not in ("cpu", "cuda"):
+        raise TableError(
+            f"parameter {name} is on device {param.device}, expected the CPU or cuda: keep the embedding "
+            "there (module.cpu()) and move its output to the device, or use torch.optim.SparseAdam for it"
+        )
     if any(step == 0 and length > 1 for step, length in zip(param.stride(), param.shape, strict=True)):
         raise TableError(
             f"parameter {name} has strides {param.stride()}: several elements are one place in memory, "
@@ -48,13 +72,14 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
 
 
-def _check_on_cpu(what: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is not in the memory of the CPU."""
-    if tensor.device.type != "cpu":
-        raise TableError(
-            f"{what} is on device {tensor.device}, expected the CPU: keep the embedding there "
-            "(module.cpu()) and move its output to the device, or use torch.optim.SparseAdam for it"
-        )
+def array_of(tensor: Tensor, on_gpu: bool) -> Any:
+    """See a tensor that requires no gradient as an array where it is; what is an array is not copied."""
+    if not on_gpu:
+        return tensor.numpy()
+    is_one_place = any(
+        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    return Gpu.for_engine(tensor.contiguous() if is_one_place else tensor)
 
 
 def entry_copied(entry: Any) -> Any:
@@ -79,11 +104,20 @@ class Held:
     name : str
         What errors call it.
     param : Tensor
-        Of float32 or float64, on the CPU. If it is not contiguous, a contiguous copy is kept, and the rows
-        that a gradient names go there and back in every step.
+        Of float32 or float64, on the CPU or a GPU. If it is not contiguous, a contiguous copy is kept, and
+        the rows that a gradient names go there and back in every step.
     sparse_dim : int
     step_counts : {"element", "row", "global"}
+
+    Attributes
+    ----------
+    checks : {"immediate", "deferred", "off"} or None
+        The engine's ``device_checks``; None on the CPU.
+    together : set of Held
+        Those that took part in deferred steps of this one, and this one (see `deferred`).
     """
+
+    table: Any
 
     def __init__(self, name: str, param: Tensor, sparse_dim: int, step_counts: str) -> None:
         if step_counts == "row" and sparse_dim > 1:
@@ -97,27 +131,35 @@ class Held:
         self.identity = _identity(param)
         data = param.detach()
         self.shadow = None if data.is_contiguous() else data.clone(memory_format=torch.contiguous_format)
-        table = (data if self.shadow is None else self.shadow).numpy()
         self.rows, self.dim = math.prod(self.shape[:sparse_dim]), math.prod(self.shape[sparse_dim:])
-        self.engine = SparseAdam({name: table.reshape(self.rows, self.dim)}, step_counts=step_counts)
+        self.device, self.on_gpu = param.device, Gpu.has(param)
+        self.checks = "immediate" if self.on_gpu else None
+        self.together: weakref.WeakSet[Held] = weakref.WeakSet([self])
+        matrix = (data if self.shadow is None else self.shadow).reshape(self.rows, self.dim)
+        self.engine = SparseAdam({name: array_of(matrix, self.on_gpu)}, step_counts=step_counts)
         self.table = self.engine.state[name]
         self.given: tuple[Any, ...] | None = None  # the options in use, as the group had them
+        self._counted, self._counted_at = 0, 0
+        self._entry: dict[str, Any] | None = None
         self._show()
 
     def _show(self) -> None:
         """Make the tensors that show the state."""
         self._shown = arrays = self.table.arrays
-        moments = torch.from_numpy(arrays.moments)
+        moments = self._tensor(arrays.moments)
         self.exp_avg = self._view(moments, arrays.moment_stride, 0)
         self.exp_avg_sq = self._view(moments, arrays.moment_stride, self.dim if self.rows else 0)
         self.counts: Tensor | None = None
         if self.step_counts == "element":
-            self.counts = self._view(torch.from_numpy(arrays.counts), arrays.count_stride, 0)
+            self.counts = self._view(self._tensor(arrays.counts), arrays.count_stride, 0)
         elif self.step_counts == "row":
-            counts = torch.from_numpy(arrays.counts)
+            counts = self._tensor(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
         shown = (self.exp_avg, self.exp_avg_sq, self.counts)
         self._shown_at = [None if tensor is None else _identity(tensor) for tensor in shown]
+
+    def _tensor(self, array: Any) -> Tensor:
+        return Gpu.for_torch(array, self.device) if self.on_gpu else torch.from_numpy(array)
 
     def _view(self, flat: Tensor, stride: int, offset: int) -> Tensor:
         """A part of every row's record, in the parameter's shape."""
@@ -127,19 +169,49 @@ class Held:
 
     @property
     def step(self) -> int | Tensor:
-        """What torch calls step: the count of the table, or the counts of its rows or elements."""
-        return int(self.table.arrays.counts[0]) if self.counts is None else self.counts
+        """What torch calls step: the count of the table, or the counts of its rows or elements.
+
+        To read a count on a GPU is to wait for it, so launches are counted instead. They differ from steps
+        where one is refused after its launch, until that is raised (see `recount`).
+        """
+        if self.counts is not None:
+            return self.counts
+        if self.on_gpu:
+            return self._counted + int(self.table.launched) - self._counted_at
+        return int(self.table.arrays.counts[0])
 
     @property
     def has_run(self) -> int:
-        """How many steps the engine has taken."""
-        return int(self.table.totals[0])
+        """How many steps the engine has taken; on a GPU, launched."""
+        return int(self.table.launched if self.on_gpu else self.table.totals[0])
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether it is known by now that a deferred step was refused."""
+        guard = self.engine._guard
+        return guard is not None and bool(guard.seen[0] != 0)
+
+    def set_skipped_rows(self, number: int) -> None:
+        """Go on from the number of another one."""
+        self.table._set_skipped_rows(number)
+
+    def _note_count(self, number: int) -> None:
+        self._counted, self._counted_at = number, int(self.table.launched)
+
+    def recount(self) -> None:
+        """Ask the GPU for the count, and show it; it waits."""
+        if self.on_gpu and self.counts is None:
+            before, number = self.step, int(self.table.steps)
+            self._note_count(number)
+            if self._entry is not None and self._entry.get("step") == before:
+                self._entry["step"] = number
 
     def entry(self) -> dict[str, Any]:
         """The parameter's entry of an optimizer's state; its tensors are the live state."""
         if self._shown is not self.table.arrays:  # counts have been widened
             self._show()
-        return {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        self._entry = {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return self._entry
 
     def is_current(self, param: Tensor, sparse_dim: int, entry: Mapping[str, Any]) -> bool:
         """Whether parameter and state are still those that the engine works on."""
@@ -173,7 +245,15 @@ class Held:
                 )
             given[key] = _array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
         given["steps"] = self._given_counts(where, entry["step"])
-        return self.table.check_load(given)
+        load: Callable[[], None] = self.table.check_load(given)
+        if not self.on_gpu or self.counts is not None:
+            return load
+
+        def load_and_note() -> None:
+            load()
+            self._note_count(int(given["steps"]))
+
+        return load_and_note
 
     def _given_counts(self, where: str, step: Any) -> Any:
         single = not isinstance(step, Tensor) or step.dim() == 0
@@ -198,13 +278,21 @@ class Held:
         counts = _array(step)
         return counts.reshape(self.rows, self.dim) if self.step_counts == "element" else counts
 
-    def use(self, options: Mapping[str, Any]) -> None:
+    def use(self, options: Mapping[str, Any], device_checks: str) -> None:
         """Set the engine's options."""
+        if self.on_gpu and self.checks != device_checks:
+            # This one goes with all other options, the old and the new. To leave "deferred" is to wait.
+            self.engine.device_checks = self.checks = "immediate"
         for key, value in options.items():
             setattr(self.engine, key, value)
+        if self.on_gpu and self.checks != device_checks:
+            self.engine.device_checks = device_checks
+            self.checks = device_checks
 
     def use_threads(self) -> None:
         """Use no more threads than torch may."""
+        if self.on_gpu:
+            return
         # Whoever has limited torch's threads has meant ours too: DataLoader does so in its workers.
         allowed = torch.get_num_threads()
         is_limit = allowed == 1 or (allowed < max_threads() and allowed < numba.get_num_threads())
@@ -226,21 +314,28 @@ class Held:
         if self.shadow is not None:
             places = tuple(indices)
             self.shadow[places] = param.detach()[places]
-        return RowGradient(rows.numpy(), values.reshape(len(rows), self.dim).numpy())
+        values = values.reshape(len(rows), self.dim)
+        return RowGradient(array_of(rows, self.on_gpu), array_of(values, self.on_gpu))
 
     def _flat(self, indices: Tensor) -> Tensor:
         """Number places of several dimensions; one that is out of range must not become another's number."""
         rows = indices.new_zeros(indices.shape[1])
         outer = self.shape[: self.sparse_dim]
+        # torch's indexing, which a shadow needs, leaves a GPU unusable when a place is out of range.
+        waits = self.checks in (None, "immediate") or self.shadow is not None
         for d, (index, length, stride) in enumerate(zip(indices, outer, _strides(outer), strict=True)):
-            wrong = torch.nonzero((index < 0) | (index >= length))
-            if len(wrong):
-                at = int(wrong[0])
-                raise GradientIndexError(
-                    f"gradient of parameter {self.name}: indices[{d}, {at}] is {int(index[at])}, expected "
-                    f"0 <= index < {length}"
-                )
-            rows += index * stride
+            wrong = (index < 0) | (index >= length)
+            if waits:
+                found = torch.nonzero(wrong)
+                if len(found):
+                    at = int(found[0])
+                    raise GradientIndexError(
+                        f"gradient of parameter {self.name}: indices[{d}, {at}] is {int(index[at])}, "
+                        f"expected 0 <= index < {length}"
+                    )
+                rows += index * stride
+            else:  # what is negative once stays so, and is found by the engine
+                rows = torch.where(wrong | (rows < 0), -1, rows + index * stride)
         return rows
 
     def has_changed(self, param: Tensor, grad: Tensor | None) -> None:
@@ -252,7 +347,7 @@ class Held:
             torch.autograd.graph.increment_version(param)
 
 
-def coo(name: str, grad: Tensor) -> Tensor:
+def coo(name: str, grad: Tensor, device: torch.device) -> Tensor:
     """Refuse a gradient that is not sparse, or elsewhere."""
     if grad.layout is not torch.sparse_coo:
         raise DenseGradientError(
@@ -260,7 +355,11 @@ def coo(name: str, grad: Tensor) -> Tensor:
             f"has a gradient of layout {grad.layout}, expected torch.sparse_coo, as nn.Embedding and "
             "nn.EmbeddingBag with sparse=True give"
         )
-    _check_on_cpu(f"gradient of parameter {name}", grad)
+    if grad.device != device:
+        raise GradientError(
+            f"gradient of parameter {name} is on device {grad.device}, expected {device}, where the "
+            "parameter is"
+        )
     return grad.detach()
 
 

@@ -21,12 +21,12 @@ from nb_sparse_adam.torch.backward import (
     collect,
     this_pass,
 )
-from nb_sparse_adam.torch.held import check_parameter
+from nb_sparse_adam.torch.held import Gpu, check_parameter
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam
 
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
 
-OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite")
+OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite", "device_checks")
 
 if TYPE_CHECKING:
     _Module = torch.nn.Module
@@ -59,7 +59,10 @@ class _Fused(_Module):
                 f"{name}: weight has strides {self.weight.stride()}, expected it contiguous: it is "
                 "updated in place; pass weight.contiguous()"
             )
+        given = dict(given)
+        device_checks = given.pop("device_checks", "immediate")
         self.optimizer = SparseAdam([(f"{name}.weight", self.weight)], **given)
+        self.optimizer.set_device_checks(device_checks)  # layers are moved to a GPU when they have been made
         self.accumulated = None
         self.grad_scaler = None
 
@@ -80,6 +83,9 @@ class _Fused(_Module):
         """Refuse what cannot be trained."""
         name = type(self).__name__
         check_parameter(f"{name}.weight", self.weight)
+        if self.optimizer.device_checks != "immediate":
+            self._group()
+            self.optimizer.check_device_checks()
         if not self.weight.is_leaf or "weight" not in self._parameters:
             raise TableError(
                 f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
@@ -176,7 +182,8 @@ class Embedding(_Fused, torch.nn.Embedding):
     max_norm, norm_type, scale_grad_by_freq
         Refused.
     optimizer : dict, optional
-        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite; its defaults.
+        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite, device_checks;
+        its defaults.
 
     Attributes
     ----------
@@ -192,6 +199,9 @@ class Embedding(_Fused, torch.nn.Embedding):
     All lookups of one backward pass make one step, applied at its end; a backward pass that raises changes
     no table. For several backward passes in one step see `accumulate`. Nothing is updated by lookups under
     ``torch.no_grad``, in evaluation mode (`eval`), or with ``weight.requires_grad_(False)``.
+
+    The layer may be on the CPU or a GPU, and be moved (`to`). A step on a GPU is launched on the stream that
+    is current where ``backward`` is called. With ``padding_idx`` or `grad_scaler` the host waits for the GPU.
     """
 
     def __init__(
@@ -260,7 +270,8 @@ class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
     max_norm, norm_type, scale_grad_by_freq
         Refused, as is ``mode="max"``.
     optimizer : dict, optional
-        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite; its defaults.
+        Options of `SparseAdam`: lr, betas, eps, maximize, step_counts, eps_hat, on_nonfinite, device_checks;
+        its defaults.
 
     Attributes
     ----------
@@ -440,8 +451,10 @@ class _Bags(torch.autograd.Function):
                     "changes, or pass per_sample_weights.detach()"
                 )
             padding = -1 if layer.padding_idx is None else layer.padding_idx
+            # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
+            bags = _bags_of(ids, starts) if Gpu.has(ctx.weight) else starts.new_empty(0)
             weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_output, ctx.weight.detach(), ids, starts, starts.new_empty(0), 0, padding
+                grad_output, ctx.weight.detach(), ids, starts, bags, 0, padding
             ).reshape(weights.shape)
         if _is_wanted(ctx):
             weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
@@ -470,6 +483,13 @@ def _starts(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Te
         bags, length = ids.shape
         return ids.reshape(-1), torch.arange(0, bags * length, length, dtype=ids.dtype, device=ids.device)
     return ids, offsets[:-1] if include_last else offsets
+
+
+def _bags_of(ids: Tensor, starts: Tensor) -> Tensor:
+    """For each id, which bag it is in; bags may be empty."""
+    places = torch.arange(len(ids), dtype=starts.dtype, device=ids.device)
+    bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+    return bags.to(torch.promote_types(ids.dtype, starts.dtype))
 
 
 def _without(

@@ -18,7 +18,8 @@ from nb_sparse_adam import options
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together
-from nb_sparse_adam.torch.held import Held, check_parameter, coo, entry_copied
+from nb_sparse_adam.torch import deferred
+from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, entry_copied
 
 __all__ = ["Job", "SparseAdam", "step_jobs", "turn_of"]
 
@@ -34,8 +35,9 @@ class SparseAdam(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of Tensor, of (str, Tensor), or of dict
-        Parameters, float32 or float64, on the CPU, or groups of them with options of their own. They are
-        updated in place; contiguous ones without a copy.
+        Parameters, float32 or float64, on the CPU or on an NVIDIA GPU (extra ``cuda``), or groups of them
+        with options of their own. They are updated in place; contiguous ones without a copy. A step may be of
+        parameters on the CPU and on one GPU.
     lr : float or Tensor of one element, default 1e-3
         Learning rate, > 0 (0 is allowed in groups, and later, for schedulers).
     betas : (float, float), default (0.9, 0.999)
@@ -54,13 +56,18 @@ class SparseAdam(torch.optim.Optimizer):
         What to do with gradients that are NaN or infinite. "propagate" lets them through, as torch does.
         Recommended: "raise", which refuses the step before anything is written. "skip" leaves out the rows
         that receive one, and counts them in `skipped_rows`.
+    device_checks : {"immediate", "deferred", "off"}, default "immediate"
+        For parameters on a GPU, as of `nb_sparse_adam.SparseAdam`. "immediate": the host waits for the checks
+        of each step, and errors are raised at once. "deferred": it waits for nothing; a step that is refused,
+        and all after it, change nothing, until a later `step`, `synchronize` or `state_dict` raises the
+        error. "off": ids are not checked, at the caller's risk. No part of a state dict.
 
     Raises
     ------
     OptionError
         For an option outside its domain (also a ValueError).
     TableError
-        For a parameter of another dtype or on another device (also a ValueError).
+        For a parameter of another dtype or on a device of another kind (also a ValueError).
 
     Notes
     -----
@@ -75,6 +82,11 @@ class SparseAdam(torch.optim.Optimizer):
 
     ``state[p]`` has torch's "step", "exp_avg" and "exp_avg_sq", the moments being strided tensors that show
     the live state; "step" is a tensor of counts unless ``step_counts="global"``. `state_dict` copies them.
+    The tensors are where the parameter is. With ``device_checks="deferred"`` the number "step" counts a step
+    that was refused, and those after it, until the error is raised; then it is what the GPU has.
+
+    On a GPU a step is launched on torch's current stream. Whatever `device_checks` says, the host waits for
+    it where a parameter is not contiguous.
 
     References
     ----------
@@ -88,6 +100,8 @@ class SparseAdam(torch.optim.Optimizer):
     >>> optimizer.step()
     """
 
+    _device_checks = "immediate"
+
     def __init__(
         self,
         params: ParamsT,
@@ -99,6 +113,7 @@ class SparseAdam(torch.optim.Optimizer):
         step_counts: str = "global",
         eps_hat: bool = True,
         on_nonfinite: str = "propagate",
+        device_checks: str = "immediate",
     ) -> None:
         # In torch's words, and order.
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -122,6 +137,11 @@ class SparseAdam(torch.optim.Optimizer):
         self._turn = threading.RLock()
         self._held: dict[Tensor, Held] = {}
         super().__init__(params, defaults)
+        self._register_hooks()
+        self.device_checks = device_checks
+
+    def _register_hooks(self) -> None:
+        self.register_state_dict_pre_hook(SparseAdam.synchronize)  # type: ignore[arg-type]
         self.register_state_dict_post_hook(_copy_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,8 +176,42 @@ class SparseAdam(torch.optim.Optimizer):
         _options_of(group)
 
     @property
+    def device_checks(self) -> str:
+        """When gradients on a GPU are checked, and who waits; settable between steps."""
+        return self._device_checks
+
+    @device_checks.setter
+    def device_checks(self, value: str) -> None:
+        before = self._device_checks
+        self.set_device_checks(value)
+        try:
+            self.check_device_checks()
+        except OptionError:
+            self._device_checks = before
+            raise
+
+    def set_device_checks(self, value: str) -> None:
+        """Set `device_checks` for parameters that may yet be moved to a GPU."""
+        value = options.choice("device_checks", value, options.DEVICE_CHECKS)
+        self.synchronize()  # without "deferred" nobody would ask
+        self._device_checks = value
+
+    def check_device_checks(self) -> None:
+        """Refuse `device_checks` that mean nothing where the parameters are."""
+        if self._device_checks != "immediate" and not any(
+            Gpu.has(param) for group in self.param_groups for param in group["params"]
+        ):
+            raise OptionError(
+                f"device_checks is {self._device_checks!r}, expected 'immediate': no parameter is on a GPU, "
+                "and what is on the CPU is always checked"
+            )
+
+    @property
     def skipped_rows(self) -> Mapping[Tensor, int]:
-        """For each parameter that has been stepped, how often ``on_nonfinite="skip"`` left out a row."""
+        """For each parameter that has been stepped, how often ``on_nonfinite="skip"`` left out a row.
+
+        It waits for the GPU where one is there.
+        """
         return {param: held.table.skipped_rows for param, held in self._held.items()}
 
     # --- steps --------------------------------------------------------------------------------------------
@@ -180,13 +234,15 @@ class SparseAdam(torch.optim.Optimizer):
         DenseGradientError
             For a gradient that is not sparse (also a RuntimeError). No parameter has been changed then.
         GradientError
-            For one that is malformed, or, with ``on_nonfinite="raise"``, not finite; the same holds.
+            For one that is malformed, or, with ``on_nonfinite="raise"``, not finite; the same holds. With
+            ``device_checks="deferred"`` it may be that of an earlier step, and this one has not been taken.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with turn_of([self]):
+            deferred.raise_what_is_known(self._held.values())
             step_jobs(
                 [
                     self._job(param, group, _name(group, g, i))
@@ -197,18 +253,30 @@ class SparseAdam(torch.optim.Optimizer):
             )
         return loss
 
+    def synchronize(self) -> None:
+        """Wait until all steps on a GPU are done; on the CPU there is nothing to wait for.
+
+        Raises
+        ------
+        GradientError
+            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
+            after it, have changed nothing; the next one is a new beginning.
+        """
+        with turn_of([self]):
+            deferred.settle(self._held.values())
+
     def _job(self, param: Tensor, group: dict[str, Any], name: str) -> Job:
         assert param.grad is not None
-        grad = coo(name, param.grad)
+        grad = coo(name, param.grad, param.device)
         held = self.ready(param, group, name, grad.sparse_dim())
         return Job(self, param, held, held.gradient(param, grad), grad)
 
     def ready(self, param: Tensor, group: dict[str, Any], name: str, sparse_dim: int) -> Held:
         """What the engine holds for a parameter, up to date with its memory, state and options."""
         held = self._held_for(param, sparse_dim, group["step_counts"], name)
-        given = tuple(_numbers(group.get(key)) for key in USED)
+        given = (self._device_checks, *(_numbers(group.get(key)) for key in USED))
         if given != held.given:  # checked once, not in every step
-            held.use(_options_of(group))
+            held.use(_options_of(group), self._device_checks)
             held.given = given
         held.use_threads()
         return held
@@ -229,27 +297,31 @@ class SparseAdam(torch.optim.Optimizer):
                 )
             if held.is_current(param, sparse_dim, entry):
                 return held
+            deferred.settle([held])
         present = {p for group in self.param_groups for p in group["params"]}
         self._held = {p: kept for p, kept in self._held.items() if p in present}
         renewed = Held(name, param, sparse_dim, step_counts)
         if entry:
             renewed.check_load(entry)()
         if held is not None:
-            renewed.table.totals[1] = held.table.skipped_rows
+            renewed.set_skipped_rows(held.table.skipped_rows)
         return renewed
 
     # --- state --------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
         state = super().__getstate__()
         copied = defaultdict(dict, {key: entry_copied(entry) for key, entry in self.state.items()})
         # A process that is being spawned is sent places in shared memory, which must last until it is there.
         self._sent = copied if get_spawning_popen() is not None else None
-        return {**state, "state": copied}
+        return {**state, "state": copied, "_device_checks": self._device_checks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state: what unpickling, `copy.deepcopy` and `load_state_dict` end in."""
         before = self.__dict__.get("param_groups")
+        if before is not None:
+            self.synchronize()
         loads: list[tuple[Tensor, Held, Callable[[], None]]] = []
         for g, group in enumerate(state["param_groups"]):
             own = OWN if before is None else before[g]
@@ -273,10 +345,10 @@ class SparseAdam(torch.optim.Optimizer):
         self._held = {}
         if before is None:
             self._turn = threading.RLock()
-            self.register_state_dict_post_hook(_copy_state)
+            self._register_hooks()
         for param, held, load in loads:
             load()
-            held.table.totals[1] = skipped.get(param, 0)
+            held.set_skipped_rows(skipped.get(param, 0))
             self._held[param] = held
             self.state[param] = held.entry()
 
@@ -302,14 +374,26 @@ def turn_of(optimizers: Iterable[SparseAdam]) -> Iterator[None]:
 
 def step_jobs(jobs: Sequence[Job]) -> None:
     """Update parameters of one optimizer or several, all or none of them. It must be their turn."""
+    helds = [job.held if job.held.on_gpu else None for job in jobs]
+    _refuse_several_gpus([held for held in helds if held is not None])
     before = [job.held.has_run for job in jobs]
     try:
-        step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
+        with deferred.one_step(helds):
+            step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
     finally:  # an interrupt is raised when everything has been written
         for job, had_run in zip(jobs, before, strict=True):
             if job.held.has_run != had_run:
                 job.held.has_changed(job.param, job.grad)
                 job.optimizer.has_stepped(job.param, job.held)
+
+
+def _refuse_several_gpus(helds: Sequence[Held]) -> None:
+    for held in helds[1:]:
+        if held.device != helds[0].device:
+            raise TableError(
+                f"a step of parameters {helds[0].name} on {helds[0].device} and {held.name} on "
+                f"{held.device}, expected one GPU: make an optimizer, or a backward pass, for each"
+            )
 
 
 def _name(group: Mapping[str, Any], g: int, i: int) -> str:
