@@ -17,12 +17,15 @@ from nb_sparse_adam.bench import chart
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def blocks(about_torch=False):
-    """(line, language, text) of every fenced block, of the section on PyTorch or of all others."""
+APART = ("With PyTorch", "On a GPU")  # sections that need something more
+
+
+def blocks(of=None):
+    """(line, language, text) of every fenced block of a section that stands apart, or of all others."""
     text = README.read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         section = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
-        if about_torch == (section[-1:] == ["With PyTorch"]):
+        if of == (section[-1] if section and section[-1] in APART else None):
             yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
 
 
@@ -53,7 +56,14 @@ def test_the_examples_print_what_the_readme_says():
 @pytest.mark.jit
 def test_so_do_those_with_pytorch():
     pytest.importorskip("torch")
-    assert run(blocks(about_torch=True)) >= 1
+    assert run(blocks("With PyTorch")) >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.jit
+def test_so_do_those_on_a_gpu():
+    pytest.importorskip("numba_cuda")
+    assert run(blocks("On a GPU")) >= 1
 
 
 def test_the_first_example_is_on_the_first_screen_and_short():
