@@ -73,6 +73,8 @@ def prepare(parts: Sequence[Any]) -> list[Any]:
     GradientError
         As `SparseAdam.step`; nothing has been written then.
     """
+    if len(parts) == 1 and not parts[0].table.on_gpu:
+        return [_prepare_one(parts[0])]
     on_gpu = [part for part in parts if part.table.on_gpu]
     if not on_gpu:
         return _prepare_on_host(parts)
@@ -122,10 +124,13 @@ def finish(runs: Sequence[Any]) -> None:
     """Do the work of a step that has been prepared."""
     try:
         run_all(runs)
-    finally:  # an interrupt is raised when everything has been written
+    except BaseException:  # an interrupt is raised when everything has been written
         for run in runs:
             if run.may_have_run:
                 run.close()
+        raise
+    for run in runs:
+        run.close()
 
 
 def run_all(runs: Sequence[Any]) -> None:

@@ -49,9 +49,9 @@ PADDED = COUNTERS + 2 * (COUNTERS >> 6) + 2
 
 
 @device_function
-def _in_order(g: Any) -> Any:
+def _in_order(info: Any, whole: Any) -> Any:
     """Whether ids need no grouping at all."""
-    return g.info[REPEATS] == 0 and g.whole == 0
+    return info[REPEATS] == 0 and whole == 0
 
 
 # --- packing ----------------------------------------------------------------------------------------------
@@ -71,28 +71,30 @@ def _bag_at(offsets: Any, bags: Any, i: Any) -> Any:
 
 
 @kernel
-def pack_positions(guard: Any, g: Any, packed: Any) -> None:
+def pack_positions(guard: Any, info: Any, ids: Any, row_shift: Any, packed: Any) -> None:
     """Pack each id with its position."""
-    if guard[0] != 0 or _in_order(g):
+    if guard[0] != 0 or _in_order(info, 0):
         return
     start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, g.ids.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
-        packed[i] = (int64(g.ids[i]) << g.row_shift) | i
+    for i in range(start, ids.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+        packed[i] = (int64(ids[i]) << row_shift) | i
 
 
 @kernel
-def pack_bags(guard: Any, g: Any, offsets: Any, bags: Any, packed: Any) -> None:
+def pack_bags(
+    guard: Any, ids: Any, offsets: Any, bags: Any, row_shift: Any, kind: Any, packed: Any, bag_of: Any
+) -> None:
     """Pack each id with its bag, or with its position, and list the bags."""
     if guard[0] != 0:
         return
     start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, g.ids.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+    for i in range(start, ids.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
         bag = _bag_at(offsets, bags, i)
-        if g.kind == PER_ID:
-            g.bag_of[i] = bag
-            packed[i] = (int64(g.ids[i]) << g.row_shift) | i
+        if kind == PER_ID:
+            bag_of[i] = bag
+            packed[i] = (int64(ids[i]) << row_shift) | i
         else:
-            packed[i] = (int64(g.ids[i]) << g.row_shift) | bag
+            packed[i] = (int64(ids[i]) << row_shift) | bag
 
 
 @kernel
@@ -122,9 +124,9 @@ def expand_rows(guard: Any, indptr: Any, columns: Any, dim: Any, keys: Any) -> N
 
 
 @kernel
-def radix_count(guard: Any, g: Any, packed: Any, shift: Any, counts: Any) -> None:
+def radix_count(guard: Any, info: Any, whole: Any, packed: Any, shift: Any, counts: Any) -> None:
     """``counts[digit * tiles + tile]`` ← how often a digit occurs in a tile. One block a tile."""
-    if guard[0] != 0 or g.info[FALLS] == 0 or _in_order(g):
+    if guard[0] != 0 or info[FALLS] == 0 or _in_order(info, whole):
         return
     found = cuda.shared.array(DIGITS, int32)
     thread = cuda.threadIdx.x
@@ -144,10 +146,10 @@ def radix_count(guard: Any, g: Any, packed: Any, shift: Any, counts: Any) -> Non
 
 @kernel
 def radix_place(  # noqa: C901 (the steps of one block, between which it waits for all of its threads)
-    guard: Any, g: Any, packed: Any, shift: Any, counts: Any, out: Any
+    guard: Any, info: Any, whole: Any, packed: Any, shift: Any, counts: Any, out: Any
 ) -> None:
     """Move the ids of each tile to their places, which `counts` has been made into by a scan."""
-    if guard[0] != 0 or _in_order(g):
+    if guard[0] != 0 or _in_order(info, whole):
         return
     keys = cuda.shared.array(TILE, int64)
     counters = cuda.shared.array(PADDED, uint16)
@@ -160,7 +162,7 @@ def radix_place(  # noqa: C901 (the steps of one block, between which it waits f
     for tile in range(cuda.blockIdx.x, tiles, cuda.gridDim.x):
         first = int64(tile) * TILE
         size = min(int64(TILE), n - first)
-        if g.info[FALLS] == 0:  # sorted already, by whoever made the gradient
+        if info[FALLS] == 0:  # sorted already, by whoever made the gradient
             for i in range(thread, size, SORT_THREADS):
                 out[first + i] = packed[first + i]
             continue
@@ -222,16 +224,17 @@ def _sum_before(sums: Any, thread: Any, own: Any, threads: Any) -> Any:
 
 
 @kernel
-def scan(guard: Any, g: Any, purpose: Any, counts: Any, length: Any, starts: Any) -> None:
+def scan(guard: Any, info: Any, whole: Any, n: Any, purpose: Any, counts: Any, starts: Any) -> None:
     """``counts[i]`` ← the sum of those before, by one block.
 
     ``purpose``: DIGITS for a pass of the sort; SEGMENTS or PRESENT for these, whose number goes to a word of
-    that name, and what ends the last one to ``starts``.
+    that name, and what ends the last one to ``starts``; n is the number of ids.
     """
-    if cuda.blockIdx.x != 0 or guard[0] != 0 or (purpose != PRESENT and _in_order(g)):
+    if cuda.blockIdx.x != 0 or guard[0] != 0 or (purpose != PRESENT and _in_order(info, whole)):
         return
-    if purpose == DIGITS and g.info[FALLS] == 0:
+    if purpose == DIGITS and info[FALLS] == 0:
         return
+    length = counts.shape[0]
     sums = cuda.shared.array(SCAN_THREADS, int64)
     carried = cuda.shared.array(1, int64)
     thread = cuda.threadIdx.x
@@ -253,47 +256,53 @@ def scan(guard: Any, g: Any, purpose: Any, counts: Any, length: Any, starts: Any
             carried[0] = before
         cuda.syncthreads()
     if thread == 0 and purpose != DIGITS:
-        g.info[purpose] = carried[0]
-        starts[carried[0]] = _units(g, purpose)
+        info[purpose] = carried[0]
+        starts[carried[0]] = _units(info, whole, n, purpose)
 
 
 # --- segments ---------------------------------------------------------------------------------------------
 
 
 @device_function
-def _units(g: Any, purpose: Any) -> Any:
+def _units(info: Any, whole: Any, n: Any, purpose: Any) -> Any:
     """How many things are cut: ids into segments, or segments into rows."""
-    if purpose == SEGMENTS or _in_order(g):
-        return int64(g.ids.shape[0])
-    return g.info[SEGMENTS]
+    if purpose == SEGMENTS or _in_order(info, whole):
+        return int64(n)
+    return info[SEGMENTS]
 
 
 @device_function
-def _label(g: Any, dim: Any, purpose: Any, i: Any) -> Any:
-    """What those that belong together have in common."""
-    if purpose == SEGMENTS:
-        return g.packed[i] >> g.row_shift
-    if _in_order(g):
-        return int64(g.ids[i]) // dim
-    return (g.packed[g.starts[i]] >> g.row_shift) // dim
+def _label(in_order: Any, ids: Any, packed: Any, segments: Any, shift: Any, dim: Any, i: Any) -> Any:
+    """What those that belong together have in common: a row, or, of segments with dim > 0, its table row."""
+    if dim == 0:
+        return packed[i] >> shift
+    if in_order:
+        return int64(ids[i]) // dim
+    return (packed[segments[i]] >> shift) // dim
 
 
 @device_function
-def _is_head(g: Any, dim: Any, purpose: Any, i: Any) -> Any:
-    if i == 0 or _label(g, dim, purpose, i) != _label(g, dim, purpose, i - 1):
+def _is_head(in_order: Any, ids: Any, packed: Any, segments: Any, shift: Any, dim: Any, i: Any) -> Any:
+    if i == 0:
         return int32(1)
-    return int32(0)
+    here = _label(in_order, ids, packed, segments, shift, dim, i)
+    before = _label(in_order, ids, packed, segments, shift, dim, i - 1)
+    return int32(1) if here != before else int32(0)
 
 
 @kernel
-def count_heads(guard: Any, g: Any, dim: Any, purpose: Any, counts: Any) -> None:
-    """``counts[tile]`` ← how many segments, or rows, begin in a tile."""
-    if guard[0] != 0 or (purpose == SEGMENTS and _in_order(g)):
+def count_heads(
+    guard: Any, info: Any, whole: Any, ids: Any, packed: Any, segments: Any, shift: Any, dim: Any, counts: Any
+) -> None:
+    """``counts[tile]`` ← how many segments begin in a tile; or, with dim > 0, rows of the table."""
+    in_order = _in_order(info, whole)
+    if guard[0] != 0 or (dim == 0 and in_order):
         return
+    purpose = SEGMENTS if dim == 0 else PRESENT
     found = cuda.shared.array(1, int32)
     thread = cuda.threadIdx.x
-    n = _units(g, purpose)
-    tiles = (g.ids.shape[0] + TILE - 1) // TILE  # as many as there might be
+    n = _units(info, whole, ids.shape[0], purpose)
+    tiles = (ids.shape[0] + TILE - 1) // TILE  # as many as there might be
     for tile in range(cuda.blockIdx.x, tiles, cuda.gridDim.x):
         if thread == 0:
             found[0] = 0
@@ -301,7 +310,7 @@ def count_heads(guard: Any, g: Any, dim: Any, purpose: Any, counts: Any) -> None
         first = int64(tile) * TILE
         own = int32(0)
         for i in range(first + thread, min(first + TILE, n), SORT_THREADS):
-            own += _is_head(g, dim, purpose, i)
+            own += _is_head(in_order, ids, packed, segments, shift, dim, i)
         cuda.atomic.add(found, 0, own)
         cuda.syncthreads()
         if thread == 0:
@@ -309,22 +318,35 @@ def count_heads(guard: Any, g: Any, dim: Any, purpose: Any, counts: Any) -> None
 
 
 @kernel
-def write_starts(guard: Any, g: Any, dim: Any, purpose: Any, counts: Any, starts: Any) -> None:
-    """Write where segments, or rows, start; `counts` has been made into places by a scan."""
-    if guard[0] != 0 or (purpose == SEGMENTS and _in_order(g)):
+def write_starts(
+    guard: Any,
+    info: Any,
+    whole: Any,
+    ids: Any,
+    packed: Any,
+    segments: Any,
+    shift: Any,
+    dim: Any,
+    counts: Any,
+    starts: Any,
+) -> None:
+    """Write where they start; `counts` has been made into places by a scan."""
+    in_order = _in_order(info, whole)
+    if guard[0] != 0 or (dim == 0 and in_order):
         return
+    purpose = SEGMENTS if dim == 0 else PRESENT
     sums = cuda.shared.array(SORT_THREADS, int32)
     thread = cuda.threadIdx.x
-    n = _units(g, purpose)
-    tiles = (g.ids.shape[0] + TILE - 1) // TILE
+    n = _units(info, whole, ids.shape[0], purpose)
+    tiles = (ids.shape[0] + TILE - 1) // TILE
     for tile in range(cuda.blockIdx.x, tiles, cuda.gridDim.x):
         begin = int64(tile) * TILE + thread * SORT_ITEMS
         own = int32(0)
         for i in range(begin, min(begin + SORT_ITEMS, n)):
-            own += _is_head(g, dim, purpose, i)
+            own += _is_head(in_order, ids, packed, segments, shift, dim, i)
         place = int64(counts[tile]) + _sum_before(sums, thread, own, SORT_THREADS)
         for i in range(begin, min(begin + SORT_ITEMS, n)):
-            if _is_head(g, dim, purpose, i) != 0:
+            if _is_head(in_order, ids, packed, segments, shift, dim, i) != 0:
                 starts[place] = i
                 place += 1
         cuda.syncthreads()

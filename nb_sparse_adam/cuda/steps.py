@@ -239,11 +239,13 @@ class _Prepared:
         into, spare = (packed, other) if passes % 2 == 0 else (other, packed)
         if self.whole:
             bags = np.int64(given.values.rows)
-            self._over(grouping.pack_bags, n, guard, g, given.offsets, bags, into)
+            self._over(
+                grouping.pack_bags, n, guard, g.ids, given.offsets, bags, g.row_shift, g.kind, into, bag_of
+            )
         else:
-            self._over(grouping.pack_positions, n, guard, g, into)
+            self._over(grouping.pack_positions, n, guard, table.info, g.ids, g.row_shift, into)
         self._sort(into, spare, passes)
-        self._segments(SEGMENTS, 1, g.starts)
+        self._segments(SEGMENTS, 0, g.starts)
         if given.entries:
             self._segments(PRESENT, table.dim, g.row_starts)
         if slots and n > BLOCK:
@@ -273,9 +275,9 @@ class _Prepared:
         tiles = -(-self.n // TILE)
         blocks = blocks_for(tiles, 1)
         counts = self.table.scratch.take("digits", grouping.DIGITS * tiles, np.int32)
+        known = self.guard, self.table.info, self.g.whole
         for number in range(passes):
-            shift = np.int64(self.row_shift + number * grouping.DIGIT_BITS)
-            arguments = self.guard, self.g, packed, shift, counts
+            arguments = *known, packed, np.int64(self.row_shift + number * grouping.DIGIT_BITS), counts
             launch(grouping.radix_count, blocks, SORT_THREADS, self.stream, *arguments)
             self._scan(grouping.DIGITS, counts, self.g.starts)
             launch(grouping.radix_place, blocks, SORT_THREADS, self.stream, *arguments, other)
@@ -284,17 +286,17 @@ class _Prepared:
     def _segments(self, purpose: int, dim: int, starts: Any) -> None:
         tiles = -(-self.n // TILE)
         counts = self.table.scratch.take("heads", tiles, np.int32)
-        blocks = blocks_for(tiles, 1)
-        arguments = self.guard, self.g, np.int64(dim), purpose, counts
+        blocks, g = blocks_for(tiles, 1), self.g
+        arguments = (
+            self.guard, g.info, g.whole, g.ids, g.packed, g.starts, g.row_shift, np.int64(dim), counts,
+        )  # fmt: skip
         launch(grouping.count_heads, blocks, SORT_THREADS, self.stream, *arguments)
         self._scan(purpose, counts, starts)
         launch(grouping.write_starts, blocks, SORT_THREADS, self.stream, *arguments, starts)
 
     def _scan(self, purpose: int, counts: Any, starts: Any) -> None:
-        length = int(counts.shape[0])
-        launch(
-            grouping.scan, 1, SCAN_THREADS, self.stream, self.guard, self.g, purpose, counts, length, starts
-        )
+        arguments = self.guard, self.g.info, self.g.whole, np.int64(self.n), purpose, counts, starts
+        launch(grouping.scan, 1, SCAN_THREADS, self.stream, *arguments)
 
     # --- update -----------------------------------------------------------------------------------------
 
