@@ -146,15 +146,18 @@ class Places:
         return self._arrays[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
 
 
-def extent(array: NDArray[Any]) -> tuple[int, int]:
-    """Return the addresses of the first byte of an array, and of the one behind its last."""
-    first = last = array.__array_interface__["data"][0]
+def extent(array: Any, address: int | None = None) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array, and of the one behind its last.
+
+    Of an array that is not of NumPy's, ``address`` is that of its first element.
+    """
+    first = last = array.__array_interface__["data"][0] if address is None else address
     for length, stride in zip(array.shape, array.strides, strict=True):
         if stride > 0:
             last += (length - 1) * stride
         else:
             first += (length - 1) * stride
-    return first, last + array.itemsize
+    return first, last + array.dtype.itemsize
 
 
 class Target(NamedTuple):

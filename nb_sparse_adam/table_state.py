@@ -77,7 +77,7 @@ class TableState:
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:
-        return f"TableState({self.name!r}, {self.shape} {self.dtype}, steps {self.steps.dtype})"
+        return f"TableState({self.name!r}, {self.shape} {self.dtype}, steps {self.arrays.counts.dtype})"
 
     def _check_table(self, name: str, param: Any) -> Any:
         return _check_table(name, param)

@@ -8,7 +8,7 @@ from numba import cuda, int64
 
 from nb_sparse_adam.cuda.device import kernel
 
-__all__ = ["convert_matrix", "convert_vector", "fill", "gather_rows", "scatter_rows", "widen"]
+__all__ = ["convert_matrix", "convert_vector", "fill", "gather_rows", "scatter_rows"]
 
 
 @kernel
@@ -53,11 +53,3 @@ def scatter_rows(flat: Any, first: Any, apart: Any, columns: Any, given: Any) ->
     for i in range(start, given.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
         row = i // columns
         flat[first + row * apart + (i - row * columns)] = given[i]
-
-
-@kernel
-def widen(narrow: Any, wide: Any) -> None:
-    """Copy counts to wider ones."""
-    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, narrow.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
-        wide[i] = narrow[i]

@@ -93,7 +93,7 @@ class DeviceArrays:
     """
 
     def __init__(self, memory: Sequence[Any], ordinal: int, stream: Stream) -> None:
-        self._memory, self._ordinal, self._stream = memory, ordinal, stream
+        self._taken, self._ordinal, self._stream = list(map(extent, memory)), ordinal, stream
 
     def read(self, what: str, given: Any, target: Target) -> Any:
         """See what was given as a device array; nothing is copied."""
@@ -119,7 +119,7 @@ class DeviceArrays:
                 GradientError, f"{what} is not aligned, expected elements at multiples of their size"
             )
         start, end = extent(array)
-        if any(start < stop and begin < end for begin, stop in map(extent, self._memory)):
+        if any(start < stop and begin < end for begin, stop in self._taken):
             raise shares_memory(what, target)
         return array
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam.corrections import Corrections
-from nb_sparse_adam.cuda import checks
-from nb_sparse_adam.cuda.device import Stream, copy_later, copy_to_device, copy_to_host, launch, pinned, using
+from nb_sparse_adam.cuda.device import Stream, copy_later, copy_to_device, copy_to_host, pinned, using
 from nb_sparse_adam.cuda.gradients import Form
 from nb_sparse_adam.cuda.layout import (
     AT_ID,
@@ -49,9 +48,8 @@ class Guard:
             stream = Stream(0)
             # The number, from 1 on, of the table that a step was refused for; −1: another optimizer's.
             self.flags = copy_to_device(np.zeros(1, np.int64), stream)
-            self.refused = copy_to_device(
-                np.ones(1, np.int64), stream
-            )  # a guard under which nothing is written
+            # The flags of a guard under which nothing is written.
+            self.refused = copy_to_device(np.ones(1, np.int64), stream)
             self.seen = pinned(1, np.int64)  # what `flags` was some time ago
         self.stepping = False  # whether a step is going on
         self.tables: list[DeviceTable] = []
@@ -88,9 +86,6 @@ class Guard:
             self.flags.copy_to_device(np.zeros(1, np.int64), stream=stream.numba)
             stream.synchronize()
             self.seen[0] = 0
-            for table in self.tables:
-                launch(checks.begin, 1, 1, stream, self.flags, table.info)
-                table.last = stream.mark()
         if error is not None:  # else it was another optimizer's table, which reports it
             raise error
 

@@ -318,6 +318,17 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
         store(table.moments, m_at, m)
         store(table.moments, m_at + table.dim, v)
 
+    @device_function
+    def next_count(table: Any, row: Any, k: Any) -> Any:
+        """Count a step of a row, where rows have counts, and return its number, else k; −1: no row."""
+        if mode == ROW:
+            if row >= 0:
+                k = int64(table.counts[row]) + 1
+            cuda.syncthreads()  # all lanes have read the count before one of them writes it
+            if row >= 0 and cuda.threadIdx.x == 0:
+                table.counts[row] = k
+        return k
+
     def make_update(in_order: bool) -> Any:
         """Make the kernel for ids that increase, or for segments.
 
@@ -341,12 +352,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
                 row = int64(-1)
                 if s < units and not is_skipped(g, s, skipping):
                     row = int64(g.ids[s]) if in_order else g.packed[g.starts[s]] >> g.row_shift
-                    if mode == ROW:
-                        k = int64(table.counts[row]) + 1
-                if mode == ROW:  # all lanes have read the count before one of them writes it
-                    cuda.syncthreads()
-                    if row >= 0 and cuda.threadIdx.x == 0:
-                        table.counts[row] = k
+                k = next_count(table, row, k)
                 if row >= 0:
                     for j in range(cuda.threadIdx.x * width, table.dim, cuda.blockDim.x * width):
                         if in_order:
@@ -383,7 +389,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
 
     @device_function
     def entry_of(g: Any, key: Any, low: Any, high: Any) -> Any:
-        """The entry low:high whose key it is; −1 if there is none. They increase."""
+        """The first of the entries low:high whose key is no smaller; high if there is none."""
         while low < high:
             middle = (low + high) // 2
             if _row(g, middle) < key:
@@ -408,12 +414,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
             row = int64(-1)
             if s < units and not is_skipped(g, s, skipping):
                 row = _row(g, int64(g.row_starts[s])) // table.dim
-                if mode == ROW:
-                    k = int64(table.counts[row]) + 1
-            if mode == ROW:
-                cuda.syncthreads()
-                if row >= 0 and cuda.threadIdx.x == 0:
-                    table.counts[row] = k
+            k = next_count(table, row, k)
             if row >= 0:
                 low, high = int64(g.row_starts[s]), int64(g.row_starts[s + 1])
                 if mode == ELEMENT:

@@ -221,9 +221,9 @@ class _Prepared:
             kind=np.int64(kind),
             whole=np.int64(self.whole),
         )
-        self.kernels = kernels.kernels_for(
-            table.mode, table.dtype, self._width(g), self.part.corrections.complete
-        )
+        width = self._width(g)
+        self.pieces = -(-self.dim // width)  # of a row
+        self.kernels = kernels.kernels_for(table.mode, table.dtype, width, self.part.corrections.complete)
         if n == 0:
             return
         guard = self.guard
@@ -249,13 +249,13 @@ class _Prepared:
         if given.entries:
             self._segments(PRESENT, table.dim, g.row_starts)
         if slots and n > BLOCK:
-            self._over_rows(self.kernels.sum_blocks, slots, self._pieces(), guard, g, np.int64(self.dim))
+            self._over_rows(self.kernels.sum_blocks, slots, self.pieces, guard, g, np.int64(self.dim))
         if self.raising or self.skipping:
             if given.entries:
                 self._over_rows(self.kernels.poison_entries, n, ENTRY_LANES, guard, g, int(self.raising))
             else:
                 arguments = guard, g, np.int64(self.dim), int(self.raising)
-                self._over_rows(self.kernels.poison_rows, n, self._pieces(), *arguments)
+                self._over_rows(self.kernels.poison_rows, n, self.pieces, *arguments)
         if self.raising and self.part.checks != "off":
             launch(kernels.settle_sums, 1, 1, self.stream, guard, g, self.number)
 
@@ -267,9 +267,6 @@ class _Prepared:
             return 1
         aligned = all(address_of(array) % 16 == 0 for array in (table.arrays.param, g.values))
         return width if aligned else 1
-
-    def _pieces(self) -> int:
-        return -(-self.dim // self._width(self.g))
 
     def _sort(self, packed: Any, other: Any, passes: int) -> None:
         tiles = -(-self.n // TILE)
@@ -326,9 +323,9 @@ class _Prepared:
             self._over_rows(self.kernels.update_entries, rows, lanes, *arguments)
             return
         if not self.whole:
-            self._over_rows(self.kernels.update_in_order, rows, self._pieces(), *arguments)
+            self._over_rows(self.kernels.update_in_order, rows, self.pieces, *arguments)
         if self.n or self.whole:
-            self._over_rows(self.kernels.update_segments, rows, self._pieces(), *arguments)
+            self._over_rows(self.kernels.update_segments, rows, self.pieces, *arguments)
 
 
 class DeviceRun:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam import gradients
 from nb_sparse_adam.cuda import copies
 from nb_sparse_adam.cuda.device import (
     DEFAULT,
@@ -62,8 +63,8 @@ class DeviceTable(TableState):
         self.scratch = Scratch()
         super().__init__(name, param, step_counts)
         with using(self.ordinal):
-            self.info = self._new(WORDS, np.int64, 0)
-            self.got = self._new(2, np.float64, 0)
+            self.info = self._new(WORDS, np.int64)
+            self.got = self._new(2, np.float64)
 
     def _check_table(self, name: str, param: Any) -> Any:
         where = f"table {name!r}"
@@ -93,17 +94,18 @@ class DeviceTable(TableState):
         with using(self.ordinal):
             return TableArrays(
                 as_one_row(self.param, size),
-                self._new(2 * size, self.dtype, 0),
-                self._new(math.prod(self.shape_of_steps), np.int64 if self.mode == GLOBAL else np.int32, 0),
+                self._new(2 * size, self.dtype),
+                self._new(math.prod(self.shape_of_steps), np.int64 if self.mode == GLOBAL else np.int32),
                 2 * self.dim,
                 0 if self.mode == GLOBAL else (self.dim if self.mode == ELEMENT else 1),
             )
 
-    def _new(self, length: int, dtype: Any, value: Any) -> Any:
+    def _new(self, length: int, dtype: Any) -> Any:
+        """Allocate zeros."""
         array = empty(length, dtype)
         if length:
             stream = self._ready()
-            launch(copies.fill, blocks_for(length, THREADS), THREADS, stream, array, array.dtype.type(value))
+            launch(copies.fill, blocks_for(length, THREADS), THREADS, stream, array, array.dtype.type(0))
             self.last = stream.mark()
         return array
 
@@ -150,20 +152,20 @@ class DeviceTable(TableState):
     # --- counts -----------------------------------------------------------------------------------------
 
     def _find_highest(self) -> int:
-        counts = self._window(self.arrays.counts, 1, 1, 0, tuple(self.arrays.counts.shape))
+        counts = Window(self, self.arrays.counts, 1, 1, 0, tuple(self.arrays.counts.shape))
         return max((int(piece.max(initial=0)) for piece in counts.pieces()), default=0)
 
     def _widen(self) -> None:
         narrow = self.arrays.counts
         with using(self.ordinal):
-            self._set_wide_counts(self._new(narrow.shape[0], np.int64, 0))
+            self._set_counts(self._new(narrow.shape[0], np.int64))
             if narrow.shape[0]:
                 stream = self._ready()
                 blocks = blocks_for(narrow.shape[0], THREADS)
-                launch(copies.widen, blocks, THREADS, stream, narrow, self.arrays.counts)
+                launch(copies.convert_vector, blocks, THREADS, stream, narrow, self.arrays.counts)
                 self.last = stream.mark()
 
-    def _set_wide_counts(self, counts: Any) -> None:
+    def _set_counts(self, counts: Any) -> None:
         self.news.memory = True
         self.arrays = self.arrays._replace(counts=counts)
 
@@ -186,18 +188,15 @@ class DeviceTable(TableState):
             stream.synchronize()
             self.last = stream.mark()
 
-    def _window(self, flat: Any, columns: int, apart: int, first: int, shape: tuple[int, ...]) -> Window:
-        return Window(self, flat, columns, apart, first, shape)
-
     def _windows(self) -> dict[str, Window]:
         arrays, dim, shape = self.arrays, self.dim, self.shape
         of_steps = self.shape_of_steps
         columns = dim if self.mode == ELEMENT else 1
         return {
-            "param": self._window(arrays.param, dim, dim, 0, shape),
-            "exp_avg": self._window(arrays.moments, dim, 2 * dim, 0, shape),
-            "exp_avg_sq": self._window(arrays.moments, dim, 2 * dim, dim, shape),
-            "steps": self._window(arrays.counts, columns, columns, 0, of_steps),
+            "param": Window(self, arrays.param, dim, dim, 0, shape),
+            "exp_avg": Window(self, arrays.moments, dim, 2 * dim, 0, shape),
+            "exp_avg_sq": Window(self, arrays.moments, dim, 2 * dim, dim, shape),
+            "steps": Window(self, arrays.counts, columns, columns, 0, of_steps),
         }
 
     def arrays_to_save(self) -> dict[str, Any]:
@@ -212,7 +211,7 @@ class DeviceTable(TableState):
         """Give exp_avg, exp_avg_sq and steps, to be filled piece by piece; then call `loaded`."""
         if self.arrays.counts.dtype.itemsize < steps.itemsize:
             with using(self.ordinal):
-                self._set_wide_counts(self._new(self.arrays.counts.shape[0], np.int64, 0))
+                self._set_counts(self._new(self.arrays.counts.shape[0], np.int64))
         self._highest_count = MAX_INT32
         return {key: window for key, window in self._windows().items() if key != "param"}
 
@@ -228,11 +227,11 @@ class DeviceTable(TableState):
         wider = None
         if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
             with using(self.ordinal):
-                wider = self._new(self.arrays.counts.shape[0], np.int64, 0)
+                wider = self._new(self.arrays.counts.shape[0], np.int64)
 
         def fill() -> None:
             if wider is not None:
-                self._set_wide_counts(wider)
+                self._set_counts(wider)
             windows = self._windows()
             given = {"steps": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
             for key, values in given.items():
@@ -343,10 +342,5 @@ class Scratch:
 
 def extent(array: Any) -> tuple[int, int]:
     """Addresses of the first byte of an array and of the one behind its last; it may have gaps."""
-    first = last = address_of(array)
-    for length, stride in zip(array.shape, array.strides, strict=True):
-        if stride > 0:
-            last += (length - 1) * stride
-        else:
-            first += (length - 1) * stride
-    return (first, last + array.dtype.itemsize) if array.size else (first, first)
+    address = address_of(array)
+    return gradients.extent(array, address) if array.size else (address, address)

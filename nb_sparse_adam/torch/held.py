@@ -60,7 +60,7 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"parameter {name} is on device {param.device}, expected the CPU or cuda: keep the embedding "
             "there (module.cpu()) and move its output to the device, or use torch.optim.SparseAdam for it"
         )
-    if any(step == 0 and length > 1 for step, length in zip(param.stride(), param.shape, strict=True)):
+    if _is_expanded(param):
         raise TableError(
             f"parameter {name} has strides {param.stride()}: several elements are one place in memory, "
             "expected one for each; pass parameter.contiguous() as a Parameter of its own"
@@ -76,10 +76,12 @@ def array_of(tensor: Tensor, on_gpu: bool) -> Any:
     """See a tensor that requires no gradient as an array where it is; what is an array is not copied."""
     if not on_gpu:
         return tensor.numpy()
-    is_one_place = any(
-        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    return Gpu.for_engine(tensor.contiguous() if is_one_place else tensor)
+    return Gpu.for_engine(tensor.contiguous() if _is_expanded(tensor) else tensor)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory."""
+    return any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def entry_copied(entry: Any) -> Any:
