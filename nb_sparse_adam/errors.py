@@ -12,7 +12,7 @@
     │   │   └── DenseGradientError  RuntimeError  ... torch's gradient of a parameter is dense
     │   ├── GradientIndexError  IndexError  ... an id, column or offset is out of range
     │   └── NonFiniteGradientError          ... it holds NaN or infinity, or a sum in it overflows
-    ├── StateError           ValueError   a state dict does not fit the optimizer
+    ├── StateError           ValueError   a state dict, or a source of rows, does not fit the optimizer
     │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
     ├── CheckpointError      ValueError   a checkpoint is missing, damaged, or does not fit
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
@@ -88,7 +88,7 @@ class NonFiniteGradientError(GradientError):
 
 
 class StateError(SparseAdamError, ValueError):
-    """A state dict does not fit the optimizer that should load it."""
+    """A state dict does not fit the optimizer that should load it, or a source of rows its table."""
 
 
 class StateTypeError(StateError, TypeError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ class StateFolder:
             raise OptionTypeError(
                 f"state_dir is {path!r} ({type(path).__name__}), expected a path"
             ) from error
-        self._maps: list[np.memmap[Any, Any]] = []
-        self._files: list[Path] = []
+        self._maps: dict[Path, np.memmap[Any, Any] | None] = {}
+        self._number = 0  # of the next file
         self._process = os.getpid()
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise OptionError(
@@ -53,10 +55,11 @@ class StateFolder:
         """Make a file of zeros, and return it as a (length,) array."""
         if not length:
             return np.zeros(0, dtype)
-        file = self.path / f"{len(self._maps)}.{dtype.name}"
+        file = self.path / f"{self._number}.{dtype.name}"
+        self._number += 1
         try:
             with open(file, "x+b") as opened:
-                self._files.append(file)
+                self._maps[file] = None
                 opened.truncate(length * dtype.itemsize)
                 made = np.memmap(opened, dtype, "r+", shape=(length,))
         except FileExistsError as error:
@@ -64,7 +67,7 @@ class StateFolder:
                 f"state_dir is {os.fspath(self.path)!r}, which another optimizer has begun to use; pass a "
                 "folder of its own for each"
             ) from error
-        self._maps.append(made)
+        self._maps[file] = made
         return made.view(np.ndarray)
 
     def check_process(self) -> None:
@@ -77,12 +80,35 @@ class StateFolder:
 
     def flush(self) -> None:
         """Write what has been changed to the files."""
-        for made in self._maps:
-            made.flush()
+        for made in self._maps.values():
+            if made is not None:
+                made.flush()
+
+    @contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Delete the files that are made in the block, if it fails."""
+        before = set(self._maps)
+        try:
+            yield
+        except BaseException:
+            self._delete(set(self._maps) - before)
+            raise
+
+    def release(self, arrays: Iterable[NDArray[Any]]) -> None:
+        """Delete the files of arrays that nobody goes on with."""
+        arrays = [array for array in arrays if array.size]
+        self._delete(
+            file
+            for file, made in list(self._maps.items())
+            if made is not None and any(np.may_share_memory(made, array) for array in arrays)
+        )
 
     def remove(self) -> None:
         """Delete the files, if the optimizer could not be made after all."""
-        for file in self._files:
+        self._delete(list(self._maps))
+
+    def _delete(self, files: Iterable[Path]) -> None:
+        for file in files:
+            del self._maps[file]
             with contextlib.suppress(OSError):
                 file.unlink()
-        self._maps.clear()

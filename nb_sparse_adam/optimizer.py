@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -479,7 +479,7 @@ class SparseAdam:
         array([0.1, 0.1], dtype=float32)
         """
         with self._lock:
-            table = self._table_named(name)
+            table = self._table_named("kernel_table", name)
             if table.on_gpu:
                 raise TableError(
                     f"kernel_table of table {table.name!r}, which is on a GPU: expected one in the memory of "
@@ -493,17 +493,20 @@ class SparseAdam:
                 )
             table.check_writeable()
             table.make_room_for_a_step()
+            was_lent = table.is_lent  # by a block around this one
             try:
+                table.is_lent = True
                 yield self._arrays_for_kernels(table, self._on_nonfinite == "skip")
             finally:
+                table.is_lent = was_lent
                 table.counts_have_changed()
 
-    def _table_named(self, name: str | None) -> TableState:
+    def _table_named(self, caller: str, name: str | None) -> TableState:
         if name is None and len(self._tables) == 1:
             return next(iter(self._tables.values()))
         if name not in self._tables:
             names = ", ".join(map(repr, self._tables))
-            raise TableError(f"kernel_table got {name!r}, expected one of {names}")
+            raise TableError(f"{caller} got {name!r}, expected one of {names}")
         return self._tables[name]
 
     # --- state --------------------------------------------------------------------------------------------
@@ -589,6 +592,79 @@ class SparseAdam:
             for load in loads:
                 load()
             self._set(**values)
+
+    def rearrange(self, table: NDArray[Any], source: Any, name: str | None = None) -> None:
+        """Go on with another array for a table, whose rows take moments and counts of rows of the old one.
+
+        For rows that come, go or change places: a vocabulary that grows, users that are dropped, Gaussians
+        that are split and pruned. To append, prune, reorder and reset rows are all this one thing.
+
+        Parameters
+        ----------
+        table : (rows, dim) or (n,) array
+            Takes the place of the old one; its values are yours, and are not touched. Of the old one's dtype
+            and dim, with any number of rows. It may share memory with the old one, or be the same array.
+        source : (rows,) integer array
+            For each row of `table` the row of the old one whose moments and counts it takes, -1 for a fresh
+            row: moments and counts are 0. A row that is named more than once is copied for each.
+        name : str, optional
+            Which table; not needed if there is only one.
+
+        Raises
+        ------
+        TableError
+            If `table` cannot be updated in place, is of another dtype or dim, or shares memory with another
+            table; if no table has that name; if the table is on a GPU, or lent by `kernel_table`. Nothing has
+            been changed then, nor if memory, or room in `state_dir`, does not suffice.
+        StateError
+            If `source` is malformed, or names a row that is not there.
+
+        Notes
+        -----
+        The count of ``step_counts="global"`` and `skipped_rows` are of the whole table, and stay. State is
+        allocated once more, and the old one is let go, as is the old array: what was read from `tables` or
+        `state` before still shows the old ones. Not to be called from a signal handler, which may come in the
+        middle of a step: it would go on with the old array.
+
+        Examples
+        --------
+        >>> optimizer = SparseAdam(np.zeros((3, 2), np.float32), step_counts="row")
+        >>> optimizer.step(RowGradient([0, 2, 2], np.ones((3, 2), np.float32)))
+        >>> kept = np.array([2, 0])  # row 1 goes, the others change places, and one is new
+        >>> table = np.concatenate([optimizer.tables["table"][kept], np.ones((1, 2), np.float32)])
+        >>> optimizer.rearrange(table, np.append(kept, -1))
+        >>> optimizer.state["table"].steps
+        array([1, 1, 0], dtype=int32)
+        """
+        with self._lock:
+            old = self._table_named("rearrange", name)
+            if old.on_gpu or on_gpu(table):
+                raise TableError(
+                    f"rearrange of table {old.name!r}, "
+                    + ("which is on a GPU" if old.on_gpu else "by an array on a GPU")
+                    + ": expected both in the memory of the host. Rearrange state_dict()'s arrays, and load "
+                    "them into an optimizer of the new table"
+                )
+            if old.is_lent:
+                raise TableError(
+                    f"rearrange of table {old.name!r} within a kernel_table block, which goes on with the "
+                    "arrays that it was lent: rearrange after it"
+                )
+            if self._folder is not None:
+                self._folder.check_process()
+            with nullcontext() if self._folder is None else self._folder.removed_on_error():
+                new = old.rearranged(table, source)
+                _refuse_overlap({**self._tables, old.name: new})
+            self._forget_memory()  # before the one assignment: whatever interrupts leaves the old or the new
+            self._tables[old.name] = new
+            self._forget_memory()  # a signal handler may have stepped in between
+            if self._folder is not None:
+                self._folder.release(old.memory[1:])
+
+    def _forget_memory(self) -> None:
+        """Let go what is kept from step to step of where tables and their state lie."""
+        self._places = None
+        self._for_kernels.clear()
 
 
 def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:

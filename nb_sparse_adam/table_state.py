@@ -14,6 +14,7 @@ from nb_sparse_adam.grouping import Buffers
 from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
 from nb_sparse_adam.memory import CACHE_LINE
 from nb_sparse_adam.pacing import Paces
+from nb_sparse_adam.rearranging import checked_source, take_rows
 
 __all__ = ["STATE_VERSION", "TableState"]
 
@@ -64,6 +65,7 @@ class TableState:
         self.name = name
         self.given = param
         self.param = self._check_table(name, param)
+        self.step_counts = step_counts
         self.mode = MODES[step_counts]
         self.rows: int = self.param.shape[0]
         self.dim: int = self.param.shape[1] if self.param.ndim == 2 else 1
@@ -74,6 +76,7 @@ class TableState:
         self.paces = Paces()
         self.addresses: tuple[Any, tuple[int, ...]] | None = None  # of `batching`
         self.news = News()
+        self.is_lent = False  # to a user's own kernel
         self._highest_count = 0  # no count is above this
 
     def __repr__(self) -> str:
@@ -136,8 +139,9 @@ class TableState:
 
     def _counts(self) -> NDArray[Any]:
         """All counts, writeable: (rows, dim), (rows, 1) or (1, 1)."""
+        arrays = self.arrays  # looked up once: another thread that reads meets one layout or the next
         rows, columns = _shape_of_counts(self.rows, self.dim, self.mode)
-        return _strided(self.arrays.counts, rows, columns, self.arrays.count_stride)
+        return _strided(arrays.counts, rows, columns, arrays.count_stride)
 
     def _moments(self, which: int) -> NDArray[Any]:
         """exp_avg (0) or exp_avg_sq (1), (rows, dim), writeable."""
@@ -173,8 +177,13 @@ class TableState:
     def _widen(self) -> None:
         """Go on with counts of 64 bits."""
         narrow = self._counts()
-        self._set_counts(self._zeros(narrow.size, np.dtype(np.int64)).reshape(narrow.shape))
+        self._set_counts(self._wide_zeros())
         self._counts()[...] = narrow
+
+    def _wide_zeros(self) -> NDArray[np.int64]:
+        """Make room for all counts in 64 bits."""
+        shape = _shape_of_counts(self.rows, self.dim, self.mode)
+        return self._zeros(math.prod(shape), np.dtype(np.int64)).reshape(shape)
 
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
         """Go on with wider counts, in memory of their own."""
@@ -215,8 +224,7 @@ class TableState:
             Of the counts to come: int64 are given room.
         """
         if self.arrays.counts.dtype.itemsize < steps.itemsize:
-            shape = _shape_of_counts(self.rows, self.dim, self.mode)
-            self._set_counts(self._zeros(math.prod(shape), np.dtype(np.int64)).reshape(shape))
+            self._set_counts(self._wide_zeros())
         self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
         first, second = (self._moments(which) for which in (0, 1))
         if self.param.ndim == 1:
@@ -230,6 +238,40 @@ class TableState:
 
     def _set_skipped_rows(self, number: int) -> None:
         self.totals[1] = number
+
+    def rearranged(self, param: Any, source: Any) -> TableState:
+        """Make the state of another table, whose rows take moments and counts of this one's. Changes nothing.
+
+        Parameters
+        ----------
+        param : array
+            Of the dtype and dim of this one.
+        source : integer array
+            For each of its rows the row of this one, -1 for none.
+        """
+        where = f"rearrange of table {self.name!r}"
+        checked = self._check_table(self.name, param)
+        if checked.dtype != self.dtype or tuple(checked.shape[1:]) != self.shape[1:]:
+            expected = str(("rows", *self.shape[1:])).replace("'", "")
+            raise TableError(
+                f"{where}: got a table of {tuple(checked.shape)} {checked.dtype}, expected {expected} "
+                f"{self.dtype}: rows come and go, and stay what they are"
+            )
+        source = checked_source(where, source, checked.shape[0], self.rows)
+        new = TableState(self.name, param, self.step_counts, self._zeros)
+        if new.arrays.counts.dtype != self.arrays.counts.dtype:
+            new._set_counts(new._wide_zeros())
+        strides = self.arrays.moment_stride, self.arrays.count_stride
+        # Where counts lie in the records of the moments, they come along.
+        for flat, into, columns in zip(self.memory[1:], new.memory[1:], strides, strict=False):
+            if columns:
+                take_rows(source, _as_bits(flat), columns, _as_bits(into))
+            else:  # one count for the table
+                into[...] = flat
+        new._highest_count = self._highest_count
+        new.totals[:] = self.totals
+        new.buffers, new.paces, new.news = self.buffers, self.paces, self.news
+        return new
 
     def check_load(self, given: Any) -> Callable[[], None]:
         """Check its part of a state dict; return what loads it, and cannot fail."""
@@ -312,6 +354,11 @@ def _allocate(param: NDArray[Any], mode: int, zeros: Zeros) -> TableArrays:
 def _strided(flat: NDArray[Any], rows: int, columns: int, stride: int) -> NDArray[Any]:
     strides = (stride * flat.itemsize, flat.itemsize)
     return np.lib.stride_tricks.as_strided(flat, (rows, columns), strides)
+
+
+def _as_bits(flat: NDArray[Any]) -> NDArray[Any]:
+    """See numbers as unsigned integers: copied as such, they keep their bits whatever they are."""
+    return flat.view(f"u{flat.itemsize}")
 
 
 def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
