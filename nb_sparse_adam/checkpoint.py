@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +24,8 @@ from numpy.typing import NDArray
 from nb_sparse_adam import options
 from nb_sparse_adam.errors import CheckpointError, OptionTypeError, SparseAdamError
 from nb_sparse_adam.extras import require
+from nb_sparse_adam.manifest import FORMAT, MANIFEST, OURS, VERSION, check_extra, read_manifest
+from nb_sparse_adam.manifest import digest as _digest
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.table_state import TableState
 from nb_sparse_adam.tensor_files import (
@@ -39,20 +39,7 @@ from nb_sparse_adam.tensor_files import (
 
 __all__ = ["load", "restore", "save"]
 
-FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
-MANIFEST = "manifest.json"
 ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
-_OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
-_RECORD: dict[str, type] = {
-    "name": str,
-    "file": str,
-    "size": int,
-    "sha256": str,
-    "shape": list,
-    "dtype": str,
-    "steps": str,
-    "skipped_rows": int,
-}
 _TRIES = 10  # of reading a checkpoint that is being replaced meanwhile
 
 
@@ -92,7 +79,7 @@ def save(
     """
     _check_optimizer(optimizer)
     try:
-        _check_extra(extra, "extra")
+        check_extra(extra, "extra")
         json.loads(json.dumps(extra))
     except (RecursionError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -155,7 +142,7 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
         _sync_folder(folder)
         _reached("folder synced")
         for name in os.listdir(folder):
-            if _OURS.fullmatch(name) and name not in kept:
+            if OURS.fullmatch(name) and name not in kept:
                 with contextlib.suppress(OSError):
                     (folder / name).unlink(missing_ok=True)
                 _reached("an old file deleted")
@@ -198,22 +185,6 @@ def _check_optimizer(given: Any) -> None:
         raise OptionTypeError(
             f"optimizer is a {type(given).__name__}, expected a nb_sparse_adam.SparseAdam; those of torch, "
             "nb_sparse_adam.torch's too, are saved by torch.save(optimizer.state_dict(), file)"
-        )
-
-
-def _check_extra(given: Any, where: str) -> None:
-    if isinstance(given, dict):
-        for key, value in given.items():
-            if not isinstance(key, str):
-                raise CheckpointError(f"{where} has the key {key!r}, expected str: it is kept as JSON")
-            _check_extra(value, f"{where}[{key!r}]")
-    elif isinstance(given, (list, tuple)):
-        for at, value in enumerate(given):
-            _check_extra(value, f"{where}[{at}]")
-    elif not isinstance(given, (str, int, float, bool, type(None))):
-        raise CheckpointError(
-            f"{where} is a {type(given).__name__}, expected what JSON can hold: None, booleans, numbers, "
-            "strings, lists and dicts of them; arrays have .tolist(), large things need files of their own"
         )
 
 
@@ -382,7 +353,7 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[_File]]]:
     """Open a checkpoint: its manifest and files, headers checked. Later saves do not matter to it."""
     with ExitStack() as stack:
         for left in range(_TRIES, -1, -1):
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
             try:
                 files = [
                     stack.enter_context(_open_file(folder, record, manifest["options"]["step_counts"]))
@@ -397,66 +368,11 @@ def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[_File]]]:
                     ) from error
                 if not isinstance(error, FileNotFoundError):
                     raise
-                if not left or _read_manifest(folder) == manifest:
+                if not left or read_manifest(folder) == manifest:
                     raise CheckpointError(
                         f"{error.filename} is missing, which {folder / MANIFEST} names"
                     ) from error
         yield manifest, files
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing: expected the folder of a checkpoint, as nb_sparse_adam.checkpoint.save "
-            "writes it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged, or of something else: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the manifest of a checkpoint of nb_sparse_adam")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path} has version {manifest.get('version')!r}, expected {VERSION}: it was written by another "
-            "version of nb_sparse_adam"
-        )
-    if manifest.pop("sha256", None) != _digest(manifest):
-        raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
-    try:
-        if set(manifest) != {"format", "version", "options", "tables", "extra"}:
-            raise ValueError(f"it has {sorted(manifest)}")
-        options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
-        for record in manifest["tables"]:
-            _check_record(record)
-        for what in ("name", "file"):
-            if len({record[what] for record in manifest["tables"]}) != len(manifest["tables"]):
-                raise ValueError(f"a {what} is there twice")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} was not written by nb_sparse_adam.checkpoint.save: {error!r}"
-        ) from error
-    return manifest
-
-
-def _check_record(record: Any) -> None:
-    """Check what a manifest says of a table, by types and ranges."""
-    if set(record) != set(_RECORD):
-        raise ValueError(f"a table has {sorted(record)}")
-    for key, kind in _RECORD.items():
-        if type(record[key]) is not kind:
-            raise ValueError(f"{key} is {record[key]!r}")
-    if not _OURS.fullmatch(record["file"]):
-        raise ValueError(f"file is {record['file']!r}")
-    if record["dtype"] not in ("float32", "float64") or record["steps"] not in ("int32", "int64"):
-        raise ValueError(f"dtypes are {record['dtype']!r} and {record['steps']!r}")
-    if not 0 <= record["skipped_rows"] < 2**63 or not all(type(n) is int and n >= 0 for n in record["shape"]):
-        raise ValueError(f"skipped_rows is {record['skipped_rows']}, shape {record['shape']}")
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
