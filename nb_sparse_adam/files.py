@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import tempfile
 from pathlib import Path
 
 __all__ = ["prepare_folder", "write_whole"]
@@ -20,17 +22,16 @@ def prepare_folder(folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
-    write_whole(probe, b"")
-    probe.unlink()
-    return path
+    with tempfile.TemporaryFile(dir=path):  # has a name that is nobody's, or none at all
+        return path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put a file in its place, whole: written beside it, then moved there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Put a file in its place, whole: written beside it under a name that is nobody's, then moved there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "xb") as opened:
+            opened.write(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
