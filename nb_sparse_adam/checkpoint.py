@@ -9,38 +9,46 @@ dies, ``manifest.json`` is the old one or the new one, and the files that it nam
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
-from nb_sparse_adam.errors import CheckpointError, OptionTypeError, SparseAdamError
-from nb_sparse_adam.extras import require
-from nb_sparse_adam.manifest import FORMAT, MANIFEST, OURS, VERSION, check_extra, read_manifest
+from nb_sparse_adam.checkpoint_files import (
+    ARRAYS,
+    TOO_MANY,
+    TableFile,
+    progress_bar,
+    read_all,
+    reading,
+    same_as,
+)
+from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
+from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
+from nb_sparse_adam.manifest import (
+    FORMAT,
+    MANIFEST,
+    OURS,
+    VERSION,
+    begins_as_manifest,
+    check_extra,
+    refuse_foreign,
+    write,
+)
 from nb_sparse_adam.manifest import digest as _digest
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.table_state import TableState
-from nb_sparse_adam.tensor_files import (
-    Header,
-    TensorFileError,
-    array_size,
-    check_header,
-    read_pieces,
-    write_tensors,
-)
+from nb_sparse_adam.tensor_files import array_size, begins_as_written, write_tensors
 
 __all__ = ["load", "restore", "save"]
-
-ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
-_TRIES = 10  # of reading a checkpoint that is being replaced meanwhile
 
 
 def _reached(point: str) -> None:
@@ -63,32 +71,30 @@ def save(
         Steps of other Python threads wait meanwhile. Not to be called from a signal handler, which may come
         in the middle of a step: set a flag there, and save after the step.
     extra : optional
-        Something small of your own, as JSON can hold it: None, booleans, numbers, strings, lists, and dicts
-        with strings for keys. Tuples come back as lists.
+        Something small of your own, as JSON can hold it: None, booleans, finite numbers, strings, lists, and
+        dicts with strings for keys. Tuples come back as lists, and subclasses as what they are made of.
     progress : bool, default False
         Whether to show a bar.
 
     Raises
     ------
     CheckpointError
-        If `extra` cannot be held, or another process is saving there.
+        If `extra` cannot be held, another process is saving there, or there is a ``manifest.json`` of
+        something else: nothing is replaced or deleted but what `save` has written.
     OptionTypeError
         If `optimizer` is of another kind.
+    StateError
+        If `optimizer` has been restored in part (see `restore`).
     OSError
         If something cannot be written; the checkpoint that was there is as it was.
     """
     _check_optimizer(optimizer)
-    try:
-        check_extra(extra, "extra")
-        json.loads(json.dumps(extra))
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
+    optimizer._check_whole()
+    check_extra(extra)
     for name in optimizer.state:
         if json.loads(json.dumps(name)) != name:
             raise CheckpointError(f"a table is called {name!r}, which JSON cannot hold; give it another name")
-    folder = Path(path)
+    folder = _folder(path)
     token = secrets.token_hex(8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,13 +110,15 @@ def save(
 
 
 def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
+    refuse_foreign(folder)
+    optimizer._check_whole()
     optimizer.synchronize()
     tables = optimizer.state
     total = sum(array.nbytes for table in tables.values() for array in table.arrays_to_save().values())
     written: list[Path] = []
     try:
         records = []
-        with _bar(total, "saving", progress) as tell:
+        with progress_bar(total, "saving", progress) as tell:
             for number, table in enumerate(tables.values()):
                 file = folder / f"table-{number}-{token}.safetensors"
                 written.append(file)
@@ -125,7 +133,7 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
         manifest["sha256"] = _digest(manifest)
         temporary = folder / f".manifest-{token}.json"
         written.append(temporary)
-        _write_synced(temporary, json.dumps(manifest, indent=1).encode())
+        _write_synced(temporary, write(manifest))
         _reached("manifest written")
         _sync_folder(folder)  # its files are there before the manifest is
         os.replace(temporary, folder / MANIFEST)
@@ -143,9 +151,20 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
         _reached("folder synced")
         for name in os.listdir(folder):
             if OURS.fullmatch(name) and name not in kept:
-                with contextlib.suppress(OSError):
-                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError, NoRegularFileError):
+                    if _is_ours(folder / name):
+                        (folder / name).unlink(missing_ok=True)
                 _reached("an old file deleted")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file that is called as ours are was written by a save, which may not have come to its end."""
+    with open_regular(file) as opened:
+        if not opened.peek(1):
+            return True  # begun, or somebody else's without content: no loss
+        if file.suffix == ".json":
+            return begins_as_manifest(opened.read(100))
+        return begins_as_written(opened, ARRAYS)
 
 
 def _names(folder: Path, token: str) -> bool:
@@ -180,6 +199,16 @@ def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> d
     }
 
 
+def _folder(path: Any) -> Path:
+    try:
+        folder = Path(path)
+    except TypeError as error:
+        raise OptionTypeError(f"path is {path!r} ({type(path).__name__}), expected a path") from error
+    if "\0" in str(folder):
+        raise OptionError(f"path is {path!r}, expected one without NUL")
+    return folder
+
+
 def _check_optimizer(given: Any) -> None:
     if not isinstance(given, SparseAdam):
         raise OptionTypeError(
@@ -196,18 +225,17 @@ def _only_saver(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    opened = os.open(folder, os.O_RDONLY)
-    try:
+    with descriptor(folder, os.O_RDONLY) as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{folder}: another save into this folder is going on; wait for it, or save elsewhere"
-            ) from error
-        yield
-    finally:
-        fcntl.flock(opened, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
-        os.close(opened)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{folder}: another save into this folder is going on; wait for it, or save elsewhere"
+                ) from error
+            yield
+        finally:
+            fcntl.flock(opened, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
 
 
 def _write_synced(file: Path, content: bytes) -> None:
@@ -220,11 +248,8 @@ def _write_synced(file: Path, content: bytes) -> None:
 def _sync_folder(folder: Path) -> None:
     """Have the system keep the names in a folder; there is no such thing on Windows."""
     if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
+        with descriptor(folder, os.O_RDONLY) as opened:
             os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -263,30 +288,63 @@ def load(
     ------
     CheckpointError
         If something is missing, incomplete, damaged or not a checkpoint; it names the file.
+    OSError
+        If a file cannot be read.
     """
-    folder = Path(path)
-    with _opened(folder) as (manifest, files):
-        values = _check_options(folder, manifest, None)
-        tables: dict[str, NDArray[Any]] = {}
-        for file in files:
-            entry = file.header.entries["param"]
-            tables[file.name] = (
-                np.memmap(file.opened, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
-                if mmap and array_size(entry.dtype, entry.shape)
-                else np.empty(entry.shape, entry.dtype)
-            )
-        optimizer = SparseAdam(tables, step_counts=manifest["options"]["step_counts"])
-        optimizer._set(**values)
+    folder = _folder(path)
+    return reading(folder, partial(_load, folder, mmap, not mmap if verify is None else verify, progress))
 
-        def target(file: _File) -> dict[str, NDArray[Any]]:
-            table = optimizer._tables[file.name]
-            into = table.arrays_to_load(file.header.entries["steps"].dtype)
-            return into if mmap else {"param": table.param, **into}
 
-        _read_all(files, target, progress, "loading", verify=not mmap if verify is None else verify)
-        for file in files:
-            optimizer._tables[file.name].loaded(file.record["skipped_rows"])
-        return optimizer, manifest["extra"]
+def _load(
+    folder: Path,
+    mmap: bool,
+    verify: bool,
+    progress: bool,
+    manifest: dict[str, Any],
+    files: list[TableFile],
+) -> tuple[SparseAdam, Any]:
+    optimizer = _new_optimizer(folder, manifest, files, mmap)
+
+    def target(file: TableFile) -> dict[str, NDArray[Any]]:
+        table = optimizer._tables[file.name]
+        into = table.room_to_load(file.header.entries["steps"].dtype)()
+        return into if mmap else {"param": table.param, **into}
+
+    read_all(files, target, progress, "loading", verify)
+    for file in files:
+        optimizer._tables[file.name].loaded(file.record["skipped_rows"])
+    return optimizer, manifest["extra"]
+
+
+def _new_optimizer(folder: Path, manifest: dict[str, Any], files: list[TableFile], mmap: bool) -> SparseAdam:
+    """Make an optimizer for what a checkpoint holds, with parameters that are mapped or to be read."""
+    values = _check_options(folder, manifest, None)
+    tables: dict[str, NDArray[Any]] = {}
+    for file in files:
+        dtype, shape, _ = file.header.entries["param"]
+        tables[file.name] = _map(file) if mmap and array_size(dtype, shape) else np.empty(shape, dtype)
+    optimizer = SparseAdam(tables, step_counts=manifest["options"]["step_counts"])
+    optimizer._set(**values)
+    return optimizer
+
+
+def _map(file: TableFile) -> NDArray[Any]:
+    """Map a table's parameters, so that changes are copies in memory; the file is kept open."""
+    entry = file.header.entries["param"]
+    if entry.start % entry.dtype.itemsize:  # as nothing writes it that we know of
+        raise CheckpointError(f"{file.path} cannot be mapped: its arrays are not aligned; pass mmap=False")
+    with file.reading() as opened:
+        try:
+            return np.memmap(opened, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path} is damaged: it cannot be mapped ({error})") from error
+        except OSError as error:
+            if error.errno not in TOO_MANY:
+                raise
+            raise CheckpointError(
+                f"{file.path} cannot be mapped: mmap=True keeps the file of every table open, more than this "
+                "process may have. Raise the limit (ulimit -n), or read them: mmap=False"
+            ) from error
 
 
 def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bool = False) -> Any:
@@ -298,8 +356,9 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
         A folder that `save` wrote, of an optimizer with the same names, shapes and dtypes of tables, and the
         same ``step_counts``: nothing is converted.
     optimizer : SparseAdam
-        Its tables are written to where they are. An interrupt meanwhile leaves it restored in part: restore
-        it again.
+        Its tables are written to where they are. What ends this in the middle (an interrupt, a disk that
+        fails, a file that somebody changes after it was verified) leaves it restored in part: it then
+        refuses to step and to be saved, with a StateError, until it is restored again.
     progress : bool, default False
         Whether to show a bar.
 
@@ -312,91 +371,64 @@ def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bo
     ------
     CheckpointError
         If it does not fit, or is missing, incomplete, damaged or not a checkpoint. Nothing has been changed
-        then: every file is verified before the first write.
+        then: every file is verified before the first write. Files are read twice, and nothing is copied
+        that is not what was verified: if one changes in between, the message says what has become of the
+        optimizer.
     OptionTypeError
         If `optimizer` is of another kind.
+    OSError
+        If a file cannot be read.
     """
     _check_optimizer(optimizer)
-    folder = Path(path)
-    with _opened(folder) as (manifest, files):
-        values = _check_options(folder, manifest, optimizer)
-        _check_fit(folder, files, optimizer)
-        _read_all(files, lambda _: None, progress, "verifying")
-        with optimizer._lock:
-            optimizer.synchronize()
-            for table in optimizer._tables.values():
-                table.check_writeable()
-            targets = {}
+    folder = _folder(path)
+    return reading(folder, partial(_restore, folder, optimizer, progress))
+
+
+def _restore(
+    folder: Path, optimizer: SparseAdam, progress: bool, manifest: dict[str, Any], files: list[TableFile]
+) -> Any:
+    values = _check_options(folder, manifest, optimizer)
+    _check_fit(folder, files, optimizer)
+    seen: dict[str, list[bytes]] = {file.name: [] for file in files}
+    read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
+    with optimizer._lock:
+        optimizer.synchronize()
+        _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
+        tables = [optimizer._tables[file.name] for file in files]
+        for table in tables:
+            table.check_writeable()
+        with nullcontext() if optimizer._folder is None else optimizer._folder.removed_on_error():
+            rooms = [
+                table.room_to_load(file.header.entries["steps"].dtype)
+                for table, file in zip(tables, files, strict=True)
+            ]
+            _reached("verified")
             for file in files:
-                table = optimizer._tables[file.name]
-                into = table.arrays_to_load(file.header.entries["steps"].dtype)
-                targets[file.name] = {"param": table.param_to_load(), **into}
-            _read_all(files, lambda file: targets[file.name], progress, "restoring")
-            for file in files:
-                optimizer._tables[file.name].loaded(file.record["skipped_rows"])
-            optimizer._set(**values)
-        return manifest["extra"]
-
-
-class _File(NamedTuple):
-    """A table's file, opened."""
-
-    path: Path
-    name: str  # of the table
-    record: dict[str, Any]
-    opened: Any
-    header: Header
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], list[_File]]]:
-    """Open a checkpoint: its manifest and files, headers checked. Later saves do not matter to it."""
-    with ExitStack() as stack:
-        for left in range(_TRIES, -1, -1):
-            manifest = read_manifest(folder)
-            try:
-                files = [
-                    stack.enter_context(_open_file(folder, record, manifest["options"]["step_counts"]))
-                    for record in manifest["tables"]
-                ]
-                break
-            except OSError as error:
-                if error.errno == errno.EMFILE:
-                    raise CheckpointError(
-                        f"{folder} has {len(manifest['tables'])} files, more than this process may have "
-                        "open: raise the limit (ulimit -n)"
-                    ) from error
-                if not isinstance(error, FileNotFoundError):
-                    raise
-                if not left or read_manifest(folder) == manifest:
-                    raise CheckpointError(
-                        f"{error.filename} is missing, which {folder / MANIFEST} names"
-                    ) from error
-        yield manifest, files
-
-
-@contextmanager
-def _open_file(folder: Path, record: dict[str, Any], step_counts: str) -> Iterator[_File]:
-    path = folder / record["file"]
-    with open(path, "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
+                with file.reading():
+                    pass  # it is as it was
+        optimizer._unfinished = (
+            f"restoring {folder} into this optimizer did not come to its end: its tables and state are of "
+            "two moments. Restore it again, or another checkpoint"
+        )
+        targets = {
+            file.name: {"param": table.param_to_load(), **room()}
+            for table, file, room in zip(tables, files, rooms, strict=True)
+        }
         try:
-            if size != record["size"]:
-                raise TensorFileError(f"has {size} bytes, expected {record['size']}")
-            header = check_header(opened, size)
-            _check_entries(header, record, step_counts)
-        except TensorFileError as error:
-            raise CheckpointError(f"{path} is damaged: it {error}") from error
-        yield _File(path, record["name"], record, opened, header)
-
-
-def _check_entries(header: Header, record: Mapping[str, Any], step_counts: str) -> None:
-    shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
-    found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
-    expected: dict[str, Any] = dict.fromkeys(ARRAYS[:3], (dtype, shape))
-    counted = {"element": shape, "row": shape[:1], "global": ()}[step_counts]
-    if found != {**expected, "steps": (np.dtype(record["steps"]), counted)}:
-        raise TensorFileError(f"holds {sorted(header.entries)}, not what the manifest says of it")
+            read_all(
+                files,
+                lambda file: targets[file.name],
+                progress,
+                "restoring",
+                check=lambda file: same_as(seen[file.name]),
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {optimizer._unfinished}") from error
+        for table, file in zip(tables, files, strict=True):
+            table.loaded(file.record["skipped_rows"])
+        optimizer._set(**values)
+        optimizer._unfinished = None
+    return manifest["extra"]
 
 
 def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam | None) -> dict[str, Any]:
@@ -409,7 +441,7 @@ def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
 
 
-def _check_fit(folder: Path, files: list[_File], optimizer: SparseAdam) -> None:
+def _check_fit(folder: Path, files: list[TableFile], optimizer: SparseAdam) -> None:
     tables = optimizer.state
     if {file.name for file in files} != set(tables):
         raise CheckpointError(
@@ -422,40 +454,3 @@ def _check_fit(folder: Path, files: list[_File], optimizer: SparseAdam) -> None:
                 f"{file.path}: table {file.name!r} is {entry.shape} {entry.dtype}, expected {table.shape} "
                 f"{table.dtype}; nothing is converted: load() makes tables of the shapes that were saved"
             )
-
-
-def _read_all(
-    files: list[_File],
-    target: Callable[[_File], Mapping[str, NDArray[Any]] | None],
-    progress: bool,
-    what: str,
-    verify: bool = True,
-) -> None:
-    """Read files into what `target` gives for each, None to look only."""
-    entries = [entry for file in files for entry in file.header.entries.values()]
-    with _bar(sum(array_size(entry.dtype, entry.shape) for entry in entries), what, progress) as tell:
-        for file in files:
-            try:
-                digest = read_pieces(file.opened, file.header, target(file), _check_piece, tell, verify)
-            except TensorFileError as error:
-                raise CheckpointError(f"{file.path} is damaged: it {error}") from error
-            if verify and digest != file.record["sha256"]:
-                raise CheckpointError(
-                    f"{file.path} is damaged: its SHA-256 is {digest}, expected {file.record['sha256']}; go "
-                    "back to an older checkpoint"
-                )
-
-
-def _check_piece(name: str, piece: NDArray[Any]) -> None:
-    if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
-        raise TensorFileError(f"has a negative number in {name}")
-
-
-@contextmanager
-def _bar(total: int, what: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda _: None
-        return
-    tqdm = require("tqdm", "train", "showing a bar")
-    with tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar.update

@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nb_sparse_adam import options
 from nb_sparse_adam.errors import CheckpointError
+from nb_sparse_adam.files import NoRegularFileError, open_regular
+from nb_sparse_adam.tensor_files import array_size, unique_keys
 
-__all__ = ["FORMAT", "MANIFEST", "OURS", "VERSION", "check_extra", "digest", "read_manifest"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "OURS",
+    "VERSION",
+    "begins_as_manifest",
+    "check_extra",
+    "digest",
+    "read_manifest",
+    "refuse_foreign",
+    "write",
+]
 
 FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
 MANIFEST = "manifest.json"
 OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
+_BEGINNING = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + FORMAT.encode() + b'"')
 _RECORD: dict[str, type] = {
     "name": str,
     "file": str,
@@ -33,53 +52,89 @@ _RECORD: dict[str, type] = {
 }
 
 
-def check_extra(given: Any, where: str) -> None:
-    """Refuse what JSON cannot hold; `where` is what the error calls it."""
+def check_extra(given: Any) -> None:
+    """Refuse what would not come back from JSON, but for tuples, which do as lists."""
+    try:
+        _check_extra(given, "extra")
+        write({"extra": given})
+    except CheckpointError:
+        raise
+    except (RecursionError, ValueError) as error:  # it contains itself, or an integer is too long to write
+        raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
+
+
+def write(manifest: Mapping[str, Any]) -> bytes:
+    """Make the content of the file."""
+    return json.dumps(manifest, indent=1, allow_nan=False).encode()
+
+
+def _check_extra(given: Any, where: str) -> None:
     if isinstance(given, dict):
         for key, value in given.items():
             if not isinstance(key, str):
                 raise CheckpointError(f"{where} has the key {key!r}, expected str: it is kept as JSON")
-            check_extra(value, f"{where}[{key!r}]")
+            _check_text(key, f"{where} has the key")
+            _check_extra(value, f"{where}[{key!r}]")
     elif isinstance(given, (list, tuple)):
         for at, value in enumerate(given):
-            check_extra(value, f"{where}[{at}]")
-    elif not isinstance(given, (str, int, float, bool, type(None))):
+            _check_extra(value, f"{where}[{at}]")
+    elif isinstance(given, float):
+        if not math.isfinite(given):
+            raise CheckpointError(
+                f"{where} is {given!r}, expected a finite number: JSON has no other. Keep None or a string "
+                "in its place"
+            )
+    elif isinstance(given, str):
+        _check_text(given, f"{where} is")
+    elif not isinstance(given, (int, bool, type(None))):
         raise CheckpointError(
             f"{where} is a {type(given).__name__}, expected what JSON can hold: None, booleans, numbers, "
             "strings, lists and dicts of them; arrays have .tolist(), large things need files of their own"
         )
 
 
+def _check_text(text: str, what: str) -> None:
+    """Refuse text that comes back as another: two halves of a character, which JSON joins."""
+    if not text.isascii() and json.loads(json.dumps(text)) != text:
+        raise CheckpointError(f"{what} {text!r}, which JSON cannot hold: its surrogates would be joined")
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest in a folder, and check it by its checksum, types and ranges."""
+    """Read the manifest in a folder, and check it by its checksum, types and ranges.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, damaged, or no manifest of ours.
+    """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+        with open_regular(path) as opened:
+            manifest = _parse(opened.read())
+        digested = digest({key: manifest[key] for key in manifest if key != "sha256"})
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is missing: expected the folder of a checkpoint, as nb_sparse_adam.checkpoint.save "
             "writes it"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except NoRegularFileError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except (ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path} is damaged, or of something else: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint of nb_sparse_adam")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has version {manifest.get('version')!r}, expected {VERSION}: it was written by another "
             "version of nb_sparse_adam"
         )
-    if manifest.pop("sha256", None) != digest(manifest):
+    if manifest.pop("sha256", None) != digested:
         raise CheckpointError(f"{path} is damaged: its checksum is not that of its content")
     try:
-        if set(manifest) != {"format", "version", "options", "tables", "extra"}:
-            raise ValueError(f"it has {sorted(manifest)}")
-        options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
-        for record in manifest["tables"]:
-            _check_record(record)
-        for what in ("name", "file"):
-            if len({record[what] for record in manifest["tables"]}) != len(manifest["tables"]):
-                raise ValueError(f"a {what} is there twice")
+        _check(manifest)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} was not written by nb_sparse_adam.checkpoint.save: {error!r}"
@@ -87,8 +142,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _parse(content: bytes) -> dict[str, Any]:
+    """Make a dict of a manifest's content: {} of JSON that is of something else."""
+    given = json.loads(content, object_pairs_hook=unique_keys)
+    return given if isinstance(given, dict) else {}
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Check what a manifest says, by types and ranges."""
+    if set(manifest) != {"format", "version", "options", "tables", "extra"}:
+        raise ValueError(f"it has {sorted(manifest)}")
+    options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
+    if type(manifest["tables"]) is not list or not manifest["tables"]:
+        raise ValueError(f"tables is {manifest['tables']!r}, expected one table or more")
+    for record in manifest["tables"]:
+        _check_record(record)
+    for what in ("name", "file"):
+        if len({record[what] for record in manifest["tables"]}) != len(manifest["tables"]):
+            raise ValueError(f"a {what} is there twice")
+
+
 def _check_record(record: Any) -> None:
-    """Check what a manifest says of a table, by types and ranges."""
+    """Check what a manifest says of a table."""
     if set(record) != set(_RECORD):
         raise ValueError(f"a table has {sorted(record)}")
     for key, kind in _RECORD.items():
@@ -98,10 +173,55 @@ def _check_record(record: Any) -> None:
         raise ValueError(f"file is {record['file']!r}")
     if record["dtype"] not in ("float32", "float64") or record["steps"] not in ("int32", "int64"):
         raise ValueError(f"dtypes are {record['dtype']!r} and {record['steps']!r}")
-    if not 0 <= record["skipped_rows"] < 2**63 or not all(type(n) is int and n >= 0 for n in record["shape"]):
-        raise ValueError(f"skipped_rows is {record['skipped_rows']}, shape {record['shape']}")
+    if not 0 <= record["skipped_rows"] < 2**63:
+        raise ValueError(f"skipped_rows is {record['skipped_rows']}")
+    shape = record["shape"]
+    if len(shape) not in (1, 2) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"shape is {shape}, expected (rows, dim) or (n,)")
+    size = array_size(np.dtype(record["dtype"]), tuple(max(n, 1) for n in shape))
+    if 2 * size > sys.maxsize:  # NumPy counts so even where one length is 0; a row's two moments lie together
+        raise ValueError(f"shape is {shape}, which no table can have")
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """Return the checksum of a manifest, which does not depend on the order of its entries."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+# --- whose it is ------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to save where somebody else's manifest is; a damaged one of ours may be replaced.
+
+    Raises
+    ------
+    CheckpointError
+        If what is called ``manifest.json`` there was not written by `checkpoint.save`.
+    """
+    path = folder / MANIFEST
+    try:
+        with open_regular(path) as opened:
+            content = opened.read()
+    except FileNotFoundError:
+        if not os.path.lexists(path):
+            return
+        found = "is a link to something that is not there"
+    except NoRegularFileError as error:
+        found = str(error)
+    else:
+        try:
+            if _parse(content).get("format") == FORMAT:
+                return
+        except (ValueError, RecursionError):
+            if begins_as_manifest(content):
+                return
+        found = "is not of a checkpoint"
+    raise CheckpointError(
+        f"{path} {found}, and is not replaced: save into another folder, or move it out of the way"
+    )
+
+
+def begins_as_manifest(content: bytes) -> bool:
+    """Whether a file may be a manifest of ours that is damaged; one of nothing but zeros is no loss."""
+    return _BEGINNING.match(content) is not None or not content.strip(b"\0")

@@ -138,6 +138,7 @@ class SparseAdam:
         "_places",
         "_step_counts",
         "_tables",
+        "_unfinished",
     )
     _betas: tuple[float, float]
     _eps: float
@@ -163,6 +164,7 @@ class SparseAdam:
         device_checks: str = "immediate",
     ) -> None:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
+        self._unfinished: str | None = None  # why tables and state are not of one moment
         named = _named_tables(tables)
         self._folder = None if state_dir is None else StateFolder(state_dir)
         with ExitStack() as undo:
@@ -374,6 +376,8 @@ class SparseAdam:
             table.
         TableError
             If no table has the name that was given.
+        StateError
+            If a checkpoint was restored in part.
 
         Notes
         -----
@@ -390,6 +394,8 @@ class SparseAdam:
 
     def _parts(self, gradient: Any, stream: Any = None) -> list[Any]:
         """Check a step's gradients."""
+        if self._unfinished is not None:
+            self._check_whole()
         if self._folder is not None:
             self._folder.check_process()
         named = self._named_gradients(gradient)
@@ -398,6 +404,11 @@ class SparseAdam:
         if self._guard is not None and self._device_checks != "immediate":
             self._guard.raise_what_is_known()
         return [self._check(self._tables[name], given, stream) for name, given in named.items()]
+
+    def _check_whole(self) -> None:
+        """Refuse to go on from tables and state that are not of one moment."""
+        if self._unfinished is not None:
+            raise StateError(self._unfinished)
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
         if not isinstance(gradient, Mapping) or hasattr(gradient, "format"):  # scipy's DOK is a dict
@@ -491,6 +502,7 @@ class SparseAdam:
                     "whole step; set optimizer.on_nonfinite = 'skip' (apply_row_gradient then leaves such a "
                     "row out and returns False) or 'propagate'"
                 )
+            self._check_whole()
             table.check_writeable()
             table.make_room_for_a_step()
             was_lent = table.is_lent  # by a block around this one
@@ -560,8 +572,14 @@ class SparseAdam:
         dict
             ``{"version": 1, "options": {...}, "tables": {name: {"exp_avg", "exp_avg_sq", "steps",
             "skipped_rows"}}}``: arrays of the shapes of `state`, copied.
+
+        Raises
+        ------
+        StateError
+            If a checkpoint was restored in part.
         """
         with self._lock:
+            self._check_whole()
             self.synchronize()
             return {
                 "version": STATE_VERSION,

@@ -176,9 +176,9 @@ class TableState:
 
     def _widen(self) -> None:
         """Go on with counts of 64 bits."""
-        narrow = self._counts()
-        self._set_counts(self._wide_zeros())
-        self._counts()[...] = narrow
+        wide = self._wide_zeros()
+        wide[...] = self._counts()
+        self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
 
     def _wide_zeros(self) -> NDArray[np.int64]:
         """Make room for all counts in 64 bits."""
@@ -215,21 +215,27 @@ class TableState:
         """Give the parameters, to be filled piece by piece."""
         return self.param
 
-    def arrays_to_load(self, steps: np.dtype[Any]) -> dict[str, NDArray[Any]]:
-        """Give exp_avg, exp_avg_sq and steps, writeable, to be filled piece by piece; then call `loaded`.
+    def room_to_load(self, steps: np.dtype[Any]) -> Callable[[], dict[str, Any]]:
+        """Allocate what is needed to take over counts of a dtype; int64 may need more room.
 
-        Parameters
-        ----------
-        steps : dtype
-            Of the counts to come: int64 are given room.
+        Returns
+        -------
+        callable
+            Gives exp_avg, exp_avg_sq and steps, writeable, to be filled piece by piece, and cannot fail; when
+            they are filled, call `loaded`. Until it is called, nothing has changed.
         """
-        if self.arrays.counts.dtype.itemsize < steps.itemsize:
-            self._set_counts(self._wide_zeros())
-        self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
-        first, second = (self._moments(which) for which in (0, 1))
-        if self.param.ndim == 1:
-            first, second = first[:, 0], second[:, 0]
-        return {"exp_avg": first, "exp_avg_sq": second, "steps": self._steps()}
+        wider = self._wide_zeros() if self.arrays.counts.dtype.itemsize < steps.itemsize else None
+
+        def arrays() -> dict[str, Any]:
+            if wider is not None:
+                self._set_counts(wider)
+            self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
+            first, second = (self._moments(which) for which in (0, 1))
+            if self.param.ndim == 1:
+                first, second = first[:, 0], second[:, 0]
+            return {"exp_avg": first, "exp_avg_sq": second, "steps": self._steps()}
+
+        return arrays
 
     def loaded(self, skipped_rows: int) -> None:
         """Take note that all arrays have been filled."""

@@ -10,13 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Entry", "Header", "TensorFileError", "array_size", "check_header", "read_pieces", "write_tensors"]
+__all__ = [
+    "Entry",
+    "Header",
+    "TensorFileError",
+    "array_size",
+    "begins_as_written",
+    "check_header",
+    "read_pieces",
+    "unique_keys",
+    "write_tensors",
+]
 
 PIECE = 32 << 20  # bytes read, hashed or written at a time
 ALIGNMENT = 64  # of the first array in the file, so that it can be mapped; the format allows spaces in front
@@ -56,6 +66,14 @@ def array_size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     return int(dtype.itemsize) * math.prod(shape)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object, for `json.loads`; of keys that are there twice, readers differ."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key is there twice")
+    return made
+
+
 def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> str:
     """Write arrays of float32, float64, int32 or int64, of any strides; return the SHA-256 of all that."""
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
@@ -86,7 +104,9 @@ def _in_order(arrays: Iterable[NDArray[Any]]) -> Iterator[Any]:
 
 
 def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
-    """Cut an array into runs of rows of a piece each."""
+    """Cut an array into runs of rows of a piece each; without elements, there are none."""
+    if not array_size(dtype, shape):
+        return
     at_once = max(1, PIECE // max(1, array_size(dtype, shape[1:])))
     for first in range(0, shape[0], at_once):
         yield slice(first, min(first + at_once, shape[0]))
@@ -104,7 +124,7 @@ def check_header(file: BinaryIO, size: int) -> Header:
     if size < 8 or length > min(size - 8, MOST_HEADER):
         raise TensorFileError(f"has {size} bytes, and a header of {length}")
     try:
-        given = json.loads(file.read(length))
+        given = json.loads(file.read(length), object_pairs_hook=unique_keys)
         given.pop("__metadata__", None)
         entries, end = {}, 0
         for name, entry in given.items():
@@ -113,8 +133,8 @@ def check_header(file: BinaryIO, size: int) -> Header:
                 raise ValueError(f"{name} has shape {shape}")
             start = end
             end += array_size(dtype, shape)
-            if min(shape, default=0) < 0 or entry["data_offsets"] != [start, end]:
-                raise ValueError(f"{name} is at {entry['data_offsets']}, expected [{start}, {end}]")
+            if min(shape, default=0) < 0 or end > size or entry["data_offsets"] != [start, end]:
+                raise ValueError(f"{name} is at {entry['data_offsets']}, with shape {shape}")
             entries[name] = Entry(dtype, shape, 8 + length + start)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
@@ -123,11 +143,22 @@ def check_header(file: BinaryIO, size: int) -> Header:
     return Header(entries, size)
 
 
+def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
+    """Whether a file begins as `write_tensors` writes arrays of these names; it may end anywhere."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > 64 * 1024:  # ours are far smaller
+        return False
+    try:
+        return set(json.loads(file.read(length))) == {"__metadata__", *names}
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def read_pieces(
     file: BinaryIO,
     header: Header,
     into: Mapping[str, NDArray[Any]] | None,
-    check: Callable[[str, NDArray[Any]], None],
+    check: Callable[[str, NDArray[Any], bytes], None],
     progress: Progress,
     whole: bool = True,
 ) -> str:
@@ -141,7 +172,8 @@ def read_pieces(
     into : mapping of str to array, or None
         What each array of the file is copied to, in its shape, with any strides; None to look only.
     check : callable
-        Is given the name and each piece of an array before it is copied.
+        Is given the name and each piece of an array before it is copied, and the SHA-256 of all that has
+        been read so far.
     progress : callable
         Is told the number of bytes.
     whole : bool, default True
@@ -170,7 +202,7 @@ def read_pieces(
             if whole:
                 digest.update(piece)
             values = np.frombuffer(piece, entry.dtype).reshape(rows.stop - rows.start, *shape[1:])
-            check(name, values)
+            check(name, values, digest.digest())
             if target is not None:
                 target[rows] = values
             progress(size)

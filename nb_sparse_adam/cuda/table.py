@@ -207,13 +207,20 @@ class DeviceTable(TableState):
         """Give the parameters, to be filled piece by piece."""
         return self._windows()["param"]
 
-    def arrays_to_load(self, steps: np.dtype[Any]) -> dict[str, Any]:
-        """Give exp_avg, exp_avg_sq and steps, to be filled piece by piece; then call `loaded`."""
+    def room_to_load(self, steps: np.dtype[Any]) -> Callable[[], dict[str, Any]]:
+        """Allocate what is needed to take over counts; what it returns gives the arrays to be filled."""
+        wider = None
         if self.arrays.counts.dtype.itemsize < steps.itemsize:
             with using(self.ordinal):
-                self._set_counts(self._new(self.arrays.counts.shape[0], np.int64))
-        self._highest_count = MAX_INT32
-        return {key: window for key, window in self._windows().items() if key != "param"}
+                wider = self._new(self.arrays.counts.shape[0], np.int64)
+
+        def arrays() -> dict[str, Any]:
+            if wider is not None:
+                self._set_counts(wider)
+            self._highest_count = MAX_INT32
+            return {key: window for key, window in self._windows().items() if key != "param"}
+
+        return arrays
 
     def copy(self) -> dict[str, Any]:
         """Its part of a state dict, on the host."""
