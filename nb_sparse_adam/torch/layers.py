@@ -21,6 +21,7 @@ from nb_sparse_adam.torch.backward import (
     collect,
     this_pass,
 )
+from nb_sparse_adam.torch.bags import bags_of, starts_of, without
 from nb_sparse_adam.torch.held import Gpu, check_parameter
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam
 
@@ -440,7 +441,7 @@ class _Bags(torch.autograd.Function):
         check_pass(ctx.seen_in)
         ids, offsets, weights = ctx.saved_tensors
         layer = ctx.layer
-        ids, starts = _starts(ids, offsets, layer.include_last_offset)
+        ids, starts = starts_of(ids, offsets, layer.include_last_offset)
         weights_grad = None
         if weights is not None and ctx.needs_input_grad[1]:
             if ctx.weight._version != ctx.version:
@@ -452,7 +453,7 @@ class _Bags(torch.autograd.Function):
                 )
             padding = -1 if layer.padding_idx is None else layer.padding_idx
             # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
-            bags = _bags_of(ids, starts) if Gpu.has(ctx.weight) else starts.new_empty(0)
+            bags = bags_of(ids, starts) if Gpu.has(ctx.weight) else starts.new_empty(0)
             weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 grad_output, ctx.weight.detach(), ids, starts, bags, 0, padding
             ).reshape(weights.shape)
@@ -460,7 +461,7 @@ class _Bags(torch.autograd.Function):
             weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
             grads = layer._unscaled(grad_output)
             if layer.padding_idx is not None:
-                ids, starts, weights = _without(layer.padding_idx, ids, starts, weights)
+                ids, starts, weights = without(layer.padding_idx, ids, starts, weights)
             collect(layer, BagLookup(ctx.weight, ids, starts, grads, weights, layer.mode))
         return None, weights_grad, None, None, None
 
@@ -475,33 +476,6 @@ def _is_wanted(ctx: Any) -> bool:
             "the gradient of a fused embedding's weight was asked for, and is never made. Use "
             "torch.nn.EmbeddingBag(sparse=True)"
         ) from error
-
-
-def _starts(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Tensor, Tensor]:
-    """Ids in one dimension, and where each bag starts."""
-    if offsets is None:
-        bags, length = ids.shape
-        return ids.reshape(-1), torch.arange(0, bags * length, length, dtype=ids.dtype, device=ids.device)
-    return ids, offsets[:-1] if include_last else offsets
-
-
-def _bags_of(ids: Tensor, starts: Tensor) -> Tensor:
-    """For each id, which bag it is in; bags may be empty."""
-    places = torch.arange(len(ids), dtype=starts.dtype, device=ids.device)
-    bags = torch.searchsorted(starts.contiguous(), places, right=True) - 1
-    return bags.to(torch.promote_types(ids.dtype, starts.dtype))
-
-
-def _without(
-    padding: int, ids: Tensor, starts: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Leave out the ids that only fill up."""
-    kept = ids != padding
-    if kept.all():
-        return ids, starts, weights
-    before = starts.new_zeros(len(ids) + 1)
-    torch.cumsum(kept, 0, out=before[1:])
-    return ids[kept], before[starts], None if weights is None else weights[kept]
 
 
 def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
