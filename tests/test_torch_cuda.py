@@ -557,6 +557,47 @@ def test_embedding_bag(place, mode, padding_idx, last):
         place.assert_same_state(layer.optimizer, layer.weight, other.optimizer, other.weight)
 
 
+WRONG_OFFSETS = [
+    ([1, 2], False, r"offsets\[0\] is 1, expected 0"),
+    ([0, -1], False, r"offsets\[1\] is -1, less than offsets\[0\] = 0"),
+    ([0, 4, 3, 6], False, r"offsets\[2\] is 3, less than offsets\[1\] = 4"),
+    ([0, 7], False, r"offsets\[1\] is 7, expected at most 6"),
+    ([0, 2, 5], True, r"offsets\[2\] is 5, expected the number of ids, 6"),
+]
+
+
+@pytest.mark.parametrize(("offsets", "last", "message"), WRONG_OFFSETS)
+def test_wrong_offsets_are_refused_in_the_lookup(place, offsets, last, message):
+    layer, _ = pair(place, EmbeddingBag, include_last_offset=last)
+    ids = torch.tensor([3, 1, 3, 8, 0, 3])
+    with pytest.raises(errors.GradientIndexError, match=message):
+        train(layer, [(ids, torch.tensor(offsets))])
+
+
+@pytest.mark.parametrize(("padding_idx", "dtype"), [(None, torch.int64), (3, torch.int32)])
+@pytest.mark.parametrize("where", ["alone", "first", "second"])
+@pytest.mark.parametrize(("offsets", "last", "message"), WRONG_OFFSETS)
+def test_wrong_offsets_are_refused_in_a_deferred_step(
+    place, unheard, offsets, last, message, where, padding_idx, dtype
+):
+    options = {"device_checks": "deferred", "step_counts": "row"}
+    layer, _ = pair(
+        place, EmbeddingBag, options, include_last_offset=last, padding_idx=padding_idx, mode="sum"
+    )
+    ids = torch.tensor([3, 1, 3, 8, 0, 3])
+    weights = torch.linspace(-1, 2, 6)
+    right = (ids, torch.tensor([0, 2, 6], dtype=dtype), weights)
+    wrong = (ids, torch.tensor(offsets, dtype=dtype), weights)
+    before = layer.weight.detach().clone()
+    train(layer, {"alone": [wrong], "first": [wrong, right], "second": [right, wrong]}[where])
+    with pytest.raises(errors.GradientIndexError, match=r"BagGradient\.offsets"):
+        layer.optimizer.synchronize()
+    assert torch.equal(layer.weight, before)
+    train(layer, [right])
+    layer.optimizer.synchronize()
+    assert not torch.equal(layer.weight, before)
+
+
 def test_bags_of_one_length_with_ids_of_32_bits(place):
     layer, other = pair(place, EmbeddingBag, mode="sum", optimizer={"step_counts": "global"})
     calls = [

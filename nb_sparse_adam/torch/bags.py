@@ -1,11 +1,120 @@
-"""Ids in bags: where each bag starts."""
+"""Ids in bags: where each bag starts, and whether that can be.
+
+On the CPU, and with ``device_checks="immediate"``, wrong offsets are refused before anything is read. With
+"deferred" nobody may wait for the GPU to say what it holds: `marked` makes each wrong offset one that the
+step refuses, wherever the lookup comes to lie among others, and `within` makes them harmless for reading.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["bags_of", "starts_of", "without"]
+from nb_sparse_adam.errors import GradientIndexError
+from nb_sparse_adam.gradients import count_rises_and_falls
+
+__all__ = [
+    "are_offsets",
+    "bags_of",
+    "check_number",
+    "check_offsets",
+    "check_order",
+    "marked",
+    "starts_of",
+    "within",
+    "without",
+]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def are_offsets(ids: Tensor, offsets: Tensor | None) -> bool:
+    """Whether ids come with offsets whose shape, type and place torch accepts: others it refuses by name."""
+    return (
+        isinstance(offsets, Tensor)
+        and offsets.dim() == ids.dim() == 1
+        and offsets.dtype in INTEGERS
+        and offsets.device == ids.device
+    )
+
+
+def check_number(name: str, offsets: Tensor, n: int, include_last: bool) -> None:
+    """Refuse to leave out all of n ids; this waits for nothing."""
+    if len(offsets) == include_last and n:
+        raise GradientIndexError(f"{name}: offsets name no bag, expected one for the {n} ids")
+
+
+def check_offsets(name: str, offsets: Tensor, n: int, include_last: bool) -> None:
+    """Refuse offsets that leave out an id, or name one that there is not.
+
+    Parameters
+    ----------
+    name : str
+        The layer's.
+    offsets : (bags,) or, with ``include_last``, (bags + 1,) Tensor of integers
+        If they are on a GPU, the host waits for it.
+    n : int
+        How many ids there are.
+    include_last : bool
+        Whether the last offset is where the last bag ends.
+    """
+    array = _array(offsets)
+    if len(array) and not (
+        array[0] == 0
+        and (array[-1] == n if include_last else array[-1] <= n)
+        and count_rises_and_falls(array)[1] == 0
+    ):
+        raise _error(name, array, n, include_last)
+
+
+def check_order(name: str, offsets: Tensor, n: int) -> None:
+    """Refuse offsets that torch's lookup would follow out of the ids; the first and the last it checks."""
+    array = _array(offsets)
+    if (array[1:] < array[:-1]).any():  # no kernel: there is nothing else to compile for in evaluation
+        raise _error(name, array, n, False)
+
+
+def _array(offsets: Tensor) -> NDArray[np.int64]:
+    return np.ascontiguousarray(offsets.cpu().numpy(), np.int64)
+
+
+def _error(name: str, offsets: NDArray[np.int64], n: int, include_last: bool) -> GradientIndexError:
+    wrong = offsets > n
+    wrong[0] |= offsets[0] != 0
+    wrong[1:] |= offsets[1:] < offsets[:-1]
+    wrong[-1] |= include_last and offsets[-1] != n
+    at = int(np.flatnonzero(wrong)[0])
+    if at == 0 and offsets[0] != 0:
+        why = "expected 0"
+    elif at and offsets[at] < offsets[at - 1]:
+        why = f"less than offsets[{at - 1}] = {offsets[at - 1]}; expected a sequence that never decreases"
+    elif include_last and at == len(offsets) - 1:
+        why = f"expected the number of ids, {n}, as include_last_offset=True says"
+    else:
+        why = f"expected at most {n}, the number of ids"
+    return GradientIndexError(f"{name}: offsets[{at}] is {offsets[at]}, {why}")
+
+
+def marked(offsets: Tensor, n: int, include_last: bool) -> Tensor:
+    """Replace each wrong offset by the smallest number, which no sum with another makes a right one.
+
+    A wrong end of the last bag, which a step is not told, makes the first offset wrong.
+    """
+    if offsets.dtype not in (torch.int32, torch.int64):
+        offsets = offsets.long()
+    wrong = offsets > n
+    wrong[:1] |= offsets[:1] != 0
+    wrong[1:] |= offsets[1:] < offsets[:-1]
+    if include_last:
+        wrong[:1] |= offsets[-1:] != n
+    return offsets.masked_fill(wrong, torch.iinfo(offsets.dtype).min)
+
+
+def within(offsets: Tensor, n: int) -> Tensor:
+    """Make of any offsets such as can be read with."""
+    return offsets.clamp(0, n).cummax(0).values
 
 
 def starts_of(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[Tensor, Tensor]:
@@ -26,10 +135,11 @@ def bags_of(ids: Tensor, starts: Tensor) -> Tensor:
 def without(
     padding: int, ids: Tensor, starts: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Leave out the ids that only fill up."""
+    """Leave out the ids that only fill up; `marked` starts stay marked."""
     kept = ids != padding
     if kept.all():
         return ids, starts, weights
     before = starts.new_zeros(len(ids) + 1)
     torch.cumsum(kept, 0, out=before[1:])
-    return ids[kept], before[starts], None if weights is None else weights[kept]
+    moved = before[starts.clamp(min=0)].where(starts >= 0, starts)
+    return ids[kept], moved, None if weights is None else weights[kept]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,17 @@ from nb_sparse_adam.torch.backward import (
     collect,
     this_pass,
 )
-from nb_sparse_adam.torch.bags import bags_of, starts_of, without
+from nb_sparse_adam.torch.bags import (
+    are_offsets,
+    bags_of,
+    check_number,
+    check_offsets,
+    check_order,
+    marked,
+    starts_of,
+    within,
+    without,
+)
 from nb_sparse_adam.torch.held import Gpu, check_parameter
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam
 
@@ -351,6 +361,8 @@ class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
         """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
         if self._is_training():
             return self._train(input, offsets, per_sample_weights)
+        if _is_there(offsets) and are_offsets(input, offsets):
+            check_order("EmbeddingBag", offsets, len(input))
         return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -358,6 +370,17 @@ class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
         self._check_training()
         out: Tensor = _Bags.apply(self.weight, weights, self, ids, offsets)  # type: ignore[no-untyped-call]
         return out
+
+    def _checked(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Give offsets as the step is to see them, and such as can be read with, or refuse them."""
+        n, last, checks = len(ids), self.include_last_offset, self.optimizer.device_checks
+        check_number("EmbeddingBag", offsets, n, last)
+        if checks == "immediate" or not Gpu.has(self.weight):
+            check_offsets("EmbeddingBag", offsets, n, last)
+        elif checks == "deferred":
+            offsets = marked(offsets, n, last)
+            return offsets, within(offsets, n)
+        return offsets, offsets
 
     def pool(
         self, weight: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
@@ -433,8 +456,11 @@ class _Bags(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.seen_in = layer, this_pass()
         ctx.weight, ctx.version = weight, weight._version
+        read = offsets
+        if offsets is not None and are_offsets(ids, offsets):
+            offsets, read = layer._checked(ids, offsets)
         ctx.save_for_backward(ids, offsets, per_sample_weights)
-        return layer.pool(weight, ids, offsets, per_sample_weights)
+        return layer.pool(weight, ids, read, per_sample_weights)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -453,7 +479,7 @@ class _Bags(torch.autograd.Function):
                 )
             padding = -1 if layer.padding_idx is None else layer.padding_idx
             # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
-            bags = bags_of(ids, starts) if Gpu.has(ctx.weight) else starts.new_empty(0)
+            bags = bags_of(ids, within(starts, len(ids))) if Gpu.has(ctx.weight) else starts.new_empty(0)
             weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 grad_output, ctx.weight.detach(), ids, starts, bags, 0, padding
             ).reshape(weights.shape)
@@ -476,6 +502,18 @@ def _is_wanted(ctx: Any) -> bool:
             "the gradient of a fused embedding's weight was asked for, and is never made. Use "
             "torch.nn.EmbeddingBag(sparse=True)"
         ) from error
+
+
+def _is_there(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a tensor's numbers are in memory for Python to look at, and nobody records what is done."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
