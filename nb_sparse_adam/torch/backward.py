@@ -8,8 +8,8 @@ updated or none.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ContextDecorator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
-from nb_sparse_adam.torch import deferred
+from nb_sparse_adam.torch import deferred, sharing
 from nb_sparse_adam.torch.held import Gpu, array_of
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam, step_jobs, turn_of
 
-__all__ = ["BagLookup", "Layer", "RowLookup", "accumulating", "check_pass", "collect", "this_pass"]
+__all__ = ["Accumulating", "BagLookup", "Block", "Layer", "RowLookup", "check_pass", "collect", "this_pass"]
 
 
 class RowLookup(NamedTuple):
@@ -58,12 +58,16 @@ class BagLookup(NamedTuple):
 class Layer(Protocol):
     """What is needed of a layer."""
 
-    accumulated: list[Any] | None
+    weight: Tensor
+    accumulated: weakref.ref[Block] | None
     optimizer: SparseAdam
     grad_scaler: Any
 
-    def job(self, weight: Tensor, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient of the table that was looked up a part of a step."""
+    def job(self, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient of the table a part of a step."""
+
+
+Found = dict[Any, list[Any]]  # the lookups of each layer
 
 
 class _Pass:
@@ -73,17 +77,21 @@ class _Pass:
     """
 
     def __init__(self) -> None:
-        self.lookups: dict[Layer, list[Any]] = {}
+        self.lookups: Found = {}
 
     def __call__(self) -> None:
-        now = {}
+        now: Found = {}
+        later: dict[int, tuple[Block, Found]] = {}
         for layer, lookups in self.lookups.items():
-            if layer.accumulated is None:
+            block = _open_block(layer)
+            if block is None:
                 now[layer] = lookups
             else:
-                layer.accumulated.extend(lookups)
+                later.setdefault(id(block), (block, {}))[1][layer] = lookups
         self.lookups = {}
-        _step(now)
+        _step(now)  # if it is refused, the pass has failed, and is no part of a block
+        for block, found in later.values():
+            block.passes.append(found)
 
 
 _passes: dict[int, weakref.ref[_Pass]] = {}
@@ -97,9 +105,11 @@ def _pass_of(number: int) -> _Pass:
     known = _passes.get(number)
     current = None if known is None else known()
     if current is None:
+        for old, reference in list(_passes.items()):  # not by callbacks, which would swallow an interrupt
+            if reference() is None:
+                _passes.pop(old, None)
         made = _Pass()
-        reference = weakref.ref(made, lambda _: _passes.pop(number, None))
-        current = _passes.setdefault(number, reference)()
+        current = _passes.setdefault(number, weakref.ref(made))()
         assert current is not None
         if current is made:
             torch.autograd.Variable._execution_engine.queue_callback(made)
@@ -136,42 +146,87 @@ def check_pass(seen_in: int) -> None:
 def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
     """Keep a lookup until the end of the backward pass that is going on."""
     current = _pass_of(this_pass())
-    if layer.accumulated is not None:
+    if _open_block(layer) is not None:
         lookup = lookup.copied()  # buffers of ids are used again, and outputs' gradients added to
     if lookup.weight.device.type == "cuda":
         lookup = lookup._replace(stream=torch.cuda.current_stream(lookup.weight.device))
     current.lookups.setdefault(layer, []).append(lookup)
 
 
-@contextmanager
-def accumulating(layers: list[Any]) -> Iterator[None]:
-    """Let the backward passes of the body be one step, at its end; none if it raises."""
-    busy = [layer for layer in layers if layer.accumulated is not None]
-    if busy:
-        raise RuntimeError("accumulate: already accumulating for a layer of this module")
-    for layer in layers:
-        layer.accumulated = []
-    try:
-        yield
-        lookups = {layer: layer.accumulated for layer in layers if layer.accumulated}
-    finally:
-        for layer in layers:
-            layer.accumulated = None
-    _step(lookups)
+class Block:
+    """What the backward passes in an `accumulate` block have met.
+
+    The block alone holds it, layers only refer to it: whatever interrupts its beginning or its end, no layer
+    waits for a block that is gone.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self.passes: list[Found] = []
 
 
-def _step(lookups: dict[Any, list[Any]]) -> None:
+def _open_block(layer: Any) -> Block | None:
+    """The block that a layer's lookups wait for the end of."""
+    block = None if layer.accumulated is None else layer.accumulated()
+    return block if block is not None and block.is_open else None
+
+
+class Accumulating(ContextDecorator):
+    """Lets the backward passes of the body be one step, at its end; none if it raises."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._block: Block | None = None
+
+    def _recreate_cm(self) -> Accumulating:
+        return Accumulating(self._layers)  # one for each call of a function that is decorated
+
+    def __enter__(self) -> None:
+        if any(_open_block(layer) is not None for layer in self._layers):
+            raise RuntimeError("accumulate: already accumulating for a layer of this module")
+        block = self._block = Block()
+        for layer in self._layers:
+            layer.accumulated = weakref.ref(block)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._block is not None
+        self._block.is_open = False
+        passes, self._block = self._block.passes, None
+        if kind is None:
+            lookups: Found = {}
+            for found in passes:
+                for layer, met in found.items():
+                    lookups.setdefault(layer, []).extend(met)
+            _step(lookups)
+
+
+def _step(lookups: Found) -> None:
+    for layer, found in lookups.items():
+        _refuse_other_weights(layer, found)
     for found in lookups.values():
         for lookup in found:
             _wait_for(lookup)
     if not lookups or _scaler_will_skip(lookups):
         return
-    _refuse_two_layers_of_one_table(lookups)
     with turn_of(layer.optimizer for layer in lookups):
         deferred.raise_what_is_known(
             held for layer in lookups for held in list(layer.optimizer._held.values())
         )
-        step_jobs([layer.job(found[0].weight, _gradient(found)) for layer, found in lookups.items()])
+        jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
+        sharing.refuse(list(lookups), [job.held for job in jobs])
+        step_jobs(jobs)
+
+
+def _refuse_other_weights(layer: Any, found: list[Any]) -> None:
+    weight = layer.weight
+    for lookup in found:
+        if lookup.weight is not weight:
+            name = type(layer).__name__
+            raise GradientError(
+                f"{name}.weight is not the Parameter that was looked up, which was exchanged since (by hand, "
+                "or by torch.func.functional_call): the layer's optimizer is that of its own weight. Call "
+                f"backward before, or use torch.nn.{name}(sparse=True)"
+            )
 
 
 def _wait_for(lookup: RowLookup | BagLookup) -> None:
@@ -193,7 +248,7 @@ def _wait_for(lookup: RowLookup | BagLookup) -> None:
                 tensor.record_stream(current)  # its memory is not used again before the step is over
 
 
-def _scaler_will_skip(lookups: dict[Any, list[Any]]) -> bool:
+def _scaler_will_skip(lookups: Found) -> bool:
     """Whether a GradScaler has scaled too much: it leaves out the step of the dense part, and so do we."""
     return any(
         hasattr(layer.grad_scaler, "get_scale")
@@ -201,19 +256,6 @@ def _scaler_will_skip(lookups: dict[Any, list[Any]]) -> bool:
         and not all(each.grad_output.isfinite().all() for each in found)
         for layer, found in lookups.items()
     )
-
-
-def _refuse_two_layers_of_one_table(lookups: dict[Any, list[Any]]) -> None:
-    seen: dict[int, Any] = {}
-    for layer, found in lookups.items():
-        other = seen.setdefault(found[0].weight.data_ptr(), layer)
-        if other is not layer:
-            raise GradientError(
-                f"two fused layers ({type(other).__name__} and {type(layer).__name__}) have one table, of "
-                f"shape {tuple(found[0].weight.shape)}, and an optimizer each: the table would take two "
-                "steps. Use one layer for both lookups, or nn.Embedding(sparse=True) with "
-                "nb_sparse_adam.torch.SparseAdam"
-            )
 
 
 def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:

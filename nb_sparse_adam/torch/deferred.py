@@ -7,6 +7,7 @@ been in a step together are asked together, even if the next step is one of a fe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -57,12 +58,12 @@ def one_step(helds: list[Held | None]) -> Iterator[None]:
 
 
 def _join(helds: list[Held]) -> None:
-    together = helds[0].together
-    for held in helds[1:]:
-        if held.together is not together:
-            for other in list(held.together):
-                together.add(other)
-                other.together = together
+    if all(held.together is helds[0].together for held in helds):
+        return
+    together = weakref.WeakSet(_with_others(helds))
+    # Those of this step come last: if an interrupt leaves one out, the next step joins them again.
+    for held in [*(together - set(helds)), *helds]:
+        held.together = together
 
 
 def _with_others(helds: Iterable[Held]) -> list[Held]:

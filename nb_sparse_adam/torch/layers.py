@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -13,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nb_sparse_adam.errors import GradientError, OptionError, OptionTypeError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
+from nb_sparse_adam.torch import sharing
 from nb_sparse_adam.torch.backward import (
+    Accumulating,
     BagLookup,
+    Block,
     RowLookup,
-    accumulating,
     check_pass,
     collect,
     this_pass,
@@ -51,7 +54,7 @@ class _Fused(_Module):
     weight: Tensor
     padding_idx: int | None
     optimizer: SparseAdam
-    accumulated: list[Any] | None
+    accumulated: weakref.ref[Block] | None
     grad_scaler: Any
 
     def _set_up(self, given: Mapping[str, Any] | None) -> None:
@@ -65,17 +68,14 @@ class _Fused(_Module):
         unknown = [key for key in given if key not in OPTIONS]
         if unknown:
             raise OptionError(f"{name}: optimizer has {unknown[0]!r}, expected some of {', '.join(OPTIONS)}")
-        if not self.weight.is_contiguous():
-            raise TableError(
-                f"{name}: weight has strides {self.weight.stride()}, expected it contiguous: it is "
-                "updated in place; pass weight.contiguous()"
-            )
+        _refuse_strides(name, self.weight)
         given = dict(given)
         device_checks = given.pop("device_checks", "immediate")
         self.optimizer = SparseAdam([(f"{name}.weight", self.weight)], **given)
         self.optimizer.set_device_checks(device_checks)  # layers are moved to a GPU when they have been made
         self.accumulated = None
         self.grad_scaler = None
+        sharing.register(self)
 
     @property
     def lr(self) -> Any:
@@ -94,6 +94,7 @@ class _Fused(_Module):
         """Refuse what cannot be trained."""
         name = type(self).__name__
         check_parameter(f"{name}.weight", self.weight)
+        _refuse_strides(name, self.weight)
         if self.optimizer.device_checks != "immediate":
             self._group()
             self.optimizer.check_device_checks()
@@ -126,20 +127,16 @@ class _Fused(_Module):
         scale = self.grad_scaler.get_scale() if hasattr(self.grad_scaler, "get_scale") else self.grad_scaler
         return grad_output if scale == 1 else grad_output / scale
 
-    def job(self, weight: Tensor, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient of the table that was looked up a part of a step."""
-        name = f"{type(self).__name__}.weight"
-        if weight is not self.weight:
-            raise GradientError(
-                f"{name} is not the Parameter that was looked up, which was exchanged since (by hand, or by "
-                "torch.func.functional_call): call backward before, or use nn.EmbeddingBag(sparse=True)"
-            )
+    def job(self, gradient: RowGradient | BagGradient) -> Job:
+        """Make a gradient of the table a part of a step."""
+        name, weight = f"{type(self).__name__}.weight", self.weight
         if weight.grad is not None:
             raise GradientError(
                 f"{name} has a .grad too: something besides lookups uses the table (tied weights, a "
                 f"penalty), and there is no optimizer for it. Use torch.nn.{type(self).__name__}"
                 "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
             )
+        _refuse_strides(type(self).__name__, weight)
         held = self.optimizer.ready(weight, self._group(), name, 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
         return Job(self.optimizer, weight, held, gradient)
@@ -156,6 +153,10 @@ class _Fused(_Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        sharing.register(self)
 
     def get_extra_state(self) -> dict[str, Any]:
         """State and options of the optimizer, as a part of the module's state dict."""
@@ -415,7 +416,7 @@ def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
     >>> model[0].optimizer.state[model[0].weight]["step"]
     1
     """
-    return accumulating([layer for layer in module.modules() if isinstance(layer, _Fused)])
+    return Accumulating([layer for layer in module.modules() if isinstance(layer, _Fused)])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------
@@ -526,6 +527,14 @@ def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None
                 f"{name}: {option} is {given!r}, expected {default}: a fused embedding does not have it; use "
                 f"torch.nn.{name}(sparse=True) with nb_sparse_adam.torch.SparseAdam"
             )
+
+
+def _refuse_strides(name: str, weight: Tensor) -> None:
+    if not weight.is_contiguous():
+        raise TableError(
+            f"{name}: weight has strides {weight.stride()}, expected it contiguous: it is updated in place; "
+            "pass weight.contiguous()"
+        )
 
 
 def _shape_of(embeddings: Tensor) -> tuple[int, int]:

@@ -1,0 +1,85 @@
+"""Which fused layers share memory: each has an optimizer of its own, and two would update one table.
+
+A layer that has a state for its table has stepped it, or goes on from one that has. When another one is
+about to, with a table that shares memory, it is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nb_sparse_adam.errors import GradientError
+from nb_sparse_adam.torch.held import Held
+
+__all__ = ["refuse", "register"]
+
+_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_known: weakref.WeakSet[Held] = weakref.WeakSet()  # found to share with nobody; made anew if memory changes
+
+
+def register(layer: Any) -> None:
+    """Let a layer be known to the others."""
+    _layers[id(layer)] = layer
+
+
+def refuse(layers: Sequence[Any], helds: Sequence[Held]) -> None:
+    """Refuse a step of layers if one shares its table with another of them, or with one that has stepped.
+
+    Parameters
+    ----------
+    layers : sequence of layer
+    helds : sequence of Held
+        What the engine holds for each one's table.
+    """
+    if len(helds) > 1:
+        seen = dict(zip(map(id, helds), layers, strict=True))
+        if len(seen) < len(helds):  # copies that share an optimizer
+            at = next(at for at, held in enumerate(helds) if seen[id(held)] is not layers[at])
+            raise _error(layers[at], seen[id(helds[at])])
+    for layer, held in zip(layers, helds, strict=True):
+        if held in _known:
+            continue
+        for other in layers:
+            if other is not layer and _overlap(layer.weight, other.weight):
+                raise _error(layer, other)
+        for reference in _layers.valuerefs():
+            other = reference()
+            if (
+                other is not None
+                and _has_stepped(other, layer.optimizer)
+                and _overlap(layer.weight, other._parameters["weight"])
+            ):
+                raise _error(layer, other)
+        _known.add(held)
+
+
+def _has_stepped(other: Any, optimizer: Any) -> bool:
+    """Whether a layer has a state of its own for the table that it has now."""
+    its_optimizer, weight = other.__dict__.get("optimizer"), other._parameters.get("weight")
+    return its_optimizer is not None and its_optimizer is not optimizer and weight in its_optimizer.state
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return (
+        a.device == b.device
+        and a.data_ptr() < b.data_ptr() + b.numel() * b.element_size()
+        and b.data_ptr() < a.data_ptr() + a.numel() * a.element_size()
+    )
+
+
+def _error(layer: Any, other: Any) -> GradientError:
+    a, b = (type(each).__name__ for each in (layer, other))
+    weight, its_weight = layer.weight, other.weight
+    have = f"one table, of shape {tuple(weight.shape)}"
+    if weight.data_ptr() != its_weight.data_ptr() or weight.shape != its_weight.shape:
+        have = f"tables that share memory, of shapes {tuple(weight.shape)} and {tuple(its_weight.shape)}"
+    return GradientError(
+        f"two fused layers ({a} and {b}) have {have}, and moments and counts each: it would be updated as if "
+        f"it were two. Use one layer for both lookups, or torch.nn.{a}(sparse=True) with "
+        "nb_sparse_adam.torch.SparseAdam"
+    )

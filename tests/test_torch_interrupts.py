@@ -1,0 +1,115 @@
+"""An interrupt between any two bytecodes of a fused pass, or of `accumulate`, leaves no layer waiting."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import nb_sparse_adam
+from nb_sparse_adam import errors
+
+torch = pytest.importorskip("torch")
+
+from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E402
+
+ROWS, DIM = 6, 4
+FOLDER = Path(nb_sparse_adam.__file__).parent / "torch"
+OURS = {str(FOLDER / name) for name in ("backward.py", "deferred.py", "layers.py", "sharing.py")}
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises."""
+
+
+def interrupted_at(number, call):
+    """Make a call, and raise at the bytecode of that number in frames of `OURS`; return whether it came."""
+    count = 0
+
+    def watch(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename not in OURS:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            count += 1
+            if count == number:
+                raise Interrupt
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        call()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count >= number
+
+
+def steps(layer):
+    return layer.optimizer.state[layer.weight]["step"] if layer.weight in layer.optimizer.state else 0
+
+
+def passes(layers):
+    return sum(layer(torch.tensor([[1, 2]])).sum() for layer in layers)
+
+
+def accumulated(layers):
+    with accumulate(torch.nn.ModuleList(layers)):
+        passes(layers).backward()
+
+
+@pytest.mark.jit
+def test_after_an_interrupt_anywhere_the_next_pass_is_a_step_of_its_own():
+    layers = [Embedding(ROWS, DIM), EmbeddingBag(ROWS, DIM)]
+    accumulated(layers)
+    number, went_on = 0, True
+    while went_on:
+        number += 1
+        before = steps(layers[0])
+        went_on = interrupted_at(number, lambda: accumulated(layers))
+        after = {steps(layer) for layer in layers}
+        assert after in ({before}, {before + 1}), number  # of both, or of none
+        passes(layers).backward()
+        assert [steps(layer) for layer in layers] == [max(after) + 1] * 2, number
+    assert number > 300
+
+
+def test_a_pass_that_is_refused_is_no_part_of_the_block():
+    waiting, refusing = Embedding(ROWS, DIM), Embedding(ROWS, DIM, optimizer={"on_nonfinite": "raise"})
+    before = waiting.weight.detach().clone()
+    with accumulate(waiting):
+        loss = waiting(torch.tensor([1])).sum() + refusing(torch.tensor([1])).sum() * float("nan")
+        with pytest.raises(errors.NonFiniteGradientError):
+            loss.backward()
+    assert torch.equal(waiting.weight, before)
+    assert steps(waiting) == steps(refusing) == 0
+
+
+def test_a_decorated_function_is_a_block_at_each_call():
+    layer = Embedding(ROWS, DIM)
+
+    @accumulate(layer)
+    def train():
+        for _ in range(3):
+            layer(torch.tensor([1])).sum().backward()
+
+    for step in (1, 2):
+        train()
+        assert steps(layer) == step
+
+
+def test_while_an_interrupt_is_handled_the_layers_do_not_wait():
+    layer = Embedding(ROWS, DIM)
+
+    def block():
+        layer(torch.tensor([1])).sum().backward()
+        raise Interrupt
+
+    try:
+        with accumulate(layer):
+            block()
+    except Interrupt:
+        layer(torch.tensor([1])).sum().backward()
+        assert steps(layer) == 1
