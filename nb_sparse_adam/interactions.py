@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
-__all__ = ["Interactions", "Split", "UserItems", "generate", "hold_out", "random_stream"]
+__all__ = ["Interactions", "Split", "UserItems", "generate", "hold_out", "random_stream", "sorted_distinct"]
 
 _PURPOSES = ("hold-out", "data", "init", "order")
 
@@ -36,6 +36,14 @@ def random_stream(seed: int, purpose: str, epoch: int = 0) -> np.random.Generato
         PCG64, by name: what `numpy.random.default_rng` stands for may change.
     """
     return np.random.Generator(np.random.PCG64([seed, _PURPOSES.index(purpose), epoch]))
+
+
+def sorted_distinct(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the keys once each, sorted: `numpy.unique`, which hashes, takes 20 times longer in NumPy 2.4."""
+    keys = np.sort(keys)
+    first = np.ones(len(keys), dtype=np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return keys[first]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +69,7 @@ class UserItems:
         cls, users: npt.NDArray[Any], items: npt.NDArray[Any], n_users: int, n_items: int
     ) -> UserItems:
         """Build from parallel arrays of rows, shapes (n,); repeated pairs are kept once."""
-        keys = np.unique(users.astype(np.int64) * n_items + items.astype(np.int64))
+        keys = sorted_distinct(users.astype(np.int64) * n_items + items.astype(np.int64))
         return cls._from_keys(keys, n_users, n_items)
 
     @classmethod

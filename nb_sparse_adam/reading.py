@@ -1,15 +1,24 @@
 """Files of interactions -> `Interactions` or `Split`: delimited text, LightGCN adjacency lines, Parquet.
 
-Parsing is polars' work. What is ours is to tell the formats apart, to find the two columns, to say what was
-understood, and to say where a file is wrong.
+Text is read once, from beginning to end and a block at a time, with the standard library: pipes can be read,
+and memory follows the distinct ids and pairs, not the size of the file. Parquet is polars' work. What is ours
+is to tell the formats apart, to find the two columns, to say what was understood, and where a file is wrong.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
 import gzip
+import io
 import os
 import re
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +27,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.extras import require
-from nb_sparse_adam.interactions import Interactions, Split, UserItems
+from nb_sparse_adam.interactions import Interactions, Split, UserItems, sorted_distinct
 
 __all__ = ["FORMATS", "read_interactions", "read_split"]
 
@@ -26,8 +35,14 @@ FORMATS = ("auto", "delimited", "adjacency", "parquet")
 
 # In order of precedence: a tab or "::" never stands in an id by accident, a comma or a space may.
 _SEPARATORS = {"::": "'::'", "\t": "tab", ";": "semicolon", ",": "comma", " ": "space"}
-_SAMPLE_BYTES = 1 << 20
-_INTEGER = r"^(?:0|-?[1-9][0-9]{0,17})$"  # fits int64, and comes back from int64 as it was written
+_QUOTING = (",", ";")  # beside the others, a quote is a character like any other
+_COMMENTS = ("# ", "% ")  # so begin the files of SNAP and of KONECT
+_CARRIAGE_RETURN = "\udc0d"  # stands for one within a line, where csv would take it for a line end
+_BLOCK = 1 << 20  # characters that are read at a time
+_LONGEST_LINE = 1 << 24
+_RECORDS = 1 << 10  # with quotes in them that are passed on at a time
+_FRESH = 1 << 20  # pairs that may wait before those that came twice are dropped
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]*)?"
 _USER_NAMES = frozenset(
     "user users userid uid customer customerid member memberid reviewer reviewerid".split()
@@ -36,6 +51,10 @@ _ITEM_NAMES = frozenset(
     "item items itemid iid movie movieid product productid book bookid isbn asin parentasin artist artistid "
     "track trackid song songid business businessid article articleid anime animeid game gameid".split()
 )
+_LIMIT = threading.Lock()
+
+_Block = tuple[int, str]  # the number of the first line, and lines without the last one's end
+_Codes = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,20 +62,51 @@ class _Layout:
     """How a text file is laid out, as far as its beginning shows."""
 
     format: str
+    begin: int  # line of the first interaction: above it are blank lines, comments and the header
+    comments: int
     separator: str = " "
     header: bool = False
     user_column: int = 0
     item_column: int = 1
-    blank: int = 0  # lines before the first that is not blank
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Two polars columns of ids, parallel, without missing values: Int64 or String."""
+    """The distinct pairs of a file in codes of `_Ids`, parallel, and how many pairs there were."""
 
-    user: Any
-    item: Any
+    users: _Codes
+    items: _Codes
+    read: int
     description: str
+
+
+class _Ids(dict[str, int]):
+    """Ids, each with its code: 0, 1, ... as they come."""
+
+    def __missing__(self, name: str) -> int:
+        code = self[name] = len(self)
+        return code
+
+    def codes(self, names: Sequence[str]) -> _Codes:
+        """Return the codes of ids, and give new ids theirs."""
+        return np.fromiter(map(self.__getitem__, names), np.int64, len(names))
+
+    def sorted(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Return the ids in the order of `Interactions`, and the row there of each code."""
+        names = list(self)
+        if all(map(_is_integer, names)):
+            ids = np.array([int(name) for name in names], dtype=np.int64)
+        else:
+            ids = np.array(names, dtype=object)
+        order = np.argsort(ids, kind="stable")
+        rows = np.empty(len(order), dtype=np.int64)
+        rows[order] = np.arange(len(order))
+        return ids[order], rows
+
+
+def _is_integer(name: str) -> bool:
+    """Say whether an id comes back from int64 as it was written."""
+    return _INTEGER.fullmatch(name) is not None and -(2**63) <= int(name) < 2**63
 
 
 def read_interactions(path: str | os.PathLike[str], file_format: str = "auto") -> Interactions:
@@ -93,10 +143,12 @@ def read_interactions(path: str | os.PathLike[str], file_format: str = "auto") -
     OptionError
         If `file_format` is none of the above.
     """
-    pairs = _read(path, file_format)
-    (user_ids, (users,)), (item_ids, (items,)) = _index([pairs.user]), _index([pairs.item])
-    unique = UserItems.from_pairs(users, items, len(user_ids), len(item_ids))
-    return Interactions(unique, user_ids, item_ids, len(users) - len(unique), pairs.description)
+    users, items = _Ids(), _Ids()
+    pairs = _read(path, file_format, users, items)
+    (user_ids, user_rows), (item_ids, item_rows) = users.sorted(), items.sorted()
+    shape = len(user_ids), len(item_ids)
+    unique = UserItems.from_pairs(user_rows[pairs.users], item_rows[pairs.items], *shape)
+    return Interactions(unique, user_ids, item_ids, pairs.read - len(unique), pairs.description)
 
 
 def read_split(
@@ -123,17 +175,19 @@ def read_split(
     InteractionsError, MissingExtraError, OptionError
         As `read_interactions` does; also if nothing of `test` remains.
     """
-    known, wanted = _read(train, file_format), _read(test, file_format)
-    user_ids, (train_users, test_users) = _index([known.user, wanted.user])
-    item_ids, (train_items, test_items) = _index([known.item, wanted.item])
+    users, items = _Ids(), _Ids()
+    known, wanted = (_read(path, file_format, users, items) for path in (train, test))
+    (user_ids, user_rows), (item_ids, item_rows) = users.sorted(), items.sorted()
     shape = len(user_ids), len(item_ids)
-    train_pairs = UserItems.from_pairs(train_users, train_items, *shape)
-    test_pairs = UserItems.from_pairs(test_users, test_items, *shape)
+    train_pairs, test_pairs = (
+        UserItems.from_pairs(user_rows[pairs.users], item_rows[pairs.items], *shape)
+        for pairs in (known, wanted)
+    )
     seen = train_pairs.contains(test_pairs)
     strangers = train_pairs.counts()[test_pairs.users()] == 0
     counts = {
-        "repeated pairs of the training file were used once": len(train_users) - len(train_pairs),
-        "repeated pairs of the test file were used once": len(test_users) - len(test_pairs),
+        "repeated pairs of the training file were used once": known.read - len(train_pairs),
+        "repeated pairs of the test file were used once": wanted.read - len(test_pairs),
         "test interactions left out: they are in the training file": int(seen.sum()),
         "test interactions left out: their user is not in the training file": int(strangers.sum()),
     }
@@ -148,206 +202,328 @@ def read_split(
     return Split(train_pairs, kept, user_ids, item_ids, description, notes)
 
 
-def _index(columns: list[Any]) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]]]:
-    """Map the ids in polars columns to rows 0..n-1, the same id to the same row in all columns."""
-    pl = require("polars", "train", "reading interactions")
-    if any(column.dtype != pl.Int64 for column in columns):
-        columns = [column.cast(pl.String) for column in columns]
-        if all(column.str.contains(_INTEGER).all() for column in columns):
-            columns = [column.cast(pl.Int64) for column in columns]
-    values = pl.concat(columns)
-    ids = values.unique().sort()
-    if values.dtype == pl.Int64:
-        ids = ids.to_numpy()
-        return ids, [np.searchsorted(ids, column.to_numpy()) for column in columns]
-    codes = pl.Enum(ids)
-    return ids.to_numpy().astype(object), [column.cast(codes).to_physical().to_numpy() for column in columns]
-
-
-def _read(path: str | os.PathLike[str], file_format: str) -> _Pairs:
+def _read(path: str | os.PathLike[str], file_format: str, users: _Ids, items: _Ids) -> _Pairs:
     if file_format not in FORMATS:
         raise OptionError(f"file_format: expected one of {', '.join(FORMATS)}, got {file_format!r}")
     pl = require("polars", "train", "reading interactions")
     file = Path(path)
-    if file.is_dir():
-        raise InteractionsError(f"{file}: is a directory; name the file in it that has the interactions")
+    name, shown = _printable(str(file)), _printable(file.name)
     try:
+        if file.is_dir():
+            raise InteractionsError(f"{name}: is a directory; name the file in it that has the interactions")
         with file.open("rb") as stream:
-            magic = stream.read(4)
-        if file_format == "parquet" or (file_format == "auto" and magic == b"PAR1"):
-            return _read_parquet(pl, file)
-        layout = _sniff(file, _sample(file, magic), file_format)
-        adjacency = layout.format == "adjacency"
-        pairs = _read_adjacency(pl, file) if adjacency else _read_delimited(pl, file, layout)
-    except pl.exceptions.PolarsError as error:
+            magic = stream.peek(4)[:4]
+            if file_format == "parquet" or (file_format == "auto" and magic == b"PAR1"):
+                pairs = _read_parquet(pl, name, shown, stream, users, items)
+            elif magic.startswith(b"\x1f\x8b"):
+                with gzip.GzipFile(fileobj=stream) as unpacked:
+                    pairs = _read_text(name, shown, unpacked, file_format, users, items)
+            else:
+                pairs = _read_text(name, shown, stream, file_format, users, items)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InteractionsError(f"{file}: polars cannot read it: {reason}") from error
-    except (OSError, EOFError, UnicodeError) as error:  # EOFError: a gzip file that was cut off
-        raise InteractionsError(
-            f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    if not len(pairs.user):
-        raise InteractionsError(f"{file}: has no interactions; expected a user and an item on each line")
+        raise InteractionsError(f"{name}: polars cannot read it: {reason}") from error
+    except (OSError, EOFError, zlib.error) as error:  # EOFError: a gzip file that was cut off
+        reason = getattr(error, "strerror", None) or str(error)
+        hint = " (standard input is /dev/stdin)" if name == "-" else ""
+        raise InteractionsError(f"{name}: cannot be read: {reason}{hint}") from error
+    if not pairs.read:
+        raise InteractionsError(f"{name}: has no interactions; expected a user and an item on each line")
     return pairs
 
 
-def _sample(file: Path, magic: bytes) -> list[str]:
-    """Return the first lines of a text file."""
-    with gzip.open(file) if magic.startswith(b"\x1f\x8b") else file.open("rb") as stream:
-        head = stream.read(_SAMPLE_BYTES)
-    if not head.strip():
-        raise InteractionsError(f"{file}: is empty; expected a user and an item on each line")
-    if b"\0" in head:
-        raise InteractionsError(f"{file}: is a binary file; expected text in UTF-8 (gzip is fine) or Parquet")
-    if len(head) == _SAMPLE_BYTES:
-        head = head[: head.rfind(b"\n") + 1] or head
-    try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = head.count(b"\n", 0, error.start) + 1
+def _printable(text: str) -> str:
+    """Return a name as it can be shown: in one line, and in Unicode."""
+    return text if text.isprintable() else repr(text)
+
+
+def _distinct(batches: Iterable[tuple[_Codes, _Codes]]) -> tuple[_Codes, _Codes, int]:
+    """Return the distinct ones of all pairs, and the number of all; repetitions never add up in memory."""
+    kept, fresh, waiting, read = np.empty(0, dtype=np.int64), [], 0, 0
+    for users, items in batches:
+        fresh.append(users << 32 | items)
+        waiting += len(users)
+        read += len(users)
+        if waiting > max(len(kept), _FRESH):
+            kept, fresh, waiting = sorted_distinct(np.concatenate([kept, *fresh])), [], 0
+    kept = sorted_distinct(np.concatenate([kept, *fresh]))
+    return kept >> 32, kept & 0xFFFFFFFF, read
+
+
+def _read_text(name: str, shown: str, stream: Any, file_format: str, users: _Ids, items: _Ids) -> _Pairs:
+    with _decoder(name, stream) as decoder:
+        blocks = _blocks(name, decoder)
+        number, text = next((block for block in blocks if block[1].strip()), (0, ""))
+        if not number:
+            raise InteractionsError(f"{name}: is empty; expected a user and an item on each line")
+        layout = _sniff(name, number, text, file_format)
+        text = "\n".join(text.split("\n")[layout.begin - number :])
+        blocks, notes = chain([(layout.begin, text)], blocks), []
+        if layout.format == "adjacency":
+            what = f"{shown}, adjacency lines (user item item ...)"
+            pairs = _distinct(_adjacency(name, blocks, users, items))
+        else:
+            header = "with header" if layout.header else "no header"
+            what = f"{shown}, delimited text ({_SEPARATORS[layout.separator]}, {header})"
+            if (layout.user_column, layout.item_column) != (0, 1):
+                at = layout.user_column + 1, layout.item_column + 1
+                notes.append(f"users in column {at[0]} and items in column {at[1]} by their names")
+            pairs = _distinct(_delimited(name, blocks, layout, users, items, notes))
+    if layout.comments:
+        notes.append(f"comments above: {layout.comments:,} lines")
+    return _Pairs(*pairs, ", ".join([what, *notes]))
+
+
+def _decoder(name: str, stream: Any) -> io.TextIOWrapper:
+    head = stream.peek(1)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InteractionsError(f"{name}: is UTF-16; convert it, for example with: iconv -f utf-16 -t utf-8")
+    # Old Macs end lines with a carriage return. In other files it is a character like any other.
+    newline = None if b"\r" in head[:-1] and b"\n" not in head else "\n"
+    return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _blocks(name: str, decoder: io.TextIOWrapper) -> Iterator[_Block]:
+    """Yield whole lines. The first time at least two, if there are: one alone does not show a format."""
+    number, rest = 1, ""
+    while block := decoder.read(_BLOCK):
+        whole, end, rest = re.sub("\r+\n", "\n", rest + block).rpartition("\n")
+        if len(rest) > _LONGEST_LINE:
+            number += whole.count("\n") + len(end)
+            raise InteractionsError(
+                f"{name}, line {number}: is longer than {_LONGEST_LINE:,} characters, got {rest[:30]!r}...; "
+                f"expected a user and an item on each line"
+            )
+        if end and (number > 1 or "\n" in whole):
+            yield number, _checked(name, number, whole)
+            number += whole.count("\n") + 1
+        else:
+            rest = whole + end + rest
+    if rest:
+        yield number, _checked(name, number, rest.rstrip("\r"))
+
+
+def _checked(name: str, number: int, text: str) -> str:
+    """Return lines, of which the first has that number, if they are text."""
+    nul = text.find("\0")
+    if nul >= 0:
+        number += text.count("\n", 0, nul)
         raise InteractionsError(
-            f"{file}, line {line}: is not UTF-8; convert it, for example with: iconv -f latin1 -t utf-8"
+            f"{name}, line {number}: has a NUL byte, as a binary file has; expected text in UTF-8 (gzip is "
+            f"fine) or Parquet"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that are not UTF-8 were decoded to surrogates
+        number += text.count("\n", 0, error.start)
+        raise InteractionsError(
+            f"{name}, line {number}: is not UTF-8; convert it, for example with: iconv -f latin1 -t utf-8"
         ) from error
-    return text.splitlines()
+    return text.replace("\r", _CARRIAGE_RETURN)
 
 
-def _sniff(file: Path, sample: list[str], file_format: str) -> _Layout:
-    lines = [line for line in sample if line.strip()]
-    blank = sample.index(lines[0])
-    separator = _separator(file, lines, file_format)
-    rows = [_fields(line, separator) for line in lines]
-    if separator == " ":
-        ragged = len({len(row) for row in rows}) > 1 and len({row[0] for row in rows}) == len(rows)
-        if file_format == "adjacency" or (file_format == "auto" and ragged):
-            return _Layout("adjacency")
-    first, others = rows[0], rows[1:]
-    names = [re.sub(r"[^a-z]", "", name.partition(":")[0].lower()) for name in first]
-    users = [at for at, name in enumerate(names) if name in _USER_NAMES]
-    items = [at for at, name in enumerate(names) if name in _ITEM_NAMES]
-    if users and items:
-        return _Layout("delimited", separator, True, users[0], items[0], blank)
+def _sniff(name: str, number: int, text: str, file_format: str) -> _Layout:
+    """Find out from its first lines how a file is laid out."""
+    lines = [(at, line) for at, line in enumerate(text.split("\n"), number) if line.strip()]
+    separator = _separator(name, lines, file_format)
+    comments = 0
+    for _, line in lines:
+        if not line.startswith(_COMMENTS) or (separator != " " and _named_columns(line.split(separator))):
+            break
+        comments += 1
+    if comments == len(lines):
+        raise InteractionsError(f"{name}: has no interactions, only comments; expected a user and an item")
+    begin = lines[comments][0]
+    text = "\n".join(text.split("\n")[begin - number :])
+    rows: list[tuple[int, list[str]]] = []  # of each: the number of the line below it, and its fields
+    with contextlib.suppress(InteractionsError):  # of the last, which may be cut; reading will tell
+        for numbers, records in _records(name, iter([(begin, text)]), separator):
+            rows.extend(zip(numbers[1:], map(_cleaned, records), strict=True))
+    rows = [row for row in rows if any(row[1])]
+    if not rows:
+        return _Layout("delimited", begin, comments, separator)
+    firsts = [fields[0] for _, fields in rows]
+    ragged = len({len(fields) for _, fields in rows}) > 1 and len(set(firsts)) == len(rows)
+    if file_format == "adjacency" or (file_format == "auto" and separator == " " and ragged):
+        return _Layout("adjacency", begin, comments)
+    below, first = rows[0]
+    named = _named_columns(first)
+    if named:
+        return _Layout("delimited", below, comments, separator, True, *named)
     # A header has no numbers, and below it in the one column or the other stand nothing but numbers.
+    others = [fields for _, fields in rows[1:]]
     header = bool(others) and not any(re.fullmatch(_NUMBER, field) for field in first)
     header = header and any(
-        all(re.fullmatch(_NUMBER, row[at]) for row in others if len(row) > at) for at in (0, 1)
+        all(re.fullmatch(_NUMBER, fields[at]) for fields in others if len(fields) > at) for at in (0, 1)
     )
-    return _Layout("delimited", separator, header, blank=blank)
+    return _Layout("delimited", below if header else begin, comments, separator, header)
 
 
-def _separator(file: Path, lines: list[str], file_format: str) -> str:
+def _cleaned(fields: list[str]) -> list[str]:
+    return [field.strip().strip('"').strip() for field in fields]
+
+
+def _named_columns(header: list[str]) -> tuple[int, int] | None:
+    """Return the columns of users and of items if names in the header say both."""
+    names = [re.sub(r"[^a-z]", "", name.partition(":")[0].lower()) for name in header]
+    users = [at for at, name in enumerate(names) if name in _USER_NAMES]
+    items = [at for at, name in enumerate(names) if name in _ITEM_NAMES]
+    return (users[0], items[0]) if users and items else None
+
+
+def _separator(name: str, lines: list[_Block], file_format: str) -> str:
     if file_format == "adjacency":
         return " "
-    counts = {separator: sum(separator in line for line in lines) for separator in _SEPARATORS}
+    counts = {separator: sum(separator in line for _, line in lines) for separator in _SEPARATORS}
     for separator, count in counts.items():
         if 2 * count > len(lines):
             return separator
     best = max(counts, key=lambda separator: counts[separator])
     if not counts[best]:
+        number, line = lines[0]
         raise InteractionsError(
-            f"{file}: has one column only (line 1 is {lines[0][:60]!r}); expected a user and an item on each "
-            f"line, separated by one of {', '.join(_SEPARATORS.values())}"
+            f"{name}: has one column only (line {number} is {line[:60]!r}); expected a user and an item on "
+            f"each line, separated by one of {', '.join(_SEPARATORS.values())}"
         )
     return best
 
 
-def _fields(line: str, separator: str) -> list[str]:
-    fields = line.split() if separator == " " else line.split(separator)
-    return [field.strip().strip('"').strip() for field in fields]
+def _records(
+    name: str, blocks: Iterator[_Block], separator: str, splits: int = -1
+) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+    """Yield the fields of records, and the numbers of their first lines and of the line below the last."""
+    for number, text in blocks:
+        if '"' in text and separator in _QUOTING:
+            yield from _quoted_records(name, chain([(number, text)], blocks), separator, splits)
+            return
+        by = None if separator == " " else separator
+        rows = [line.split(by, splits) for line in text.split("\n")]
+        yield range(number, number + len(rows) + 1), rows
 
 
-def _lines(pl: Any, file: Path) -> Any:
-    """Read a text file as one polars column of lines, blank ones dropped."""
-    frame = pl.read_csv(
-        file, separator="\x01", quote_char=None, has_header=False, infer_schema_length=0, new_columns=["line"]
-    )
-    lines = frame["line"].drop_nulls().str.strip_chars()
-    return lines.filter(lines.str.len_bytes() > 0)
+def _quoted_records(
+    name: str, blocks: Iterator[_Block], separator: str, splits: int
+) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+    """Yield the same where fields may be in quotes, and then have separators and line ends in them."""
+    lines = ((at, line) for number, text in blocks for at, line in enumerate(text.split("\n"), number))
+    numbers: list[int] = []
+    rows: list[list[str]] = []
+    below = 0
+    for number, line in lines:
+        if '"' in line:
+            source = chain([line + "\n"], (more + "\n" for _, more in lines))
+            reader = csv.reader(source, delimiter=separator, strict=True)
+            try:
+                row = _next(reader)
+            except csv.Error as error:
+                yield [*numbers, number], rows
+                last = number + reader.line_num - 1
+                raise InteractionsError(
+                    f"{name}, line {number}: a quote opens that is not closed as it should be (line {last}: "
+                    f"{error}); expected quotes around a whole field, and those within it twice"
+                ) from error
+            below = number + reader.line_num
+        else:
+            row, below = line.split(separator, splits), number + 1
+        numbers.append(number)
+        rows.append(row)
+        if len(rows) == _RECORDS:
+            yield [*numbers, below], rows
+            numbers, rows = [], []
+    yield [*numbers, below], rows
 
 
-def _read_adjacency(pl: Any, file: Path) -> _Pairs:
-    fields = _lines(pl, file).str.replace_all(r"\s+", " ").str.split(" ")
-    frame = pl.DataFrame({"user": fields.list.first(), "item": fields.list.slice(1)})
-    frame = frame.filter(pl.col("item").list.len() > 0).explode("item")
-    return _Pairs(frame["user"], frame["item"], f"{file.name}, adjacency lines (user item item ...)")
+def _next(reader: Iterator[list[str]]) -> list[str]:
+    """Return the next row of a csv reader, of which a field may be as long as a line."""
+    with _LIMIT:  # there is one for the whole process
+        limit = csv.field_size_limit(_LONGEST_LINE)
+        try:
+            return next(reader)
+        finally:
+            csv.field_size_limit(limit)
 
 
-def _read_delimited(pl: Any, file: Path, layout: _Layout) -> _Pairs:
-    wanted = (layout.user_column, layout.item_column)
-    if layout.separator in (" ", "::"):
-        lines = _lines(pl, file)
-        if layout.separator == " ":
-            lines = lines.str.replace_all(r"\s+", " ")
-        fields = lines.str.split(layout.separator)
-        columns = [fields.list.get(at, null_on_oob=True) for at in wanted]
-    else:
-        frame = pl.read_csv(
-            file,
-            separator=layout.separator,
-            quote_char=None if layout.separator == "\t" else '"',
-            skip_rows=layout.blank,  # the first line that polars sees says how many columns there are
-            has_header=False,  # so that the header, if any, is a row like the others: nothing to mangle
-            infer_schema_length=0,  # every column is text
-            truncate_ragged_lines=True,
-        )
-        columns = [frame[frame.columns[at]] for at in wanted if at < frame.width]
-    if len(columns) < 2:
-        raise _missing_field(file, layout)
-    columns = [column.str.strip_chars() for column in columns]
-    pairs = pl.DataFrame({"user": columns[0], "item": columns[1]})
-    pairs = pairs.with_columns(pl.when(pl.all().str.len_bytes() > 0).then(pl.all()))  # "" -> null
-    pairs = pairs.filter(pl.any_horizontal(pl.all().is_not_null()))  # blank lines
-    pairs = pairs.slice(1) if layout.header else pairs
-    if pairs["user"].null_count() or pairs["item"].null_count():
-        raise _missing_field(file, layout)
-    header = "with header" if layout.header else "no header"
-    how = f"{file.name}, delimited text ({_SEPARATORS[layout.separator]}, {header})"
-    if wanted != (0, 1):
-        how += f", users in column {wanted[0] + 1} and items in column {wanted[1] + 1} by their names"
-    return _Pairs(pairs["user"], pairs["item"], how)
+def _adjacency(
+    name: str, blocks: Iterable[_Block], users: _Ids, items: _Ids
+) -> Iterator[tuple[_Codes, _Codes]]:
+    for number, text in blocks:
+        if _CARRIAGE_RETURN in text:
+            raise _line_end(name, number + text.count("\n", 0, text.index(_CARRIAGE_RETURN)))
+        rows = [fields for fields in map(str.split, text.split("\n")) if len(fields) > 1]
+        who = users.codes([fields[0] for fields in rows])
+        what = items.codes([item for fields in rows for item in fields[1:]])
+        yield np.repeat(who, [len(fields) - 1 for fields in rows]), what
 
 
-def _missing_field(file: Path, layout: _Layout) -> InteractionsError:
-    """Look for the first line without a user or an item, slowly: this is the way to an error message."""
-    with file.open("rb") as raw:
-        magic = raw.read(2)
-    where, got = "", ""
-    with gzip.open(file) if magic == b"\x1f\x8b" else file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            text = line.decode("utf-8", "replace").strip("\r\n")
-            fields = _fields(text, layout.separator)
-            wanted = (layout.user_column, layout.item_column)
-            if text.strip() and not all(at < len(fields) and fields[at] for at in wanted):
-                where, got = f", line {number}", f", got {text[:60]!r}"
-                break
+def _delimited(
+    name: str, blocks: Iterator[_Block], layout: _Layout, users: _Ids, items: _Ids, notes: list[str]
+) -> Iterator[tuple[_Codes, _Codes]]:
+    wanted = layout.user_column, layout.item_column
+    inside, where = 0, 0
+    for numbers, rows in _records(name, blocks, layout.separator, max(wanted) + 1):
+        who, what = ([fields[at].strip() if len(fields) > at else "" for fields in rows] for at in wanted)
+        pairs = "\0".join(chain(who, what))
+        if "\n" in pairs or _CARRIAGE_RETURN in pairs:
+            raise next(
+                _line_end(name, number)
+                for number, user, item in zip(numbers, who, what, strict=False)
+                if "\n" in user + item or _CARRIAGE_RETURN in user + item
+            )
+        if "" in who or "" in what:
+            for number, fields, user, item in zip(numbers, rows, who, what, strict=False):
+                if bool(user) != bool(item):
+                    raise _missing_field(name, number, layout.separator, fields)
+            who, what = list(filter(None, who)), list(filter(None, what))  # lines with neither are blank
+        between = numbers[-1] - numbers[0] - len(rows)
+        if between and not inside:
+            where = next(at for at, below in pairwise(numbers) if below > at + 1)
+        inside += between
+        yield users.codes(who), items.codes(what)
+    if inside:
+        notes.append(f"line ends within quotes: {inside:,} (the first in line {where})")
+
+
+def _missing_field(name: str, number: int, separator: str, fields: list[str]) -> InteractionsError:
     return InteractionsError(
-        f"{file}{where}: expected a user and an item separated by {_SEPARATORS[layout.separator]}{got}; "
-        f"mend or remove the line (or choose another --format)"
+        f"{name}, line {number}: expected a user and an item separated by {_SEPARATORS[separator]}, got "
+        f"{separator.join(fields)[:60]!r}; mend or remove the line (or choose another --format)"
     )
 
 
-def _read_parquet(pl: Any, file: Path) -> _Pairs:
-    names = list(pl.read_parquet_schema(file))
+def _line_end(name: str, number: int) -> InteractionsError:
+    return InteractionsError(
+        f"{name}, line {number}: has a line end within an id; expected line ends of one kind, and quotes in "
+        f"pairs"
+    )
+
+
+def _read_parquet(pl: Any, name: str, shown: str, stream: Any, users: _Ids, items: _Ids) -> _Pairs:
+    # polars is given what is open, not the name: in names it looks for wildcards.
+    source = stream if stream.seekable() else io.BytesIO(stream.read())
+    names = list(pl.read_parquet_schema(source))
     if len(names) < 2:
-        raise InteractionsError(f"{file}: has the columns {names}; expected one of users and one of items")
-    plain = [re.sub(r"[^a-z]", "", name.lower()) for name in names]
-    users = [name for name, key in zip(names, plain, strict=True) if key in _USER_NAMES]
-    items = [name for name, key in zip(names, plain, strict=True) if key in _ITEM_NAMES]
-    wanted = [users[0], items[0]] if users and items else names[:2]
-    frame = pl.read_parquet(file, columns=wanted)
+        raise InteractionsError(f"{name}: has the columns {names}; expected one of users and one of items")
+    user, item = (names[at] for at in _named_columns(names) or (0, 1))
+    source.seek(0)
+    frame = pl.read_parquet(source, columns=[user, item])
     if not frame.height:
-        raise InteractionsError(f"{file}: has no rows")
-    user, item = (_id_column(pl, file, frame[name]) for name in wanted)
-    return _Pairs(user, item, f"{file.name}, Parquet (users in {wanted[0]!r}, items in {wanted[1]!r})")
+        raise InteractionsError(f"{name}: has no rows; expected an interaction in each")
+    pairs = [_id_codes(pl, name, frame[column], ids) for column, ids in ((user, users), (item, items))]
+    description = f"{shown}, Parquet (users in {user!r}, items in {item!r})"
+    return _Pairs(*_distinct([(pairs[0], pairs[1])]), description)
 
 
-def _id_column(pl: Any, file: Path, column: Any) -> Any:
+def _id_codes(pl: Any, name: str, column: Any, ids: _Ids) -> _Codes:
+    """Return the codes of the ids in a polars column."""
     if column.null_count():
         row = column.is_null().arg_max()
-        raise InteractionsError(f"{file}, row {row}: has no value in column {column.name!r}; drop such rows")
-    if column.dtype.is_integer() and column.dtype != pl.UInt64:
-        return column.cast(pl.Int64)
-    if column.dtype.is_integer() or column.dtype in (pl.String, pl.Categorical, pl.Enum):
-        return column.cast(pl.String)
-    raise InteractionsError(
-        f"{file}: column {column.name!r} has the type {column.dtype}; ids must be integers or strings"
-    )
+        raise InteractionsError(f"{name}, row {row}: has no value in column {column.name!r}; drop such rows")
+    if not column.dtype.is_integer() and column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        raise InteractionsError(
+            f"{name}: column {column.name!r} has the type {column.dtype}; ids must be integers or strings"
+        )
+    column = column.cast(pl.String)
+    distinct = column.unique()
+    codes = pl.Series(ids.codes(distinct.to_list()))
+    rows: _Codes = column.replace_strict(distinct, codes).to_numpy()
+    return rows
