@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam.errors import OptionError, OptionTypeError, StateError
+from nb_sparse_adam.errors import OptionError, OptionTypeError, SparseAdamWarning, StateError
 
 __all__ = ["StateFolder"]
 
@@ -24,16 +26,24 @@ class StateFolder:
     ----------
     path : path
         New, or empty.
+    reserve : bool
+        Whether files take all of their room on the disk when they are made.
 
     Raises
     ------
     OptionError
-        If there is something in it.
+        If there is something in it, or the system cannot reserve room.
     OSError
         If it cannot be created or written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], reserve: bool = False) -> None:
+        if reserve and not hasattr(os, "posix_fallocate"):
+            raise OptionError(
+                "reserve is True, expected False: room on a disk is reserved by posix_fallocate, which this "
+                "system does not have (Linux has)"
+            )
+        self._reserve = reserve
         try:
             self.path = Path(path).absolute()  # counts may be widened when the working folder is another
         except TypeError as error:
@@ -52,23 +62,46 @@ class StateFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def zeros(self, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Make a file of zeros, and return it as a (length,) array."""
+        """Make a file of zeros, and return it as a (length,) array; if it cannot be made, there is none."""
         if not length:
             return np.zeros(0, dtype)
         file = self.path / f"{self._number}.{dtype.name}"
         self._number += 1
+        size = length * dtype.itemsize
         try:
-            with open(file, "x+b") as opened:
+            with self.removed_on_error(), open(file, "x+b") as opened:
                 self._maps[file] = None
-                opened.truncate(length * dtype.itemsize)
+                if self._reserve:
+                    os.posix_fallocate(opened.fileno(), 0, size)
+                else:
+                    opened.truncate(size)
                 made = np.memmap(opened, dtype, "r+", shape=(length,))
         except FileExistsError as error:
             raise OptionError(
                 f"state_dir is {os.fspath(self.path)!r}, which another optimizer has begun to use; pass a "
                 "folder of its own for each"
             ) from error
+        except OSError as error:
+            reason = f"making a file of {size:,} bytes for state: {error.strerror or error}"
+            raise OSError(error.errno, reason, os.fspath(file)) from error
         self._maps[file] = made
         return made.view(np.ndarray)
+
+    def warn_if_too_large(self) -> None:
+        """Warn if the files may come to take more room than there is: later, nobody can say so."""
+        if self._reserve:
+            return
+        size = sum(made.nbytes for made in self._maps.values() if made is not None)
+        free = shutil.disk_usage(self.path).free
+        if size > free:
+            warnings.warn(
+                f"state_dir {os.fspath(self.path)!r}: state may come to take {size:,} bytes, and the file "
+                f"system has {free:,} left. Rows take room when they are touched; if there is none, the "
+                "system ends the process (SIGBUS). Pass reserve=True to have an error now, or another "
+                "folder",
+                SparseAdamWarning,
+                stacklevel=3,
+            )
 
     def check_process(self) -> None:
         """Refuse to go on in a child: it would change the parent's state, but not its tables."""

@@ -87,8 +87,14 @@ class SparseAdam:
     state_dir : path, optional
         A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
         memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows
-        that are touched take memory, and room on the disk. If the disk is full the system ends the process.
-        These are working files and no checkpoint (see `flush`), and nobody deletes them.
+        that are touched take memory, and room on the disk. If the disk is full the system ends the process:
+        see `reserve`. These are working files and no checkpoint (see `flush`), and nobody deletes them.
+    reserve : bool, default False
+        With `state_dir`: take all of the room on the disk when the files are made (``posix_fallocate``), so
+        that a full disk is an OSError then, and later no end of the process. Counts that are widened get
+        theirs before the step writes anything. Without it, there is a `SparseAdamWarning` if the file system
+        has less room than the state may take. Not on macOS. File systems that write changes elsewhere
+        (btrfs, ZFS) may run out of room all the same; so does a table that is an ``np.memmap`` with holes.
 
     Raises
     ------
@@ -97,7 +103,7 @@ class SparseAdam:
     TableError
         For a table that cannot be updated in place, or is given twice (also a ValueError).
     OSError
-        If `state_dir` cannot be written to.
+        If `state_dir` cannot be written to, or, with ``reserve=True``, has not enough room.
 
     See Also
     --------
@@ -161,12 +167,18 @@ class SparseAdam:
         on_nonfinite: str = "raise",
         num_threads: int | None = None,
         state_dir: str | os.PathLike[str] | None = None,
+        reserve: bool = False,
         device_checks: str = "immediate",
     ) -> None:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
         self._unfinished: str | None = None  # why tables and state are not of one moment
         named = _named_tables(tables)
-        self._folder = None if state_dir is None else StateFolder(state_dir)
+        reserve = options.flag("reserve", reserve)
+        if reserve and state_dir is None:
+            raise OptionError(
+                "reserve is True without state_dir, expected False: it is room on a disk that is reserved"
+            )
+        self._folder = None if state_dir is None else StateFolder(state_dir, reserve)
         with ExitStack() as undo:
             if self._folder is not None:
                 undo.callback(self._folder.remove)
@@ -175,6 +187,8 @@ class SparseAdam:
                 name: _new_table(name, table, self._step_counts, zeros) for name, table in named.items()
             }
             _refuse_overlap(self._tables)
+            if self._folder is not None:
+                self._folder.warn_if_too_large()
             self._guard = _new_guard(self._tables)
             self._on_nonfinite, self._device_checks = "propagate", "immediate"
             self._news = News()
