@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
@@ -19,6 +21,7 @@ from nb_sparse_adam.corrections import Corrections, corrections
 from nb_sparse_adam.errors import (
     GradientTypeError,
     OptionError,
+    SparseAdamWarning,
     StateError,
     StateTypeError,
     TableError,
@@ -30,6 +33,7 @@ from nb_sparse_adam.mapped import StateFolder
 from nb_sparse_adam.planning import size_of
 from nb_sparse_adam.runs import finish, prepare
 from nb_sparse_adam.table_state import STATE_VERSION, News, TableState
+from nb_sparse_adam.threads import max_threads
 
 __all__ = ["SparseAdam", "step_together"]
 
@@ -215,14 +219,38 @@ class SparseAdam:
             f"on_nonfinite={self.on_nonfinite!r}, num_threads={self.num_threads})"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def _arrays_to_copy(self) -> dict[str, NDArray[Any]]:
         if self._guard is not None:
             raise TableError(
                 "an optimizer of tables on a GPU cannot be pickled or copied: save it with "
                 "nb_sparse_adam.checkpoint.save, or keep its state_dict(), which is on the host"
             )
-        tables = {name: table.param for name, table in self._tables.items()}
-        return _rebuild, (tables, self._options(), self.num_threads, self.state_dict())
+        for table in self._tables.values():
+            table.check_unchanged()
+        return {name: table.param for name, table in self._tables.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tables, counts and moments of one moment, whoever steps meanwhile.
+
+        The arrays themselves are there to be the same ones as elsewhere in the pickle; they are written to it
+        later, when they may have changed. So their values are there, too: it takes the tables' size twice.
+        """
+        with self._lock:
+            tables = self._arrays_to_copy()
+            values = {name: np.array(array) for name, array in tables.items()}
+            return _rebuild, (tables, self._options(), self.num_threads, self.state_dict(), values)
+
+    def __copy__(self) -> SparseAdam:
+        """Another optimizer of the same tables."""
+        with self._lock:
+            return _rebuild(self._arrays_to_copy(), self._options(), self.num_threads, self.state_dict())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseAdam:
+        """An optimizer of copies of the tables; of those that have been copied before, if there are."""
+        with self._lock:
+            tables = self._arrays_to_copy()
+            copies = copy.deepcopy(tables, memo)
+            return _rebuild(copies, self._options(), self.num_threads, self.state_dict(), tables)
 
     # --- options ------------------------------------------------------------------------------------------
 
@@ -389,7 +417,8 @@ class SparseAdam:
             finite. It says what was got, what was expected and where. Nothing has been changed then, in any
             table.
         TableError
-            If no table has the name that was given.
+            If no table has the name that was given, or a table has been changed in place since it was given:
+            its address, shape, strides, dtype, or that it can be written to.
         StateError
             If a checkpoint was restored in part.
 
@@ -445,6 +474,7 @@ class SparseAdam:
             from nb_sparse_adam.cuda.table import DeviceTable
 
             assert isinstance(table, DeviceTable)
+            table.check_unchanged()
             return part_of(
                 table, gradient, self._guard, self._on_nonfinite, self._device_checks, stream,
                 self._constants(), self._corrections(table),
@@ -455,7 +485,7 @@ class SparseAdam:
             self._news.memory = False
             tables = [other for other in self._tables.values() if not other.on_gpu]
             self._places = Places([array for other in tables for array in other.memory])
-        target = Target(table.name, table.rows, table.dim, table.param.ndim, table.dtype, self._places, HOST)
+        target = Target(table.name, table.rows, table.dim, len(table.shape), table.dtype, self._places, HOST)
         checked = check(gradient, target)
         size, for_kernels = size_of(checked, target), self._arrays_for_kernels
         seconds = time.perf_counter() - start
@@ -482,7 +512,7 @@ class SparseAdam:
         Raises
         ------
         TableError
-            If no table has that name, or several could be meant.
+            If no table has that name, or several could be meant, or the table has been changed in place.
         OptionError
             With ``on_nonfinite="raise"``: a loop that has begun to write cannot refuse a whole step.
 
@@ -600,6 +630,18 @@ class SparseAdam:
                 "options": self._options(),
                 "tables": {name: table.copy() for name, table in self._tables.items()},
             }
+
+    def _set_values(self, values: Any) -> None:
+        """Give the tables the values that they had when they were copied."""
+        fits = isinstance(values, Mapping) and all(
+            isinstance(values.get(name), np.ndarray)
+            and (values[name].shape, values[name].dtype) == (table.shape, table.dtype)
+            for name, table in self._tables.items()
+        )
+        if not fits:
+            raise StateError("the tables' values, beside them in a pickle, are missing or do not fit")
+        for name, table in self._tables.items():
+            table.param[...] = values[name]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave: training goes on with the same bits.
@@ -821,9 +863,25 @@ def _check_state_dict(given: Any, tables: Mapping[str, TableState]) -> tuple[Any
 
 
 def _rebuild(
-    tables: dict[str, Any], given_options: dict[str, Any], num_threads: int | None, state: dict[str, Any]
+    tables: dict[str, Any],
+    given_options: Any,
+    num_threads: int | None,
+    state: Mapping[str, Any],
+    values: Any = None,
 ) -> SparseAdam:
     """Unpickle: ``lr`` may be 0 by now, which the constructor refuses but `load_state_dict` does not."""
+    if not isinstance(given_options, Mapping) or "step_counts" not in given_options:
+        raise StateError(f"got the options {given_options!r}, expected those of a state dict")
+    if isinstance(num_threads, int) and num_threads > max_threads():
+        warnings.warn(
+            f"an optimizer with num_threads={num_threads} was unpickled where numba can start "
+            f"{max_threads()}: it uses these, and gives the same bits",
+            SparseAdamWarning,
+            stacklevel=2,
+        )
+        num_threads = max_threads()
     optimizer = SparseAdam(tables, step_counts=given_options["step_counts"], num_threads=num_threads)
     optimizer.load_state_dict(state)
+    if values is not None:
+        optimizer._set_values(values)
     return optimizer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,8 +69,11 @@ class TableState:
         self.param = self._check_table(name, param)
         self.step_counts = step_counts
         self.mode = MODES[step_counts]
-        self.rows: int = self.param.shape[0]
-        self.dim: int = self.param.shape[1] if self.param.ndim == 2 else 1
+        self._shape = tuple(self.param.shape)
+        self._dtype: np.dtype[Any] = self.param.dtype
+        self.rows: int = self._shape[0]
+        self.dim: int = self._shape[1] if len(self._shape) == 2 else 1
+        self.note_place()
         self._zeros = _zeros if zeros is None else zeros
         self.arrays = self._allocate()
         self.totals = np.zeros(2, np.int64)  # see kernels.Table
@@ -91,13 +96,13 @@ class TableState:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter table."""
-        return tuple(self.param.shape)
+        """Shape of the parameter table, as it was given."""
+        return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype of the parameter table and of its moments."""
-        return self.param.dtype  # type: ignore[no-any-return]
+        """Dtype of the parameter table, as it was given, and of its moments."""
+        return self._dtype
 
     @property
     def shape_of_steps(self) -> tuple[int, ...]:
@@ -135,7 +140,7 @@ class TableState:
         counts = self._counts()
         if self.mode == GLOBAL:
             return counts.reshape(())
-        return counts[:, 0] if self.mode == ROW or self.param.ndim == 1 else counts
+        return counts[:, 0] if self.mode == ROW or len(self._shape) == 1 else counts
 
     def _counts(self) -> NDArray[Any]:
         """All counts, writeable: (rows, dim), (rows, 1) or (1, 1)."""
@@ -150,16 +155,53 @@ class TableState:
 
     def _moment(self, which: int) -> NDArray[Any]:
         moment = self._moments(which)
-        return _read_only(moment[:, 0] if self.param.ndim == 1 else moment)
+        return _read_only(moment[:, 0] if len(self._shape) == 1 else moment)
 
     def overlaps(self, other: TableState) -> bool:
         """Whether two tables share memory."""
         return not other.on_gpu and bool(np.may_share_memory(self.param, other.param))
 
+    def note_place(self) -> None:
+        """Note where the table lies and how, to see before each use that it still does."""
+        self._strides, self._flags = self.param.strides, self.param.flags.num
+        self._pointer = _pointer_of(self.param)
+        self._address = self._pointer.value
+
+    def check_unchanged(self) -> None:
+        """Refuse a table that its owner has moved, or given another shape or dtype, since it was given.
+
+        We have views of it that do not know: a step would write to freed memory, or a save write what no
+        optimizer loads.
+        """
+        param = self.param
+        if (
+            self._pointer.value != self._address
+            or param.shape != self._shape
+            or param.strides != self._strides
+            or param.dtype != self._dtype
+        ):
+            raise TableError(
+                f"table {self.name!r} is {param.shape} {param.dtype} of strides {param.strides} at address "
+                f"{self._pointer.value}, expected {self._shape} {self._dtype} of strides {self._strides} at "
+                f"{self._address}: it was changed in place after the optimizer had been given it. Change it "
+                "back, or pass the array that goes on to optimizer.rearrange"
+            )
+
     def check_writeable(self) -> None:
-        """Refuse a table that its owner has made read-only since: our view of it would not know."""
-        if not self.param.flags.writeable:
-            raise TableError(f"table {self.name!r} {READ_ONLY}; set table.flags.writeable = True")
+        """Refuse a table that its owner has changed, or made read-only: our view of it would not know.
+
+        Every step asks, so it is asked for one number first: contiguous arrays of one shape have one layout.
+        """
+        param = self.param
+        if (
+            param.flags.num != self._flags
+            or self._pointer.value != self._address
+            or param.shape != self._shape
+            or param.dtype != self._dtype
+        ):
+            self.check_unchanged()
+            if not param.flags.writeable:
+                raise TableError(f"table {self.name!r} {READ_ONLY}; set table.flags.writeable = True")
 
     def make_room_for_a_step(self) -> None:
         """Widen the counts before one of them could overflow. Changes no value."""
@@ -208,12 +250,20 @@ class TableState:
         }
 
     def arrays_to_save(self) -> dict[str, Any]:
-        """Give all arrays, the parameters first; to be read piece by piece."""
-        return {name: getattr(self, name) for name in ("param", "exp_avg", "exp_avg_sq", "steps")}
+        """Give all arrays, the parameters first; to be read piece by piece.
+
+        Raises
+        ------
+        TableError
+            If the table has been changed since it was given.
+        """
+        self.check_unchanged()
+        state = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "steps")}
+        return {"param": self.param_to_load(), **state}
 
     def param_to_load(self) -> Any:
         """Give the parameters, to be filled piece by piece."""
-        return self.param
+        return self.arrays.param.reshape(self._shape)
 
     def room_to_load(self, steps: np.dtype[Any]) -> Callable[[], dict[str, Any]]:
         """Allocate what is needed to take over counts of a dtype; int64 may need more room.
@@ -231,7 +281,7 @@ class TableState:
                 self._set_counts(wider)
             self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
             first, second = (self._moments(which) for which in (0, 1))
-            if self.param.ndim == 1:
+            if len(self._shape) == 1:
                 first, second = first[:, 0], second[:, 0]
             return {"exp_avg": first, "exp_avg_sq": second, "steps": self._steps()}
 
@@ -330,6 +380,28 @@ class TableState:
                 self._moments(which)[...] = moment.reshape(self.rows, self.dim)
 
         return fill
+
+
+class _Slow:
+    """The address of an array's first element, as NumPy says it."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+
+    @property
+    def value(self) -> int:
+        return int(self._array.__array_interface__["data"][0])
+
+
+def _pointer_of(array: NDArray[Any]) -> Any:
+    """Something whose ``value`` is where an array's memory begins, now and later.
+
+    To ask NumPy takes a microsecond, in which a small step does a tenth of its work. The pointer is the first
+    thing after the header of Python's object, for every compiled extension reads it there.
+    """
+    slow = _Slow(array)
+    quick = ctypes.c_void_p.from_address(id(array) + object.__basicsize__)
+    return quick if sys.implementation.name == "cpython" and quick.value == slow.value else slow
 
 
 def _shape_of_counts(rows: int, dim: int, mode: int) -> tuple[int, int]:

@@ -85,6 +85,7 @@ class WithOptimizer(Contender):
         """
         (mine,), (theirs,) = self.optimizer.state.values(), other.optimizer.state.values()
         mine.param, mine.arrays = theirs.param, theirs.arrays
+        mine.note_place()
 
 
 class Ours(WithOptimizer):

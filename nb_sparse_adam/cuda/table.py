@@ -146,8 +146,23 @@ class DeviceTable(TableState):
             return self._read(self.arrays.counts).reshape(())
         return self.arrays.counts.reshape(self.shape_of_steps)
 
+    def note_place(self) -> None:
+        """Note where the table lies and how, as far as its owner says."""
+        self._place = _place_of(self.given)
+
+    def check_unchanged(self) -> None:
+        """Refuse a table that its owner has moved, or given another shape or dtype, since it was given."""
+        place = _place_of(self.given)
+        if place != self._place:
+            raise TableError(
+                f"table {self.name!r} is (address, shape, strides, dtype) {place}, expected {self._place}: "
+                "it was changed in place after the optimizer had been given it. Change it back, or make an "
+                "optimizer of it, which loads state_dict()"
+            )
+
     def check_writeable(self) -> None:
-        """Do nothing: memory of a GPU is never read-only."""
+        """Refuse a table that its owner has changed; memory of a GPU is never read-only."""
+        self.check_unchanged()
 
     # --- counts -----------------------------------------------------------------------------------------
 
@@ -201,6 +216,7 @@ class DeviceTable(TableState):
 
     def arrays_to_save(self) -> dict[str, Any]:
         """Give all arrays, to be read piece by piece."""
+        self.check_unchanged()
         return dict(self._windows())
 
     def param_to_load(self) -> Any:
@@ -345,6 +361,21 @@ class Scratch:
             kept = self._kept[name] = empty(max(length + length // 4, 1), dtype)
         seen = self._seen[name] = as_one_row(kept, length)
         return seen
+
+
+def _place_of(given: Any) -> Any:
+    """Address, shape, strides and dtype of an array; None if it does not say."""
+    try:
+        interface = given.__cuda_array_interface__
+    except (AttributeError, RuntimeError):  # the simulator's arrays; a tensor that requires a gradient by now
+        return None
+    shape, strides = interface["shape"], interface.get("strides")
+    return (
+        interface["data"][0],
+        tuple(shape),
+        None if strides is None else tuple(strides),
+        interface["typestr"],
+    )
 
 
 def extent(array: Any) -> tuple[int, int]:
