@@ -12,9 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from nb_sparse_adam.errors import GradientError, OptionError, OptionTypeError, TableError
+from nb_sparse_adam.errors import (
+    GradientError,
+    OptionError,
+    OptionTypeError,
+    SparseAdamError,
+    StateError,
+    TableError,
+)
 from nb_sparse_adam.gradients import BagGradient, RowGradient
-from nb_sparse_adam.torch import sharing
+from nb_sparse_adam.torch import layer_state, sharing
 from nb_sparse_adam.torch.backward import (
     Accumulating,
     BagLookup,
@@ -36,7 +43,7 @@ from nb_sparse_adam.torch.bags import (
     without,
 )
 from nb_sparse_adam.torch.held import Gpu, check_parameter
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam
+from nb_sparse_adam.torch.optimizer import Job, SparseAdam, turn_of
 
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
 
@@ -158,14 +165,44 @@ class _Fused(_Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         sharing.register(self)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """State and options of the optimizer, as a part of the module's state dict."""
-        return self.optimizer.state_dict()
+    def get_extra_state(self) -> Tensor:
+        """State and options of the optimizer, as a part of the module's state dict: a tensor of bytes.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `get_extra_state` gave."""
+        It is a file of safetensors, with "exp_avg", "exp_avg_sq" and, if there are several counts, "step".
+        """
+        with turn_of([self.optimizer]):
+            self.optimizer.synchronize()
+            group = self.optimizer.param_groups[0]
+            entry = self.optimizer.state.get(group["params"][0])
+            return layer_state.pack(group, entry or None, {} if entry else self._unused_state())
+
+    def _unused_state(self) -> dict[str, Tensor]:
+        """Tensors like those of the state after the first step, if there may be one."""
+        weight = self.weight
+        if not weight.requires_grad:
+            return {}
+        unused = dict.fromkeys(("exp_avg", "exp_avg_sq"), weight.new_zeros(()).expand(weight.shape))
+        step_counts = self.optimizer.param_groups[0]["step_counts"]
+        if step_counts != "global":
+            shape = weight.shape[:1] if step_counts == "row" else weight.shape
+            unused["step"] = weight.new_zeros((), dtype=torch.int32).expand(shape)
+        return unused
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over what `get_extra_state` gave, or, in older versions, a state dict of the optimizer."""
+        self._load_state(f"state of {type(self).__name__}", state)
+
+    def _load_state(self, where: str, given: Any) -> None:
+        if isinstance(given, Tensor):
+            given = layer_state.unpack(where, given)
+            if given is None:
+                return
+        state = layer_state.check(where, given)
         self._group()
-        self.optimizer.load_state_dict(state)
+        try:
+            self.optimizer.load_state_dict(state)
+        except (SparseAdamError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"{where} does not fit: {error}") from error
 
     def _load_from_state_dict(
         self,
@@ -176,10 +213,36 @@ class _Fused(_Module):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
-        key, weight = prefix + "_extra_state", state_dict.get(prefix + "weight")
-        if isinstance(weight, Tensor) and weight.shape != self.weight.shape:
-            state_dict = {k: v for k, v in state_dict.items() if k != key}  # of its shape torch complains
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        key, where = prefix + "_extra_state", f"{prefix}_extra_state of the state dict"
+        was, later = self._parameters.get("weight"), list[Any]()
+        assign = local_metadata.get("assign_to_params_buffers", False)
+
+        def load_state_first(given: dict[str, Any], *_: Any) -> None:
+            weight = given.get(prefix + "weight")
+            if isinstance(weight, Tensor):
+                fits = weight.shape == self.weight.shape
+            else:
+                fits = not strict and prefix + "weight" not in given
+            if key in given:
+                state = given.pop(key)
+                if fits and assign:
+                    later.append(state)
+                elif fits:  # else torch complains about the weight
+                    self._load_state(where, state)
+
+        # The last of the hooks before weights are copied: what is refused has changed nothing.
+        hook = self._register_load_state_dict_pre_hook(load_state_first)  # type: ignore[no-untyped-call]
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+            for state in later:
+                self._load_state(where, state)
+        except StateError:
+            if was is not None:
+                self._parameters["weight"] = was
+                self._group()
+            raise
+        finally:
+            hook.remove()
         if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
             missing_keys.remove(key)
 
@@ -211,6 +274,12 @@ class Embedding(_Fused, torch.nn.Embedding):
     All lookups of one backward pass make one step, applied at its end; a backward pass that raises changes
     no table. For several backward passes in one step see `accumulate`. Nothing is updated by lookups under
     ``torch.no_grad``, in evaluation mode (`eval`), or with ``weight.requires_grad_(False)``.
+
+    The module's state dict holds, beside "weight", the state and options of the optimizer as one tensor of
+    bytes, "_extra_state". It is loaded before the weight, or refused with it. Weights of torch's own layer
+    load without one, and the optimizer goes on as it is; into torch's layer go the keys that do not end in
+    "_extra_state" (or all, with ``strict=False``). Averages of weights are to leave it alone, as they do with
+    all that is not floating.
 
     The layer may be on the CPU or a GPU, and be moved (`to`). A step on a GPU is launched on the stream that
     is current where ``backward`` is called. With ``padding_idx`` or `grad_scaler` the host waits for the GPU.
