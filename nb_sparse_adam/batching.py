@@ -30,7 +30,7 @@ from nb_sparse_adam.grouping import (
 )
 from nb_sparse_adam.planning import dtypes_of, largest_of_rows, rehearsed
 from nb_sparse_adam.table_state import TableState
-from nb_sparse_adam.threads import ALONE, Crew, team, usable_threads
+from nb_sparse_adam.threads import ALONE, Crew, run, usable_threads
 
 __all__ = ["BatchWork", "Part", "choose", "plan_batch"]
 
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 class BatchWork(NamedTuple):
     """A step of several tables, up to the first write; used like a `planning.Work`."""
 
-    kernel: Any
+    drivers: tuple[Any, Any]  # serial and parallel, of `kernels`
     order: NDArray[np.int64]
     arguments: tuple[Any, ...]  # of the driver, between (turns, order) and examples of dtypes
     crew: Crew
@@ -70,12 +70,11 @@ class BatchWork(NamedTuple):
     def run(self, table: kernels.Table) -> None:
         """Update all tables; one of them is passed for its dtypes."""
         turns = np.zeros(1, np.int64)
-        with team(self.crew):
-            self.kernel(turns, self.order, *self.arguments, _NO_INT32, table)
+        run(self.drivers, self.crew, turns, self.order, *self.arguments, _NO_INT32, table)
 
     def rehearse(self, table: kernels.Table) -> None:
         """Have the kernel compiled, by running it over no tables."""
-        key = self.kernel, *dtypes_of(table)
+        key = self.drivers[self.crew.parts > 1], *dtypes_of(table)
         if key not in rehearsed:
             self._replace(order=_NO_INT64).run(table)
             rehearsed.add(key)
@@ -176,18 +175,18 @@ def plan_batch(
     long_places = int(ids.first_long[-1]) + lengths[-1] // kernels.BLOCK
     long, long_first = np.empty(long_places, np.int64), np.empty(long_places + len(parts), np.int64)
     ends = np.empty((crew.parts, 1 << DIGIT_BITS), np.int64)
-    group_tables = group_tables_serial if crew.parts == 1 else group_tables_parallel
+    group_tables = group_tables_serial, group_tables_parallel
     like = first.rows.ids, _NO_INT32, _NO_INT64
-    with team(crew):
-        group_tables(np.zeros(1, np.int64), order, ids, memory, long, long_first, ends, kernels.BLOCK, like)
+    turns = np.zeros(1, np.int64)
+    run(group_tables, crew, turns, order, ids, memory, long, long_first, ends, kernels.BLOCK, like)
     dtype, dims = first.target.dtype, [part.target.dim for part in parts]
     sums_at = np.concatenate([[0], np.cumsum(ids.blocks * dims)])
     sums = np.empty(int(sums_at[-1]), dtype)
     batch = _table_batch(parts, tables, _address(sums) + sums_at[:-1] * dtype.itemsize)
     scratch = np.empty((crew.parts * kernels.SCRATCH_ROWS, max(dims)), dtype)
-    kernel = kernels.tables_serial if crew.parts == 1 else kernels.tables_parallel
+    drivers = kernels.tables_serial, kernels.tables_parallel
     arguments = batch, ids, memory, long, long_first, scratch, _NO_INT64
-    return BatchWork(kernel, order, arguments, crew, memory, [parts, tables, sums])
+    return BatchWork(drivers, order, arguments, crew, memory, [parts, tables, sums])
 
 
 def _id_batch(parts: Sequence[Part], lengths: list[int]) -> IdBatch:

@@ -16,6 +16,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.parallel import float_mode, swap_float_mode, swap_threads
 
 __all__ = [
     "BLOCK",
@@ -118,12 +119,16 @@ def sample_serial(key: Any, first: Any, order: Any, source: Any, size: Any, user
 
 
 @jit(parallel=True)
-def sample_parallel(key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any) -> None:
+def sample_parallel(
+    threads: Any, key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any
+) -> None:
     """Do what `sample_serial` does, on several threads."""
+    before = swap_threads(threads)
     n = len(order)
     for block in prange((n + BLOCK - 1) // BLOCK):
         begin = block * BLOCK
         sample_worker(begin, min(begin + BLOCK, n), key, first, order, source, size, users, items)
+    swap_threads(before)
 
 
 # --- loss and gradients -----------------------------------------------------------------------------------
@@ -198,10 +203,16 @@ def gradients_serial(tables: Any, users: Any, items: Any, reg: Any, gradients: A
 
 
 @jit(parallel=True)
-def gradients_parallel(tables: Any, users: Any, items: Any, reg: Any, gradients: Any, losses: Any) -> None:
+def gradients_parallel(
+    threads: Any, tables: Any, users: Any, items: Any, reg: Any, gradients: Any, losses: Any
+) -> None:
     """Do what `gradients_serial` does, on several threads."""
+    before, mode = swap_threads(threads), float_mode()
     n = len(users)
     for block in prange((n + BLOCK - 1) // BLOCK):
+        own = swap_float_mode(mode)
         begin = block * BLOCK
         end = min(begin + BLOCK, n)
         losses[block] = gradients_worker(begin, end, tables, users, items, reg, gradients)
+        swap_float_mode(own)
+    swap_threads(before)

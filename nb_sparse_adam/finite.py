@@ -9,7 +9,8 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
-from nb_sparse_adam.threads import ALONE, Crew, team
+from nb_sparse_adam.parallel import swap_threads
+from nb_sparse_adam.threads import ALONE, Crew, run
 
 __all__ = ["SAFE_SHARE", "largest_magnitude", "square_root_of_largest", "squares_are_finite"]
 
@@ -47,9 +48,7 @@ def largest_magnitude(values: NDArray[Any], crew: Crew) -> float:
     if len(bits) < PARALLEL_VALUES:
         crew = ALONE
     largest = np.zeros(crew.parts, integer)
-    find_largest = largest_bits_serial if crew.parts == 1 else largest_bits_parallel
-    with team(crew):
-        find_largest(bits, mask, largest)
+    run((largest_bits_serial, largest_bits_parallel), crew, bits, mask, largest)
     return float(largest.max().view(values.dtype))
 
 
@@ -102,8 +101,10 @@ def largest_bits_serial(bits: Any, mask: Any, largest: Any) -> None:
 
 
 @jit(parallel=True)
-def largest_bits_parallel(bits: Any, mask: Any, largest: Any) -> None:
+def largest_bits_parallel(threads: Any, bits: Any, mask: Any, largest: Any) -> None:
     """``largest[t]`` ← the maximum over the t-th part of the bits."""
+    before = swap_threads(threads)
     chunks = len(largest)
     for t in prange(chunks):
         largest[t] = largest_bits_worker(bits, mask, len(bits) * t // chunks, len(bits) * (t + 1) // chunks)
+    swap_threads(before)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
 from nb_sparse_adam.memory import address, array_at, matrix_at, take_turn
-from nb_sparse_adam.threads import ALONE, Crew, team
+from nb_sparse_adam.parallel import swap_threads
+from nb_sparse_adam.threads import ALONE, Crew, run
 
 __all__ = [
     "DIGIT_BITS",
@@ -147,11 +148,9 @@ def group_ids(
         passes = -(-id_bits // DIGIT_BITS)
         digit_bits = -(-id_bits // passes)
         ends = np.empty((crew.parts, 1 << digit_bits), np.int64)
-        with team(crew):
-            for number in range(passes):
-                one_pass = radix_pass_serial if crew.parts == 1 else radix_pass_parallel
-                one_pass(packed[:n], other[:n], row_shift + number * digit_bits, ends)
-                packed, other = other, packed
+        for number in range(passes):
+            run(_RADIX_PASS, crew, packed[:n], other[:n], row_shift + number * digit_bits, ends)
+            packed, other = other, packed
     halves = other.view(np.int32) if n < 2**31 - 1 else np.empty(2 * (n + 1), np.int64)
     segments = find_segments(packed[:n], row_shift, halves)
     return Grouping(
@@ -235,13 +234,18 @@ def radix_pass_serial(packed: Any, out: Any, shift: Any, ends: Any) -> None:
 
 
 @jit(parallel=True)
-def radix_pass_parallel(packed: Any, out: Any, shift: Any, ends: Any) -> None:
-    """Do what `radix_pass_serial` does, a thread for each part."""
+def radix_pass_parallel(threads: Any, packed: Any, out: Any, shift: Any, ends: Any) -> None:
+    """Do what `radix_pass_serial` does, on several threads."""
+    before = swap_threads(threads)
     for t in prange(len(ends)):
         count_digits(packed, shift, ends, t)
     turn_counts_into_places(ends)
     for t in prange(len(ends)):
         move_by_digit(packed, out, shift, ends, t)
+    swap_threads(before)
+
+
+_RADIX_PASS = radix_pass_serial, radix_pass_parallel
 
 
 @jit
@@ -408,9 +412,11 @@ def group_tables_serial(
 
 @jit(parallel=True)
 def group_tables_parallel(
-    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, block: Any,
-    like: Any,
+    threads: Any, turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any,
+    block: Any, like: Any,
 ) -> None:  # fmt: skip
     """Do what `group_tables_serial` does on several threads, each with a row of ``ends``."""
+    before = swap_threads(threads)
     for t in prange(len(ends)):
         group_tables_worker(turns, order, batch, memory, long, long_first, ends, t, block, like)
+    swap_threads(before)

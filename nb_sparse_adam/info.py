@@ -12,14 +12,10 @@ from collections.abc import Iterator
 import llvmlite
 import numba
 import numpy as np
-from numba import prange
-from numpy.typing import NDArray
 
-from nb_sparse_adam import bpr
+from nb_sparse_adam import bpr, cpu_limits, threads
 from nb_sparse_adam.errors import MissingExtraError
 from nb_sparse_adam.extras import EXTRAS, install_command, require
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.threads import Crew, max_threads, team
 
 __all__ = ["report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
 
@@ -39,23 +35,15 @@ def versions() -> dict[str, str]:
     }
 
 
-@jit(parallel=True)
-def _count(out: NDArray[np.int64]) -> None:
-    for i in prange(len(out)):
-        out[i] = i
-
-
 def threading_layer() -> str:
     """Return the layer that numba's threads run on here: ``"omp"``, ``"tbb"`` or ``"workqueue"``.
 
-    Numba chooses it when the first parallel kernel runs, so one is run.
+    Numba chooses it when its threads are started, so they are.
     """
     if numba.config.DISABLE_JIT:
         return "none: NUMBA_DISABLE_JIT is set"
     try:
-        with team(Crew(max_threads(), numba.get_num_threads())):
-            _count(np.empty(max_threads(), dtype=np.int64))
-        return str(numba.threading_layer())
+        return threads.threading_layer()
     except ValueError as error:  # NUMBA_THREADING_LAYER asks for one that cannot be loaded
         return f"none: {error}".partition("\n")[0]
 
@@ -127,8 +115,11 @@ def report_lines() -> Iterator[str]:
     for name, version in versions().items():
         yield f"{name:16} {version}"
     yield f"{'platform':16} {platform.platform()}"
-    yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable_cores()}"
+    quota = cpu_limits.cpu_quota()
+    limit = "no quota" if quota is None else f"a quota of {quota:g}"
+    yield f"{'cores':16} {os.cpu_count()}, of which this process may use {usable_cores()}; {limit}"
     yield f"{'numba threads':16} {numba.get_num_threads()} of at most {numba.config.NUMBA_NUM_THREADS}"
+    yield f"{'step threads':16} {threads.usable_threads(None)} at most, with num_threads=None"
     yield f"{'threading layer':16} {threading_layer()}"
     found = layers()
     yield f"{'layers':16} {', '.join(name for name, reason in found.items() if reason is None)}"

@@ -2,7 +2,7 @@
 
 Three layers. `adam` updates one element. *Workers* (one thread) take a range of the work and call it for
 each element of each row. *Drivers* share the ranges out to threads (``*_parallel``) or take them one after
-the other (``*_serial``); both run the same worker, so the bits are the same.
+the other (``*_serial``); both run the same worker, in the calling thread's mode, so the bits are the same.
 
 Nothing here validates or allocates: callers do, before the first write. Everything that a driver changes,
 counts of steps and of skipped rows included, it changes in one native call, which no Python exception can
@@ -50,6 +50,7 @@ from nb_sparse_adam.memory import (
     store_sum,
     take_turn,
 )
+from nb_sparse_adam.parallel import float_mode, swap_float_mode, swap_threads
 
 __all__ = [
     "BLOCK",
@@ -752,10 +753,16 @@ def rows_serial(bounds: Any, skipped: Any, table: Any, rows: Any, values: Any, s
 
 
 @jit(parallel=True)
-def rows_parallel(bounds: Any, skipped: Any, table: Any, rows: Any, values: Any, scratch: Any) -> None:
-    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, on as many threads as there are."""
+def rows_parallel(
+    threads: Any, bounds: Any, skipped: Any, table: Any, rows: Any, values: Any, scratch: Any
+) -> None:
+    """Apply chunk t, ``bounds[t]:bounds[t + 1]``, for every t, on so many threads."""
+    before, mode = swap_threads(threads), float_mode()
     for t in prange(len(bounds) - 1):
+        own = swap_float_mode(mode)
         skipped[t] = rows_worker(table, rows, values, scratch, t, bounds[t], bounds[t + 1])
+        swap_float_mode(own)
+    swap_threads(before)
     finish(table, skipped)
 
 
@@ -843,10 +850,14 @@ def block_sums_serial(bounds: Any, g: Any) -> None:
 
 
 @jit(parallel=True)
-def block_sums_parallel(bounds: Any, g: Any) -> None:
+def block_sums_parallel(threads: Any, bounds: Any, g: Any) -> None:
     """Run `block_sums_worker` on several threads."""
+    before, mode = swap_threads(threads), float_mode()
     for t in prange(len(bounds) - 1):
+        own = swap_float_mode(mode)
         block_sums_worker(g, bounds[t], bounds[t + 1])
+        swap_float_mode(own)
+    swap_threads(before)
 
 
 @jit
@@ -929,10 +940,14 @@ def segments_serial(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any)
 
 
 @jit(parallel=True)
-def segments_parallel(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
+def segments_parallel(threads: Any, bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `segments_worker` on several threads."""
+    before, mode = swap_threads(threads), float_mode()
     for t in prange(len(bounds) - 1):
+        own = swap_float_mode(mode)
         skipped[t] = segments_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+        swap_float_mode(own)
+    swap_threads(before)
     finish(table, skipped)
 
 
@@ -1032,10 +1047,14 @@ def csr_serial(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> N
 
 
 @jit(parallel=True)
-def csr_parallel(bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
+def csr_parallel(threads: Any, bounds: Any, skipped: Any, table: Any, g: Any, scratch: Any) -> None:
     """Run `csr_worker` on several threads."""
+    before, mode = swap_threads(threads), float_mode()
     for t in prange(len(bounds) - 1):
+        own = swap_float_mode(mode)
         skipped[t] = csr_worker(table, g, scratch, t, bounds[t], bounds[t + 1])
+        swap_float_mode(own)
+    swap_threads(before)
     finish(table, skipped)
 
 
@@ -1108,9 +1127,13 @@ def tables_serial(
 
 @jit(parallel=True)
 def tables_parallel(
-    turns: Any, order: Any, batch: Any, ids: Any, memory: Any, long: Any, long_first: Any, scratch: Any,
-    nothing: Any, starts: Any, like: Any,
+    threads: Any, turns: Any, order: Any, batch: Any, ids: Any, memory: Any, long: Any, long_first: Any,
+    scratch: Any, nothing: Any, starts: Any, like: Any,
 ) -> None:  # fmt: skip
-    """Run `tables_worker` on as many threads as there are; each of them has its part of ``scratch``."""
+    """Run `tables_worker` on so many threads; each of them has its part of ``scratch``."""
+    before, mode = swap_threads(threads), float_mode()
     for t in prange(len(scratch) // SCRATCH_ROWS):
+        own = swap_float_mode(mode)
         tables_worker(turns, order, batch, ids, memory, long, long_first, scratch, nothing, t, starts, like)
+        swap_float_mode(own)
+    swap_threads(before)

@@ -80,8 +80,11 @@ class SparseAdam:
         before anything is written. "skip": rows that receive one keep their bits and are counted in
         `skipped_rows`. "propagate": let it through, at the caller's risk; nothing is checked.
     num_threads : int, optional
-        Threads for large steps. By default at most `numba.get_num_threads`, and fewer while the clock says
-        that this is faster, beside other programs on the same cores. Results do not depend on it.
+        Threads for large steps. By default at most `numba.get_num_threads`, OMP_NUM_THREADS and the quota of
+        cores of the process's control group (neither of which counts where NUMBA_NUM_THREADS is set), and
+        fewer while the clock says that this is faster, beside other programs on the same cores. Results do
+        not depend on it. On numba's ``workqueue`` layer, which aborts the process if two threads enter
+        parallel kernels at once, it is one while other Python threads are alive.
     device_checks : {"immediate", "deferred", "off"}, default "immediate"
         For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
         anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is

@@ -16,7 +16,7 @@ from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
 from nb_sparse_adam.gradients import Entries, Rows, Target
 from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
-from nb_sparse_adam.threads import Crew, team
+from nb_sparse_adam.threads import Crew, run
 
 __all__ = [
     "Work",
@@ -34,7 +34,7 @@ __all__ = [
 class Work(NamedTuple):
     """A step of one table, up to the first write."""
 
-    kernel: Any  # a driver of `kernels`
+    drivers: tuple[Any, Any]  # serial and parallel, of `kernels`
     bounds: NDArray[np.int64]  # (crew.parts + 1,)
     arguments: tuple[Any, ...]  # of the driver, after (bounds, skipped, table)
     check: bool  # whether rows may have to be skipped
@@ -44,12 +44,11 @@ class Work(NamedTuple):
     def run(self, table: kernels.Table) -> None:
         """Apply it."""
         skipped = np.empty(len(self.bounds) - 1, np.int64)
-        with team(self.crew):
-            self.kernel(self.bounds, skipped, table, *self.arguments)
+        run(self.drivers, self.crew, self.bounds, skipped, table, *self.arguments)
 
     def rehearse(self, table: kernels.Table) -> None:
         """Have the kernel compiled, by running it over no rows with counters of its own."""
-        key = (self.kernel, *dtypes_of(table), *dtypes_of(self.arguments))
+        key = (self.drivers[self.crew.parts > 1], *dtypes_of(table), *dtypes_of(self.arguments))
         if key in rehearsed:
             return
         settings = table.settings.copy()
@@ -148,9 +147,9 @@ def _plan_distinct_rows(rows: Rows, target: Target, on_nonfinite: str, crew: Cre
         if at >= 0:
             raise overflow_error(target, int(rows.ids[at]), 1)
         check = False
-    kernel = kernels.rows_serial if crew.parts == 1 else kernels.rows_parallel
+    drivers = kernels.rows_serial, kernels.rows_parallel
     scratch = _scratch(crew.parts, target.dim, target.dtype)
-    return Work(kernel, _evenly(len(rows.ids), crew.parts), (rows.ids, rows.values, scratch), check, crew)
+    return Work(drivers, _evenly(len(rows.ids), crew.parts), (rows.ids, rows.values, scratch), check, crew)
 
 
 def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, crew: Crew, buffers: Buffers) -> Work:
@@ -168,8 +167,8 @@ def _plan_segments(rows: Rows, target: Target, on_nonfinite: str, crew: Crew, bu
         check = False
     bounds = np.empty(crew.parts + 1, np.int64)
     cut_evenly(segments.starts, 4, kernels.BLOCK, len(segments.long) > 0, bounds)
-    kernel = kernels.segments_serial if crew.parts == 1 else kernels.segments_parallel
-    return Work(kernel, bounds, (segments, scratch), check, crew, memory)
+    drivers = kernels.segments_serial, kernels.segments_parallel
+    return Work(drivers, bounds, (segments, scratch), check, crew, memory)
 
 
 def _group(
@@ -203,9 +202,8 @@ def _group(
         block_sums=_room_for_sums(grouping.rest, (blocks, target.dim), target.dtype),
     )
     if blocks:
-        block_sums = kernels.block_sums_serial if crew.parts == 1 else kernels.block_sums_parallel
-        with team(crew):
-            block_sums(_evenly(blocks, crew.parts), segments)
+        block_sums = kernels.block_sums_serial, kernels.block_sums_parallel
+        run(block_sums, crew, _evenly(blocks, crew.parts), segments)
     return segments, int(longest)
 
 
@@ -247,8 +245,8 @@ def _plan_csr(checked: kernels.Compressed | Entries, target: Target, on_nonfinit
             raise overflow_error(target, int(rows[row]), 1)
         check = False
     bounds = _cut_csr(indptr, crew.parts)
-    kernel = kernels.csr_serial if crew.parts == 1 else kernels.csr_parallel
-    return Work(kernel, bounds, (compressed, _scratch(crew.parts, target.dim, target.dtype)), check, crew)
+    drivers = kernels.csr_serial, kernels.csr_parallel
+    return Work(drivers, bounds, (compressed, _scratch(crew.parts, target.dim, target.dtype)), check, crew)
 
 
 def _cut_csr(indptr: NDArray[Any], chunks: int) -> NDArray[np.int64]:

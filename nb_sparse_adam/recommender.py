@@ -32,7 +32,7 @@ from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.options import STEP_COUNTS
 from nb_sparse_adam.pacing import Pace, choices_up_to
 from nb_sparse_adam.ranking import Quality, evaluate
-from nb_sparse_adam.threads import Crew, team, usable_threads
+from nb_sparse_adam.threads import Crew, run, usable_threads
 
 __all__ = ["DOMAINS", "BPRModel", "BPROptions", "Batch", "EpochRecord", "epoch_batches", "train"]
 
@@ -179,12 +179,9 @@ class Batch(NamedTuple):
 
 def _launch(kernel: str, requested: int | None, interactions: int, *arguments: Any) -> None:
     """Run a kernel of `bpr` on the threads of the options, or on this one alone if there is little to do."""
-    threads = usable_threads(requested)
-    if threads == 1 or interactions < 4 * bpr.BLOCK:
-        getattr(bpr, f"{kernel}_serial")(*arguments)
-    else:
-        with team(Crew(threads, threads)):
-            getattr(bpr, f"{kernel}_parallel")(*arguments)
+    threads = 1 if interactions < 4 * bpr.BLOCK else usable_threads(requested)
+    drivers = getattr(bpr, f"{kernel}_serial"), getattr(bpr, f"{kernel}_parallel")
+    run(drivers, Crew(threads, threads), *arguments)
 
 
 def _trainable(split: Split) -> npt.NDArray[np.int64]:

@@ -1,28 +1,30 @@
 """When a kernel runs on several threads, on how many, and what keeps that from taking the process down.
 
-* numba's ``workqueue`` layer aborts the process if two Python threads enter parallel kernels at once: on it,
-  and as long as the layer is not known, they take turns. ``omp`` and ``tbb`` are entered concurrently.
+* numba's ``workqueue`` layer aborts the process if two threads enter parallel kernels at once, ours or a
+  user's: on it, kernels run on one thread while other Python threads are alive. ``omp`` and ``tbb`` are
+  entered concurrently.
 * GNU OpenMP kills a forked child at its first parallel kernel if the parent has run one. A child that was
   forked after threads were started stays on one thread, and says so once.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import threading
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 
+from nb_sparse_adam.cpu_limits import most_threads
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["ALONE", "Crew", "max_threads", "team", "usable_threads"]
+__all__ = ["ALONE", "Crew", "max_threads", "run", "threading_layer", "usable_threads"]
 
-_imported_in = os.getpid()
-_launched_in: int | None = None  # the process in which a parallel kernel is known to work
-_warned_in: int | None = None
-_turn = threading.RLock()
+_lost_threads = False  # threads were started before this process was forked, and are not here
+_has_warned = False
 
 
 class Crew(NamedTuple):
@@ -44,13 +46,25 @@ def max_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
-def layer_is_running() -> bool:
-    """Whether numba's threads were started, here or in the process that this one was forked from."""
+def _layer_is_running() -> bool:
     try:
         numba.threading_layer()
     except ValueError:
         return False
     return True
+
+
+@functools.cache
+def threading_layer() -> str:
+    """Numba's threading layer; its threads are started, here or in the process that this was forked from.
+
+    Raises
+    ------
+    ValueError
+        If NUMBA_THREADING_LAYER asks for one that cannot be loaded.
+    """
+    numba.get_num_threads()
+    return str(numba.threading_layer())
 
 
 def usable_threads(requested: int | None) -> int:
@@ -59,20 +73,55 @@ def usable_threads(requested: int | None) -> int:
     Parameters
     ----------
     requested : int or None
-        None: as many as `numba.get_num_threads` says.
+        None: as many as `numba.get_num_threads` says, OMP_NUM_THREADS and the process's share of the cores
+        allow (see `cpu_limits`).
     """
     if requested == 1 or max_threads() == 1:
         return 1
-    if _launched_in != os.getpid() and os.getpid() != _imported_in and layer_is_running():
+    if _lost_threads:
         _warn_of_fork()
         return 1
-    return numba.get_num_threads() if requested is None else requested
+    return min(int(numba.get_num_threads()), most_threads()) if requested is None else requested
+
+
+def run(drivers: tuple[Any, Any], crew: Crew, *arguments: Any) -> None:
+    """Run a kernel on the threads of a crew.
+
+    Parameters
+    ----------
+    drivers : (serial, parallel)
+        Compiled functions that do the same; the second one takes a number of threads first (see `parallel`).
+    crew : Crew
+        Of one part: the serial one is run, and no thread is started.
+    *arguments
+        Of either driver, but for the number of threads.
+    """
+    serial, parallel = drivers
+    # At the last moment: if no other Python thread is there now, none can begin before the kernel has ended.
+    if crew.parts == 1 or _lost_threads or (threading_layer() == "workqueue" and _has_company()):
+        serial(*arguments)
+    else:
+        parallel(crew.threads, *arguments)
+
+
+def _has_company() -> bool:
+    """Whether another Python thread may call a parallel kernel.
+
+    ``threading`` knows of threads that are just being started, the interpreter of those that C code has made,
+    once they have come to Python. A thread that calls compiled code without it is seen by neither. The
+    monitor of tqdm's bars, which any bar starts, calls no kernel.
+    """
+    if threading.active_count() == 1 and len(sys._current_frames()) == 1:
+        return False
+    monitors = {t.ident for t in threading.enumerate() if type(t).__module__ == "tqdm._monitor"}
+    others = {t.ident for t in threading.enumerate()}.union(sys._current_frames()) - monitors
+    return others != {threading.get_ident()}
 
 
 def _warn_of_fork() -> None:
-    global _warned_in
-    if _warned_in != os.getpid():
-        _warned_in = os.getpid()
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
         warnings.warn(
             "this process was forked after numba's threads were started, and they do not survive a fork: "
             "SparseAdam runs on one thread here. Start workers with the 'spawn' or 'forkserver' method, or "
@@ -82,37 +131,10 @@ def _warn_of_fork() -> None:
         )
 
 
-class team:  # noqa: N801 (used like a function; a generator's context manager costs twice as much)
-    """Run kernels in the body on a crew's threads: ``with team(crew): ...``. numba's setting is restored.
+def _forked() -> None:
+    global _lost_threads, _has_warned
+    _lost_threads, _has_warned = _layer_is_running(), False
 
-    A crew of one part starts no thread, and takes no turn: its kernels must be serial ones.
-    """
 
-    __slots__ = ("before", "crew", "takes_turn")
-
-    def __init__(self, crew: Crew) -> None:
-        self.crew = crew
-        self.takes_turn = False
-        self.before = crew.threads
-
-    def __enter__(self) -> None:
-        global _launched_in
-        if self.crew.parts == 1:
-            return
-        self.takes_turn = not layer_is_running() or numba.threading_layer() == "workqueue"
-        if self.takes_turn:
-            _turn.acquire()
-        try:
-            self.before = numba.get_num_threads()
-            if self.before != self.crew.threads:
-                numba.set_num_threads(self.crew.threads)
-            _launched_in = os.getpid()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        if self.before != self.crew.threads:
-            numba.set_num_threads(self.before)
-        if self.takes_turn:
-            _turn.release()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

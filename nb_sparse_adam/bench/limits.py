@@ -49,7 +49,6 @@ from nb_sparse_adam.memory import (
     store_param,
 )
 from nb_sparse_adam.optimizer import SparseAdam
-from nb_sparse_adam.threads import Crew, team
 
 __all__ = ["Limit"]
 
@@ -259,8 +258,12 @@ class Limit(WithOptimizer):
 
     def step(self) -> None:
         """Move its bytes."""
-        with team(Crew(self._threads, self._threads)):
+        before = numba.get_num_threads()
+        numba.set_num_threads(self._threads)
+        try:
             for array in self._first:
                 _read(array.reshape(-1).view(np.int32), self._out)
             bounds, *others = self._given
             self._kernel(bounds, self._table, *others)
+        finally:
+            numba.set_num_threads(before)
