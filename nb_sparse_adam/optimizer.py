@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import kernels, options
+from nb_sparse_adam import forks, kernels, options
 from nb_sparse_adam.batching import Part
 from nb_sparse_adam.corrections import Corrections, corrections
 from nb_sparse_adam.errors import (
@@ -202,7 +201,7 @@ class SparseAdam:
             self._places: Places | None = None
             for table in self._tables.values():
                 table.news = self._news
-            self._lock = threading.RLock()
+            self._lock = forks.new_lock(self, "_lock")
             self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
             self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
             self.betas = betas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nb_sparse_adam import options
+from nb_sparse_adam import forks, options
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together
@@ -134,7 +133,7 @@ class SparseAdam(torch.optim.Optimizer):
             "eps_hat": eps_hat,
             "on_nonfinite": on_nonfinite,
         }
-        self._turn = threading.RLock()
+        self._turn = forks.new_lock(self, "_turn", outer=True)
         self._held: dict[Tensor, Held] = {}
         super().__init__(params, defaults)
         self._register_hooks()
@@ -344,7 +343,7 @@ class SparseAdam(torch.optim.Optimizer):
         super().__setstate__(state)
         self._held = {}
         if before is None:
-            self._turn = threading.RLock()
+            self._turn = forks.new_lock(self, "_turn", outer=True)
             self._register_hooks()
         for param, held, load in loads:
             load()

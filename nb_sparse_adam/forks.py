@@ -1,0 +1,118 @@
+"""Locks and ``os.fork``: a child has none of the threads that held its parent's locks, and waits for none.
+
+Before a fork the locks of all optimizers are taken, and numba's, as far as they can be had soon: an
+optimizer is then between two steps, and the child may step it, save it or read it. One that another thread
+does not let go of in time may be in the middle of a step, which nobody will end in the child: there, it
+refuses to be used.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+from numba.core import compiler_lock
+from numba.np.ufunc import parallel
+
+from nb_sparse_adam.errors import StateError
+
+__all__ = ["new_lock", "renew"]
+
+# Seconds that a fork waits. For the optimizers: longer than a step takes, but a save may take minutes, and a
+# loader that starts workers meanwhile is not to be held up. For numba: a compilation takes some seconds, and
+# in a child that was forked in the midst of one nothing could be compiled.
+_PATIENCE, _PATIENCE_WITH_NUMBA = 0.5, 60.0
+
+_owners: dict[int, tuple[weakref.ref[Any], str, bool]] = {}
+_taken: dict[int, list[Any]] = {}  # by threads that are forking just now
+
+
+class _Lost:
+    """In the place of a lock that a thread of the parent's held."""
+
+    def __enter__(self) -> None:
+        raise StateError(
+            "this process was forked while another thread was using this optimizer, perhaps in the middle of "
+            "a step: its tables and state may be those of no step. Restore a checkpoint into it "
+            "(nb_sparse_adam.checkpoint.restore) or make a new one; or fork while no other thread steps"
+        )
+
+    def __exit__(self, *exception: object) -> None:
+        raise AssertionError
+
+
+def new_lock(owner: Any, attribute: str, outer: bool = False) -> Any:
+    """Make a re-entrant lock for an attribute of an object, that is a free one in forked children.
+
+    Parameters
+    ----------
+    owner : object
+        Of a class that has weak references. It is not kept alive.
+    attribute : str
+        Which the caller sets to the lock.
+    outer : bool, default False
+        Whether a thread that holds it takes other locks then.
+    """
+    key = id(owner)
+    _owners[key] = weakref.ref(owner, lambda _: _owners.pop(key, None)), attribute, outer
+    return threading.RLock()
+
+
+def renew(owner: Any) -> None:
+    """Have an owner's lock be used again, though a thread that is gone held it: all is written anew."""
+    attribute = _owners[id(owner)][1]
+    if isinstance(getattr(owner, attribute), _Lost):
+        setattr(owner, attribute, threading.RLock())
+
+
+def _locks() -> list[tuple[Any, str, Any]]:
+    """Owners with their attributes and locks, in the order in which steps take them."""
+    known = list(_owners.values())  # in one piece: other threads make owners, and let them go
+    found = [(not outer, id(reference()), reference(), attribute) for reference, attribute, outer in known]
+    found.sort(key=lambda each: each[:2])
+    return [(owner, at, getattr(owner, at)) for *_, owner, at in found if hasattr(owner, at)]
+
+
+def _numbas_locks() -> list[Any]:
+    """Those of numba that a first step takes, as far as this version has them."""
+    compiling = getattr(compiler_lock.global_compiler_lock, "_lock", None)
+    starting = getattr(parallel, "_backend_init_thread_lock", None)
+    return [lock for lock in (compiling, starting) if hasattr(lock, "acquire")]
+
+
+def _before() -> None:
+    taken = _taken[threading.get_ident()] = []
+    for patience, locks in (
+        (_PATIENCE, [lock for *_, lock in _locks() if not isinstance(lock, _Lost)]),
+        (_PATIENCE_WITH_NUMBA, _numbas_locks()),
+    ):
+        end = time.monotonic() + patience
+        for lock in locks:
+            if lock.acquire(timeout=max(end - time.monotonic(), 0)):
+                taken.append(lock)
+
+
+def _in_parent() -> None:
+    for lock in reversed(_taken.pop(threading.get_ident(), [])):
+        lock.release()
+
+
+def _in_child() -> None:
+    taken = _taken.pop(threading.get_ident(), [])
+    _taken.clear()
+    known = set(map(id, taken))
+    for owner, attribute, lock in _locks():
+        if isinstance(lock, _Lost):
+            continue
+        # One that was made after locks were taken may be free as well.
+        is_free = id(lock) in known or lock.acquire(blocking=False)
+        setattr(owner, attribute, threading.RLock() if is_free else _Lost())
+    for lock in reversed(taken):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
