@@ -657,17 +657,21 @@ class SparseAdam:
         ------
         StateError
             If something is missing, unknown, or does not fit; nothing has been changed then.
+
+        Notes
+        -----
+        Arrays may be views of this very state. An interrupt that comes after the first write is raised when
+        everything has been loaded.
         """
         given_options, given_tables = _check_state_dict(state_dict, self._tables)
         values = options.check_saved(given_options, self._dtypes(), self._step_counts)
         with self._lock:
             self.synchronize()
-            loads: list[Callable[[], None]] = [
-                table.check_load(given_tables[name]) for name, table in self._tables.items()
-            ]
-            for load in loads:
-                load()
-            self._set(**values)
+            on_host = [table for table in self._tables.values() if not table.on_gpu]
+            live = [array for table in on_host for array in table.memory[1:]]
+            with nullcontext() if self._folder is None else self._folder.removed_on_error():
+                loads = [table.check_load(given_tables[name], live) for name, table in self._tables.items()]
+            _do_all([*loads, lambda: self._set(**values)])
 
     def rearrange(self, table: NDArray[Any], source: Any, name: str | None = None) -> None:
         """Go on with another array for a table, whose rows take moments and counts of rows of the old one.
@@ -762,6 +766,20 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
         finish(prepare([part for optimizer, gradient in steps for part in optimizer._parts(gradient)]))
 
 
+def _do_all(works: Sequence[Callable[[], None]]) -> None:
+    """Do everything, again if it is interrupted, and raise the interrupt then."""
+    interrupt: BaseException | None = None
+    for _ in range(100):  # an exception that comes back every time is not an interrupt
+        try:
+            for work in works:
+                work()
+            break
+        except BaseException as error:  # noqa: BLE001 (raised below)
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 def _new_table(name: str, table: Any, step_counts: str, zeros: Any) -> TableState:
     if not on_gpu(table):
         return TableState(name, table, step_counts, zeros)
@@ -848,9 +866,11 @@ def _check_state_dict(given: Any, tables: Mapping[str, TableState]) -> tuple[Any
     keys = {"version", "options", "tables"}
     if set(given) != keys:
         raise StateError(f"state dict has keys {sorted(map(str, given))}, expected {sorted(keys)}")
-    if given["version"] != STATE_VERSION or isinstance(given["version"], bool):
+    version = given["version"]
+    is_number = isinstance(version, (int, float, np.number, np.ndarray)) and not isinstance(version, bool)
+    if not is_number or np.ndim(version) or version != STATE_VERSION:
         raise StateError(
-            f"state dict has version {given['version']!r}, expected {STATE_VERSION}: it was written by "
+            f"state dict has version {version!r}, expected {STATE_VERSION}: it was written by "
             "another version of nb_sparse_adam"
         )
     if not isinstance(given["tables"], Mapping):

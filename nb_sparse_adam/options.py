@@ -120,9 +120,10 @@ def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
         raise StateTypeError(f"state dict's options are a {type(given).__name__}, expected a mapping")
     if set(given) != set(SAVED):
         raise StateError(f"state dict has options {sorted(map(str, given))}, expected {sorted(SAVED)}")
-    if given["step_counts"] != step_counts:
+    counts = given["step_counts"]
+    if not isinstance(counts, str) or counts != step_counts:
         raise StateError(
-            f"state dict has step_counts {given['step_counts']!r}, expected {step_counts!r}, which this "
+            f"state dict has step_counts {counts!r}, expected {step_counts!r}, which this "
             "optimizer was made with and cannot change"
         )
     try:

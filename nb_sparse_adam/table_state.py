@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
 Zeros = Callable[[int, "np.dtype[Any]"], NDArray[Any]]  # (length, dtype) -> (length,) zeros
 READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
 MAX_INT32 = np.iinfo(np.int32).max
+MAX_COUNT = 2**62  # of what is loaded: as many steps again, and more than can be, fit into 64 bits
 
 
 class News:
@@ -329,15 +330,25 @@ class TableState:
         new.buffers, new.paces, new.news = self.buffers, self.paces, self.news
         return new
 
-    def check_load(self, given: Any) -> Callable[[], None]:
-        """Check its part of a state dict; return what loads it, and cannot fail."""
+    def check_load(self, given: Any, live: Sequence[NDArray[Any]] = ()) -> Callable[[], None]:
+        """Check its part of a state dict; return what loads it, may be repeated, and cannot fail.
+
+        Parameters
+        ----------
+        given : mapping
+        live : sequence of array
+            What is written to when this is loaded, or what else is: given arrays that share memory with it
+            are copied.
+        """
         where = f"state dict, table {self.name!r}"
         if not isinstance(given, Mapping):
             raise StateTypeError(f"{where}: got {type(given).__name__}, expected a mapping")
         keys = {"exp_avg", "exp_avg_sq", "steps", "skipped_rows"}
         if set(given) != keys:
             raise StateError(f"{where}: has entries {sorted(map(str, given))}, expected {sorted(keys)}")
-        arrays = {key: np.asarray(given[key]) for key in ("exp_avg", "exp_avg_sq", "steps")}
+        arrays = {
+            key: _to_load(f"{where}: {key}", given[key], live) for key in ("exp_avg", "exp_avg_sq", "steps")
+        }
         for key in ("exp_avg", "exp_avg_sq"):
             if arrays[key].shape != self.shape or arrays[key].dtype != self.dtype:
                 raise StateError(
@@ -350,17 +361,20 @@ class TableState:
                 f"{where}: steps is {steps.shape} {steps.dtype}, expected {self.shape_of_steps} int32 or "
                 "int64"
             )
-        _refuse_negative(f"{where}: steps", steps)
-        _refuse_negative(f"{where}: exp_avg_sq", arrays["exp_avg_sq"])
+        _refuse_outside(f"{where}: steps", steps, MAX_COUNT)
+        _refuse_outside(f"{where}: exp_avg_sq", arrays["exp_avg_sq"])
         skipped = given["skipped_rows"]
-        if isinstance(skipped, bool) or not isinstance(skipped, (int, np.integer)) or skipped < 0:
+        if isinstance(skipped, bool) or not isinstance(skipped, (int, np.integer)):
             raise StateError(f"{where}: skipped_rows is {skipped!r}, expected an integer >= 0")
+        if not 0 <= skipped <= MAX_COUNT:
+            raise StateError(f"{where}: skipped_rows is {skipped}, expected 0 <= skipped_rows <= 2**62")
+        skipped = int(skipped)
         fill = self._filling(steps, arrays["exp_avg"], arrays["exp_avg_sq"])
         highest = int(steps.max(initial=0))
 
         def load() -> None:
             fill()
-            self._set_skipped_rows(int(skipped))
+            self._set_skipped_rows(skipped)
             self._highest_count = highest
 
         return load
@@ -369,7 +383,7 @@ class TableState:
         """Allocate what is needed to take over counts and moments; return what does it, and cannot fail."""
         wider = None
         if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
-            wider = np.empty(_shape_of_counts(self.rows, self.dim, self.mode), np.int64)
+            wider = self._wide_zeros()
 
         def fill() -> None:
             if wider is not None:
@@ -479,7 +493,19 @@ def _read_only(view: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
-def _refuse_negative(what: str, values: NDArray[Any]) -> None:
-    if (values < 0).any():  # NaN would hide a negative number from min()
-        at = tuple(int(i) for i in np.argwhere(values < 0)[0])
-        raise StateError(f"{what}{list(at)} is {values[at]}, expected no negative values")
+def _to_load(what: str, given: Any, live: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """See what was given as an array; a copy, if it would change while others are loaded."""
+    try:
+        array = np.asarray(given)
+    except Exception as error:
+        raise StateTypeError(f"{what} cannot be read as an array: {error}") from error
+    return array.copy() if any(np.may_share_memory(array, other) for other in live) else array
+
+
+def _refuse_outside(what: str, values: NDArray[Any], most: int | None = None) -> None:
+    """Refuse numbers that are negative or too large; NaN is neither, and would hide one from min()."""
+    wrong = values < 0 if most is None else (values < 0) | (values > most)
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        expected = "no negative values" if values[at] < 0 else "at most 2**62, for counts go on from there"
+        raise StateError(f"{what}{list(at)} is {values[at]}, expected {expected}")

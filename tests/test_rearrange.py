@@ -1,7 +1,6 @@
 """Rows that come, go and change places: held to state dicts whose arrays are padded by hand, bit for bit."""
 
 import itertools
-import sys
 import threading
 import tracemalloc
 import weakref
@@ -12,6 +11,7 @@ import pytest
 from checks import STEP_COUNTS, assert_same_bits, bits, options_of, refused, state_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from opcodes import stopped_at
 from strategies import ID_DTYPES, hyper_parameters
 
 import nb_sparse_adam
@@ -48,6 +48,7 @@ def step(opts, rng, names=("table",)):
 
 def taken(array, source):
     """Rows of an array, zeros where the source is -1."""
+    source = np.asarray(source)
     out = np.zeros((len(source), *array.shape[1:]), array.dtype)
     out[source >= 0] = array[source[source >= 0]]
     return out
@@ -387,48 +388,26 @@ def test_a_disk_that_is_full_changes_nothing_and_leaves_no_file(tmp_path, monkey
     opt.rearrange(table.copy(), np.arange(5))
 
 
-class Stop(BaseException):
-    pass
-
-
 def test_an_exception_between_any_two_bytecodes_leaves_the_old_state_or_the_new():
     """As a signal handler may raise it."""
-    folder = nb_sparse_adam.__path__[0]
     source = np.array([2, -1, 0])
     made = trained("row", dim=2, on_nonfinite="skip")[0]
     made.rearrange(made.tables["table"][:3].copy(), source)  # compiled
-
-    for at in itertools.count():
+    for number in itertools.count():
         opt, table = trained("row", dim=2, on_nonfinite="skip")
-        old, new = (table, np.arange(5)), (table[:3].copy(), source)
-        expected = {id(array): by_hand(opt, array, rows) for array, rows in (old, new)}
-        left = itertools.count(-at)
-
-        def trace(frame, event, _, left=left):
-            if not frame.f_code.co_filename.startswith(folder):
-                return None
-            frame.f_trace_opcodes = True
-            if event == "opcode" and next(left) == 0:
-                raise Stop
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            opt.rearrange(*new)
-            done = True
-        except Stop:
-            done = False
-        finally:
-            sys.settrace(before)
+        new = table[:3].copy()
+        expected = {
+            id(array): by_hand(opt, array, rows) for array, rows in ((table, range(5)), (new, source))
+        }
+        stopped = stopped_at(number, lambda opt=opt, new=new: opt.rearrange(new, source))
         right = expected[id(opt.tables["table"])]
         assert_same(opt, right)
         step([opt, right], np.random.default_rng(0))
         assert_same(opt, right)
-        if done:
-            assert opt.tables["table"] is new[0]
+        if not stopped:
             break
-    assert at > 100
+    assert opt.tables["table"] is new
+    assert number > 100
 
 
 @pytest.mark.jit
