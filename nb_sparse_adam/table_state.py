@@ -168,6 +168,13 @@ class TableState:
         self._pointer = _pointer_of(self.param)
         self._address = self._pointer.value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_pointer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.note_place()
+
     def check_unchanged(self) -> None:
         """Refuse a table that its owner has moved, or given another shape or dtype, since it was given.
 

@@ -80,6 +80,17 @@ def test_a_shallow_copy_has_the_same_tables_and_state_of_its_own():
     np.testing.assert_array_equal(opt.state["a"].exp_avg, before)
 
 
+@pytest.mark.parametrize("duplicate", [*DUPLICATES, copy.copy])
+def test_the_state_of_a_table_can_be_kept_as_a_copy(duplicate):
+    opt, _ = optimizer("row")
+    kept, before = duplicate(opt.state["a"]), opt.state_dict()["tables"]["a"]
+    if duplicate is not copy.copy:
+        opt.step(gradients(1))
+        opt.rearrange(opt.tables["a"][:2].copy(), [0, 1], "a")
+    for key in ("exp_avg", "exp_avg_sq", "steps"):
+        np.testing.assert_array_equal(getattr(kept, key), before[key])
+
+
 class Interleaved(pickle.Pickler):
     """A pickler during which somebody else steps, whenever it comes to an array."""
 
