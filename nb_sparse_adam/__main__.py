@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser, train_parser, bench_parser = _parsers()
     arguments = parser.parse_args(argv)
+    with _any_text(sys.stdout):
+        return _run(arguments, train_parser, bench_parser)
+
+
+@contextmanager
+def _any_text(stream: Any) -> Iterator[None]:
+    """Have a stream escape what its encoding lacks: a name that cannot be shown is no reason to stop."""
+    if getattr(stream, "errors", None) != "strict" or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors="strict")
+
+
+def _run(
+    arguments: argparse.Namespace,
+    train_parser: argparse.ArgumentParser,
+    bench_parser: argparse.ArgumentParser,
+) -> int:
     try:
         if arguments.command == "info":
             for line in info.report_lines():
@@ -74,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         (bench_parser if arguments.command == "bench" else train_parser).error(str(error))
     except NonFiniteGradientError as error:
         print(f"error: the training diverged ({error}); try a smaller --lr or --init-std", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        hint = "; a smaller --dim takes less" if arguments.command == "train" else ""
+        print(f"error: there is not enough memory: {error}{hint}", file=sys.stderr)
         return 1
     except (SparseAdamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -264,6 +291,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     lines = comparison.choose_lines(arguments.only, arguments.quick)
     require("matplotlib.figure", "bench", "drawing the chart")
     folder = prepare_folder(arguments.out)
+    report.refuse_others(folder, {"bench.json": rb'\{\n  "schema": ', "bench.png": None})
     result = comparison.describe(settings)
     print(chart.headline(result))
     for name, command in result["missing_peers"].items():

@@ -10,6 +10,8 @@ import io
 import json
 import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -21,7 +23,7 @@ from nb_sparse_adam.info import versions
 from nb_sparse_adam.ranking import Quality
 from nb_sparse_adam.recommender import BPRModel
 
-__all__ = ["FILES", "prepare", "save_metrics", "save_model"]
+__all__ = ["FILES", "prepare", "refuse_others", "save_metrics", "save_model"]
 
 FILES = {
     "embeddings.safetensors": 'the vectors: "user" and "item", float32',
@@ -33,6 +35,15 @@ FILES = {
 }
 """Name -> content of the files of a run."""
 
+_BEGINNINGS = {
+    "embeddings.safetensors": rb'.{8}\{"(item|user)":\{"dtype":"F32"',
+    "users.csv": b"row,id\n",
+    "items.csv": b"row,id\n",
+    "metrics.json": rb'\{\n  "recall@\d+": ',
+    "history.csv": b"epoch,loss,seconds,interactions_per_second,",
+    "training.png": None,
+}
+
 
 def prepare(folder: str | os.PathLike[str]) -> Path:
     """Create the folder of a run and check that all that is needed to write its files is there.
@@ -40,7 +51,8 @@ def prepare(folder: str | os.PathLike[str]) -> Path:
     Parameters
     ----------
     folder : path
-        Created if need be. Files of an earlier run in it are replaced one by one.
+        Created if need be. Files of an earlier run in it are replaced one by one, files of others are kept:
+        if one has a name of `FILES`, the folder is refused.
 
     Returns
     -------
@@ -52,15 +64,55 @@ def prepare(folder: str | os.PathLike[str]) -> Path:
     MissingExtraError
         If safetensors or matplotlib is not installed.
     OSError
-        If the folder cannot be created or written to.
+        If the folder cannot be created or written to, or a file in it is in the way.
     """
     require("safetensors.numpy", "train", "saving the vectors")
     require("matplotlib.figure", "train", "drawing the chart")
-    return prepare_folder(folder)
+    path = prepare_folder(folder)
+    refuse_others(path, _BEGINNINGS)
+    return path
+
+
+def refuse_others(folder: Path, beginnings: Mapping[str, bytes | None]) -> None:
+    """Refuse a folder where results would be written over what is not a result.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Where the results are to be written.
+    beginnings : mapping
+        Name of each file -> regular expression for its first bytes. A file with None, of which the first
+        bytes tell nothing, counts as a result if the JSON file that is written before it is there.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something else by one of the names. An empty file is not in the way.
+    """
+    for name, beginning in beginnings.items():
+        path = folder / name
+        if not path.exists():
+            continue
+        if beginning is None:
+            ours = any((folder / other).exists() for other in beginnings if other.endswith(".json"))
+        elif path.is_file():
+            with path.open("rb") as file:
+                start = file.read(200)
+            ours = not start or re.match(beginning, start, re.DOTALL) is not None
+        else:
+            ours = False
+        if not ours:
+            raise FileExistsError(
+                f"{path}: is in the way: it is not the result of an earlier run, and would be written over; "
+                f"move it, or choose another folder with --out"
+            )
 
 
 def save_model(folder: Path, model: BPRModel) -> None:
     """Write ``embeddings.safetensors``, ``users.csv`` and ``items.csv``.
+
+    Ids are written as they came, for programs look them up. To a spreadsheet, an id that begins with ``=``,
+    ``+``, ``-`` or ``@`` is a formula: import the column as text if you do not trust where ids come from.
 
     Parameters
     ----------
@@ -156,7 +208,8 @@ def _chart(model: BPRModel, popularity: Quality, title: str) -> bytes:
     history, top = model.history, model.options.top
     figure = figures.Figure(figsize=(7.0, 6.0), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    figure.suptitle(title if len(title) <= 80 else title[:79] + "…", fontsize=10)
+    title = title if len(title) <= 80 else title[:79] + "…"
+    figure.suptitle(title, fontsize=10, parse_math=False)  # names of files may have dollars in them
     marker = "o" if len(history) <= 50 else None
     above.plot([r.epoch for r in history], [r.loss for r in history], marker=marker, markersize=3.5)
     above.set_ylabel("training loss (BPR)")
