@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
-from nb_sparse_adam.errors import (
-    GradientError,
-    OptionError,
-    OptionTypeError,
-    SparseAdamError,
-    StateError,
-    TableError,
-)
-from nb_sparse_adam.gradients import BagGradient, RowGradient
-from nb_sparse_adam.torch import layer_state, sharing
+from nb_sparse_adam.errors import GradientError, OptionError, TableError
 from nb_sparse_adam.torch.backward import (
     Accumulating,
     BagLookup,
-    Block,
     RowLookup,
     check_pass,
     collect,
@@ -42,212 +30,13 @@ from nb_sparse_adam.torch.bags import (
     within,
     without,
 )
-from nb_sparse_adam.torch.held import Gpu, check_parameter
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam, turn_of
+from nb_sparse_adam.torch.fused import Fused
+from nb_sparse_adam.torch.held import Gpu
 
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
 
-OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite", "device_checks")
 
-if TYPE_CHECKING:
-    _Module = torch.nn.Module
-else:
-    _Module = object
-
-
-class _Fused(_Module):
-    """What both layers have in common."""
-
-    weight: Tensor
-    padding_idx: int | None
-    optimizer: SparseAdam
-    accumulated: weakref.ref[Block] | None
-    grad_scaler: Any
-
-    def _set_up(self, given: Mapping[str, Any] | None) -> None:
-        given = {} if given is None else given
-        name = type(self).__name__
-        if not isinstance(given, Mapping):
-            raise OptionTypeError(
-                f"{name}: optimizer is a {type(given).__name__}, expected a dict of options: "
-                "optimizer=dict(lr=0.01)"
-            )
-        unknown = [key for key in given if key not in OPTIONS]
-        if unknown:
-            raise OptionError(f"{name}: optimizer has {unknown[0]!r}, expected some of {', '.join(OPTIONS)}")
-        _refuse_strides(name, self.weight)
-        given = dict(given)
-        device_checks = given.pop("device_checks", "immediate")
-        self.optimizer = SparseAdam([(f"{name}.weight", self.weight)], **given)
-        self.optimizer.set_device_checks(device_checks)  # layers are moved to a GPU when they have been made
-        self.accumulated = None
-        self.grad_scaler = None
-        sharing.register(self)
-
-    @property
-    def lr(self) -> Any:
-        """Learning rate, that of ``optimizer.param_groups[0]``, where torch's schedulers set it."""
-        return self.optimizer.param_groups[0]["lr"]
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = value
-
-    def _is_training(self) -> bool:
-        """Whether a lookup is to update the table when the backward pass comes to it."""
-        return self.training and torch.is_grad_enabled() and self.weight.requires_grad
-
-    def _check_training(self) -> None:
-        """Refuse what cannot be trained."""
-        name = type(self).__name__
-        check_parameter(f"{name}.weight", self.weight)
-        _refuse_strides(name, self.weight)
-        if self.optimizer.device_checks != "immediate":
-            self._group()
-            self.optimizer.check_device_checks()
-        if not self.weight.is_leaf or "weight" not in self._parameters:
-            raise TableError(
-                f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
-                "expected a Parameter: the table is updated in place, and has no gradient to give to them. "
-                f"Use torch.nn.{name}(sparse=True)"
-            )
-        if DistributedDataParallel._active_ddp_module is not None:
-            raise TableError(
-                f"{name} in DistributedDataParallel: its table is updated in the backward pass, from the "
-                "process's own batch, and the processes' tables would drift apart. Keep it outside of the "
-                "module that is wrapped, or use nn.EmbeddingBag(sparse=True) there"
-            )
-        if self.grad_scaler is None and any(
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-            for device in ("cpu", "cuda", "xpu", "mps")
-        ):
-            raise OptionError(
-                f"{name} under float16 autocast: it cannot know how a GradScaler has scaled the loss. Set "
-                "layer.grad_scaler = scaler, or, if there is none, layer.grad_scaler = 1.0; bfloat16 needs "
-                "no scaler"
-            )
-
-    def _unscaled(self, grad_output: Tensor) -> Tensor:
-        grad_output = grad_output.resolve_neg()
-        if self.grad_scaler is None:
-            return grad_output
-        scale = self.grad_scaler.get_scale() if hasattr(self.grad_scaler, "get_scale") else self.grad_scaler
-        return grad_output if scale == 1 else grad_output / scale
-
-    def job(self, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient of the table a part of a step."""
-        name, weight = f"{type(self).__name__}.weight", self.weight
-        if weight.grad is not None:
-            raise GradientError(
-                f"{name} has a .grad too: something besides lookups uses the table (tied weights, a "
-                f"penalty), and there is no optimizer for it. Use torch.nn.{type(self).__name__}"
-                "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
-            )
-        _refuse_strides(type(self).__name__, weight)
-        held = self.optimizer.ready(weight, self._group(), name, 1)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
-        return Job(self.optimizer, weight, held, gradient)
-
-    def _group(self) -> dict[str, Any]:
-        """The optimizer's group, with the Parameter that is there now; another one takes over the state."""
-        group: dict[str, Any] = self.optimizer.param_groups[0]
-        was = group["params"][0]
-        if was is not self.weight:
-            group["params"][0] = self.weight
-            if was in self.optimizer.state:
-                self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
-        return group
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        sharing.register(self)
-
-    def get_extra_state(self) -> Tensor:
-        """State and options of the optimizer, as a part of the module's state dict: a tensor of bytes.
-
-        It is a file of safetensors, with "exp_avg", "exp_avg_sq" and, if there are several counts, "step".
-        """
-        with turn_of([self.optimizer]):
-            self.optimizer.synchronize()
-            group = self.optimizer.param_groups[0]
-            entry = self.optimizer.state.get(group["params"][0])
-            return layer_state.pack(group, entry or None, {} if entry else self._unused_state())
-
-    def _unused_state(self) -> dict[str, Tensor]:
-        """Tensors like those of the state after the first step, if there may be one."""
-        weight = self.weight
-        if not weight.requires_grad:
-            return {}
-        unused = dict.fromkeys(("exp_avg", "exp_avg_sq"), weight.new_zeros(()).expand(weight.shape))
-        step_counts = self.optimizer.param_groups[0]["step_counts"]
-        if step_counts != "global":
-            shape = weight.shape[:1] if step_counts == "row" else weight.shape
-            unused["step"] = weight.new_zeros((), dtype=torch.int32).expand(shape)
-        return unused
-
-    def set_extra_state(self, state: Any) -> None:
-        """Take over what `get_extra_state` gave, or, in older versions, a state dict of the optimizer."""
-        self._load_state(f"state of {type(self).__name__}", state)
-
-    def _load_state(self, where: str, given: Any) -> None:
-        if isinstance(given, Tensor):
-            given = layer_state.unpack(where, given)
-            if given is None:
-                return
-        state = layer_state.check(where, given)
-        self._group()
-        try:
-            self.optimizer.load_state_dict(state)
-        except (SparseAdamError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{where} does not fit: {error}") from error
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        key, where = prefix + "_extra_state", f"{prefix}_extra_state of the state dict"
-        was, later = self._parameters.get("weight"), list[Any]()
-        assign = local_metadata.get("assign_to_params_buffers", False)
-
-        def load_state_first(given: dict[str, Any], *_: Any) -> None:
-            weight = given.get(prefix + "weight")
-            if isinstance(weight, Tensor):
-                fits = weight.shape == self.weight.shape
-            else:
-                fits = not strict and prefix + "weight" not in given
-            if key in given:
-                state = given.pop(key)
-                if fits and assign:
-                    later.append(state)
-                elif fits:  # else torch complains about the weight
-                    self._load_state(where, state)
-
-        # The last of the hooks before weights are copied: what is refused has changed nothing.
-        hook = self._register_load_state_dict_pre_hook(load_state_first)  # type: ignore[no-untyped-call]
-        try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-            for state in later:
-                self._load_state(where, state)
-        except StateError:
-            if was is not None:
-                self._parameters["weight"] = was
-                self._group()
-            raise
-        finally:
-            hook.remove()
-        if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
-            missing_keys.remove(key)
-
-
-class Embedding(_Fused, torch.nn.Embedding):
+class Embedding(Fused, torch.nn.Embedding):
     """``torch.nn.Embedding`` whose backward pass updates the table; ``weight.grad`` stays None.
 
     Parameters
@@ -341,7 +130,7 @@ class Embedding(_Fused, torch.nn.Embedding):
         return out
 
 
-class EmbeddingBag(_Fused, torch.nn.EmbeddingBag):
+class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` whose backward pass updates the table; ``weight.grad`` stays None.
 
     Parameters
@@ -485,7 +274,7 @@ def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
     >>> model[0].optimizer.state[model[0].weight]["step"]
     1
     """
-    return Accumulating([layer for layer in module.modules() if isinstance(layer, _Fused)])
+    return Accumulating([layer for layer in module.modules() if isinstance(layer, Fused)])
 
 
 # --- autograd ---------------------------------------------------------------------------------------------
@@ -596,14 +385,6 @@ def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None
                 f"{name}: {option} is {given!r}, expected {default}: a fused embedding does not have it; use "
                 f"torch.nn.{name}(sparse=True) with nb_sparse_adam.torch.SparseAdam"
             )
-
-
-def _refuse_strides(name: str, weight: Tensor) -> None:
-    if not weight.is_contiguous():
-        raise TableError(
-            f"{name}: weight has strides {weight.stride()}, expected it contiguous: it is updated in place; "
-            "pass weight.contiguous()"
-        )
 
 
 def _shape_of(embeddings: Tensor) -> tuple[int, int]:
