@@ -1,4 +1,4 @@
-"""The examples that readers copy: the README's blocks and the docstrings', run and their output compared."""
+"""The examples that readers copy, in the README, docs/ and docstrings: run, and their output compared."""
 
 import contextlib
 import doctest
@@ -17,32 +17,40 @@ from nb_sparse_adam.bench import chart
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+DOCS = README.parent / "docs"
+
 APART = ("With PyTorch", "On a GPU")  # sections that need something more
 
 
-def blocks(of=None):
-    """(line, language, text) of every fenced block of a section that stands apart, or of all others."""
-    text = README.read_text(encoding="utf-8")
+def fenced(path):
+    """(line, language, text, section) of every fenced block of a page."""
+    text = path.read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        section = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
-        if of == (section[-1] if section and section[-1] in APART else None):
-            yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
+        sections = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
+        yield text.count("\n", 0, match.start()) + 1, match[1], match[2], sections[-1] if sections else None
 
 
-def run(blocks):
+def blocks(of=None):
+    """(line, language, text) of the blocks of a section of the README that stands apart, or of all others."""
+    for *block, section in fenced(README):
+        if of == (section if section in APART else None):
+            yield tuple(block)
+
+
+def run(blocks, path=README):
     """Run blocks in order in one namespace, and count them. A "text" block is what the one before prints."""
     namespace = {"__name__": "__main__"}
     output, ran = "", 0
     for line, language, text in blocks:
         if language == "python":
-            assert output == "", f"README.md, before line {line}: output that the README does not show"
+            assert output == "", f"{path.name}, before line {line}: output that it does not show"
             stdout = io.StringIO()
             with contextlib.redirect_stdout(stdout):
-                # Newlines in front, so that a traceback shows the README's line.
-                exec(compile("\n" * line + text, str(README), "exec"), namespace)
+                # Newlines in front, so that a traceback shows the page's line.
+                exec(compile("\n" * line + text, str(path), "exec"), namespace)
             output, ran = stdout.getvalue(), ran + 1
         elif language == "text":
-            assert output == text, f"README.md, line {line}"
+            assert output == text, f"{path.name}, line {line}"
             output = ""
     assert output == ""
     return ran
@@ -57,6 +65,19 @@ def test_the_examples_print_what_the_readme_says():
 def test_so_do_those_with_pytorch():
     pytest.importorskip("torch")
     assert run(blocks("With PyTorch")) >= 1
+
+
+@pytest.mark.jit
+def test_each_recipe_runs_by_itself():
+    page = DOCS / "rearranging.md"
+    recipes = []
+    for *block, _ in fenced(page):
+        if block[1] == "python":
+            recipes.append([])
+        recipes[-1].append(tuple(block))
+    assert len(recipes) >= 7
+    for recipe in recipes:
+        assert run(recipe, page) == 1
 
 
 @pytest.mark.gpu
