@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from nb_sparse_adam.errors import (
@@ -22,9 +24,10 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.table_state import MAX_COUNT
 from nb_sparse_adam.threads import max_threads
 
-__all__ = ["Gpu", "Held", "array_of", "check_parameter", "coo", "entry_copied"]
+__all__ = ["ENTRIES", "Gpu", "Held", "array_of", "check_parameter", "coo", "has_state"]
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 
@@ -60,7 +63,7 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"parameter {name} is on device {param.device}, expected the CPU or cuda: keep the embedding "
             "there (module.cpu()) and move its output to the device, or use torch.optim.SparseAdam for it"
         )
-    if _is_expanded(param):
+    if _overlaps_itself(param):
         raise TableError(
             f"parameter {name} has strides {param.stride()}: several elements are one place in memory, "
             "expected one for each; pass parameter.contiguous() as a Parameter of its own"
@@ -84,14 +87,26 @@ def _is_expanded(tensor: Tensor) -> bool:
     return any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def entry_copied(entry: Any) -> Any:
-    """Copy a parameter's entry of the state, its tensors as contiguous ones of their own."""
-    if not isinstance(entry, dict):
-        return entry
-    return {
-        key: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
-        for key, value in entry.items()
-    }
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements are one place in memory; exact, and immediate for what is contiguous."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    # NumPy compares the places of two arrays exactly, by arithmetic on strides. No memory is touched.
+    places = as_strided(np.empty(1, np.uint8), tuple(tensor.shape), tensor.stride())
+    for _ in tensor.shape:
+        # Two elements that are one place differ in a first dimension: there one is at 0, say, the other not.
+        first = places[0, ...]  # an array, even where it is a single element
+        if np.shares_memory(first, places[1:]):
+            return True
+        places = first
+    return False
+
+
+def has_state(entry: Any) -> bool:
+    """Whether a parameter's entry holds state: it may be none, or have the user's own keys alone."""
+    if not isinstance(entry, Mapping):
+        return entry is not None
+    return any(key in entry for key in ENTRIES)
 
 
 class Held:
@@ -113,8 +128,6 @@ class Held:
 
     Attributes
     ----------
-    checks : {"immediate", "deferred", "off"} or None
-        The engine's ``device_checks``; None on the CPU.
     together : set of Held
         Those that took part in deferred steps of this one, and this one (see `deferred`).
     """
@@ -128,6 +141,7 @@ class Held:
                 "expected 1: it names entries, not rows; use step_counts='element' or 'global'"
             )
         check_parameter(name, param)
+        _check_memory(name, param)
         self.name, self.sparse_dim, self.step_counts = name, sparse_dim, step_counts
         self.shape = tuple(param.shape)
         self.identity = _identity(param)
@@ -135,19 +149,25 @@ class Held:
         self.shadow = None if data.is_contiguous() else data.clone(memory_format=torch.contiguous_format)
         self.rows, self.dim = math.prod(self.shape[:sparse_dim]), math.prod(self.shape[sparse_dim:])
         self.device, self.on_gpu = param.device, Gpu.has(param)
-        self.checks = "immediate" if self.on_gpu else None
         self.together: weakref.WeakSet[Held] = weakref.WeakSet([self])
         matrix = (data if self.shadow is None else self.shadow).reshape(self.rows, self.dim)
         self.engine = SparseAdam({name: array_of(matrix, self.on_gpu)}, step_counts=step_counts)
         self.table = self.engine.state[name]
         self.given: tuple[Any, ...] | None = None  # the options in use, as the group had them
         self._counted, self._counted_at = 0, 0
-        self._entry: dict[str, Any] | None = None
-        self._show()
+        self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
+        self._shown_step: Any = None  # what is called step there
+        with torch.inference_mode(False):  # tensors made under it tell nobody when they are changed
+            self._make_views()
 
-    def _show(self) -> None:
+    @property
+    def checks(self) -> str | None:
+        """The engine's ``device_checks``; None on the CPU."""
+        return self.engine.device_checks if self.on_gpu else None
+
+    def _make_views(self) -> None:
         """Make the tensors that show the state."""
-        self._shown = arrays = self.table.arrays
+        self._viewed = arrays = self.table.arrays
         moments = self._tensor(arrays.moments)
         self.exp_avg = self._view(moments, arrays.moment_stride, 0)
         self.exp_avg_sq = self._view(moments, arrays.moment_stride, self.dim if self.rows else 0)
@@ -157,8 +177,9 @@ class Held:
         elif self.step_counts == "row":
             counts = self._tensor(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
-        shown = (self.exp_avg, self.exp_avg_sq, self.counts)
-        self._shown_at = [None if tensor is None else _identity(tensor) for tensor in shown]
+        views = (self.exp_avg, self.exp_avg_sq, self.counts)
+        self._views_at = [None if tensor is None else _identity(tensor) for tensor in views]
+        self._counts_version = None if self.counts is None else self.counts._version
 
     def _tensor(self, array: Any) -> Tensor:
         return Gpu.for_torch(array, self.device) if self.on_gpu else torch.from_numpy(array)
@@ -183,6 +204,11 @@ class Held:
         return int(self.table.arrays.counts[0])
 
     @property
+    def is_shown(self) -> bool:
+        """Whether an optimizer's state shows it: after a step, or a state that was loaded."""
+        return self._entry is not None
+
+    @property
     def has_run(self) -> int:
         """How many steps the engine has taken; on a GPU, launched."""
         return int(self.table.launched if self.on_gpu else self.table.totals[0])
@@ -203,32 +229,78 @@ class Held:
     def recount(self) -> None:
         """Ask the GPU for the count, and show it; it waits."""
         if self.on_gpu and self.counts is None:
-            before, number = self.step, int(self.table.steps)
+            number = int(self.table.steps)
             self._note_count(number)
-            if self._entry is not None and self._entry.get("step") == before:
-                self._entry["step"] = number
+            if self._entry is not None and self._entry.get("step") == self._shown_step:
+                self._entry["step"] = self._shown_step = number
 
-    def entry(self) -> dict[str, Any]:
-        """The parameter's entry of an optimizer's state; its tensors are the live state."""
-        if self._shown is not self.table.arrays:  # counts have been widened
-            self._show()
-        self._entry = {"step": self.step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return self._entry
+    def show(self, entry: MutableMapping[str, Any]) -> None:
+        """Show the state in a parameter's entry, as live tensors; the user's own keys there are kept."""
+        if self._viewed is not self.table.arrays:  # counts have been widened
+            with torch.inference_mode(False):
+                self._make_views()
+        step = self.step
+        entry.update({"step": step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq})
+        self._entry, self._shown_step = entry, step
 
-    def is_current(self, param: Tensor, sparse_dim: int, entry: Mapping[str, Any]) -> bool:
-        """Whether parameter and state are still those that the engine works on."""
-        if sparse_dim != self.sparse_dim or self.identity != _identity(param) or not entry:
+    def is_current(self, param: Tensor, sparse_dim: int, entry: Any) -> bool:
+        """Whether parameter and state are still those that the engine works on.
+
+        Counts may have been changed, the tensor of counts in place, and the one count by another number: they
+        are checked and taken over here.
+
+        Raises
+        ------
+        StateError
+            For a count that is negative, or larger than any number of steps. Nothing has been changed then.
+        """
+        if sparse_dim != self.sparse_dim or self.identity != _identity(param):
+            return False
+        if not has_state(entry):
+            return not self.is_shown  # else it has been taken out, to begin anew
+        if not isinstance(entry, Mapping):
             return False
         step = entry.get("step")
-        if self.counts is None and (type(step) is not int or step != self.step):
-            return False
         shown = entry.get("exp_avg"), entry.get("exp_avg_sq"), None if self.counts is None else step
-        ours = self.exp_avg, self.exp_avg_sq, self.counts
+        views = self.exp_avg, self.exp_avg_sq, self.counts
         # The same tensors, and their memory has not been exchanged either.
-        return all(
+        if not all(
             given is tensor and (given is None or _identity(given) == at)
-            for given, tensor, at in zip(shown, ours, self._shown_at, strict=True)
-        )
+            for given, tensor, at in zip(shown, views, self._views_at, strict=True)
+        ):
+            return False
+        if self.counts is not None:
+            if self.counts._version != self._counts_version:
+                self._check_counts(self.counts)
+            return True
+        # Compared with what was shown, not with what the engine has: an interrupt may have kept that back.
+        return step is self._shown_step or self._take_step(step)
+
+    def _check_counts(self, counts: Tensor) -> None:
+        """Look at counts that have been changed in place."""
+        version = counts._version
+        if counts.numel():
+            lowest, highest = (int(count) for count in torch.aminmax(counts))
+            if lowest < 0 or highest > MAX_COUNT:
+                at = torch.nonzero((counts < 0) | (counts.long() > MAX_COUNT))[0].tolist()
+                raise StateError(
+                    f"state of parameter {self.name}: step{at} is {int(counts[tuple(at)])}, expected 0 <= "
+                    f"step <= 2**62; set it to 0 for what begins anew, or del optimizer.state[parameter]"
+                )
+            self.table.counts_have_changed()  # one may be at the end of its type now
+        self._counts_version = version
+
+    def _take_step(self, step: Any) -> bool:
+        """Go on from another count of the table; False if it is not known how to tell the engine."""
+        if type(step) is int and step == self._shown_step:
+            return True
+        number = _one_count(f"state of parameter {self.name}", step)
+        if self.on_gpu:
+            return False
+        self.table.arrays.counts[0] = number
+        if type(step) is int:  # else it may be changed in place
+            self._shown_step = step
+        return True
 
     def check_load(self, entry: Any) -> Callable[[], None]:
         """Check a parameter's entry of a state; return what loads it, and cannot fail."""
@@ -258,6 +330,8 @@ class Held:
         return load_and_note
 
     def _given_counts(self, where: str, step: Any) -> Any:
+        if isinstance(step, np.ndarray):
+            step = torch.as_tensor(step)
         single = not isinstance(step, Tensor) or step.dim() == 0
         if self.step_counts == "global":
             if not single and step.numel() != 1:
@@ -266,30 +340,28 @@ class Held:
                     "with step_counts='global' expected one number: load it into an optimizer with the "
                     "step_counts that it was saved with"
                 )
-            number = float(step)
-            if not number.is_integer() or number < 0:
-                raise StateError(f"{where}: step is {number:g}, expected an integer >= 0")
-            return np.asarray(int(number), np.int64)
+            return np.asarray(_one_count(where, step), np.int64)
         expected = (self.rows,) if self.step_counts == "row" else self.shape
+        as_loaded = (self.rows,) if self.step_counts == "row" else (self.rows, self.dim)
+        if single and _one_count(where, step) == 0:  # what any of them is before its first step
+            return np.broadcast_to(np.int32(0), as_loaded)
         if single or tuple(step.shape) != expected:
             got = f"the one count {float(step):g}" if single else f"a tensor of shape {tuple(step.shape)}"
             raise StateError(
                 f"{where}: step is {got}, with step_counts={self.step_counts!r} expected counts of shape "
                 f"{expected}: a checkpoint of torch.optim.SparseAdam goes on with step_counts='global'"
             )
-        counts = _array(step)
-        return counts.reshape(self.rows, self.dim) if self.step_counts == "element" else counts
+        return _whole(where, _array(step)).reshape(as_loaded)
 
     def use(self, options: Mapping[str, Any], device_checks: str) -> None:
         """Set the engine's options."""
         if self.on_gpu and self.checks != device_checks:
             # This one goes with all other options, the old and the new. To leave "deferred" is to wait.
-            self.engine.device_checks = self.checks = "immediate"
+            self.engine.device_checks = "immediate"
         for key, value in options.items():
             setattr(self.engine, key, value)
         if self.on_gpu and self.checks != device_checks:
             self.engine.device_checks = device_checks
-            self.checks = device_checks
 
     def use_threads(self) -> None:
         """Use no more threads than torch may."""
@@ -349,6 +421,19 @@ class Held:
             torch.autograd.graph.increment_version(param)
 
 
+def _check_memory(name: str, param: Tensor) -> None:
+    """Refuse a parameter whose memory has been taken from under it."""
+    if param.numel() == 0:
+        return
+    last = sum((length - 1) * step for length, step in zip(param.shape, param.stride(), strict=True))
+    needed = (param.storage_offset() + last + 1) * param.element_size()
+    if param.untyped_storage().nbytes() < needed:
+        raise TableError(
+            f"parameter {name} of shape {tuple(param.shape)} has {param.untyped_storage().nbytes()} bytes of "
+            f"memory, expected {needed}: its storage has been resized; give it back before the step"
+        )
+
+
 def coo(name: str, grad: Tensor, device: torch.device) -> Tensor:
     """Refuse a gradient that is not sparse, or elsewhere."""
     if grad.layout is not torch.sparse_coo:
@@ -376,3 +461,23 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().numpy()
+
+
+def _one_count(where: str, step: Any) -> int:
+    """Check a single count, a number of any kind."""
+    value: Any = step.item() if isinstance(step, (Tensor, np.generic)) else step
+    is_number = isinstance(value, numbers.Real)
+    if not (is_number and 0 <= value <= MAX_COUNT and int(value) == value):
+        raise StateError(f"{where}: step is {value!r}, expected an integer >= 0 (and <= 2**62)")
+    return int(value)
+
+
+def _whole(where: str, counts: Any) -> Any:
+    """Give counts as integers of 32 or 64 bits."""
+    if counts.dtype in (np.int32, np.int64):
+        return counts
+    with np.errstate(invalid="ignore"):
+        whole = counts.astype(np.int64) if counts.dtype.kind in "iuf" else None
+    if whole is None or not (whole == counts).all():
+        raise StateError(f"{where}: step is a tensor of {counts.dtype}, expected whole numbers")
+    return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,8 @@ from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together
 from nb_sparse_adam.torch import deferred
-from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, entry_copied
+from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, has_state
+from nb_sparse_adam.torch.plain import plain_copy
 
 __all__ = ["Job", "SparseAdam", "step_jobs", "turn_of"]
 
@@ -151,12 +153,14 @@ class SparseAdam(torch.optim.Optimizer):
         param_group : dict
             "params", and any of the options.
         """
-        super().add_param_group(param_group)
-        try:
-            self._check_group(len(self.param_groups) - 1)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        with self._turn:
+            before = len(self.param_groups)
+            try:
+                super().add_param_group(param_group)
+                self._check_group(before)
+            except BaseException:
+                del self.param_groups[before:]
+                raise
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
@@ -181,19 +185,21 @@ class SparseAdam(torch.optim.Optimizer):
 
     @device_checks.setter
     def device_checks(self, value: str) -> None:
-        before = self._device_checks
-        self.set_device_checks(value)
-        try:
-            self.check_device_checks()
-        except OptionError:
-            self._device_checks = before
-            raise
+        with self._turn:
+            before = self._device_checks
+            try:
+                self.set_device_checks(value)
+                self.check_device_checks()
+            except BaseException:
+                self._device_checks = before
+                raise
 
     def set_device_checks(self, value: str) -> None:
         """Set `device_checks` for parameters that may yet be moved to a GPU."""
         value = options.choice("device_checks", value, options.DEVICE_CHECKS)
-        self.synchronize()  # without "deferred" nobody would ask
-        self._device_checks = value
+        with self._turn:
+            self.synchronize()  # without "deferred" nobody would ask
+            self._device_checks = value
 
     def check_device_checks(self) -> None:
         """Refuse `device_checks` that mean nothing where the parameters are."""
@@ -211,7 +217,8 @@ class SparseAdam(torch.optim.Optimizer):
 
         It waits for the GPU where one is there.
         """
-        return {param: held.table.skipped_rows for param, held in self._held.items()}
+        with self._turn:
+            return {param: held.table.skipped_rows for param, held in self._held.items() if held.is_shown}
 
     # --- steps --------------------------------------------------------------------------------------------
 
@@ -240,8 +247,8 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with turn_of([self]):
-            deferred.raise_what_is_known(self._held.values())
+        with self._turn:
+            deferred.raise_what_is_known(list(self._held.values()))
             step_jobs(
                 [
                     self._job(param, group, _name(group, g, i))
@@ -261,8 +268,8 @@ class SparseAdam(torch.optim.Optimizer):
             With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
             after it, have changed nothing; the next one is a new beginning.
         """
-        with turn_of([self]):
-            deferred.settle(self._held.values())
+        with self._turn:
+            deferred.settle(list(self._held.values()))
 
     def _job(self, param: Tensor, group: dict[str, Any], name: str) -> Job:
         assert param.grad is not None
@@ -275,7 +282,9 @@ class SparseAdam(torch.optim.Optimizer):
         held = self._held_for(param, sparse_dim, group["step_counts"], name)
         given = (self._device_checks, *(_numbers(group.get(key)) for key in USED))
         if given != held.given:  # checked once, not in every step
-            held.use(_options_of(group), self._device_checks)
+            options_now = _options_of(group)
+            held.given = None  # until all of them are in use
+            held.use(options_now, self._device_checks)
             held.given = given
         held.use_threads()
         return held
@@ -283,11 +292,14 @@ class SparseAdam(torch.optim.Optimizer):
     def has_stepped(self, param: Tensor, held: Held) -> None:
         """Show a parameter's new state."""
         self._held[param] = held
-        self.state[param] = held.entry()
+        entry = self.state.get(param)
+        if not isinstance(entry, dict):
+            entry = self.state[param] = {} if entry is None else dict(entry)
+        held.show(entry)
 
     def _held_for(self, param: Tensor, sparse_dim: int, step_counts: str, name: str) -> Held:
         """What the engine holds for a parameter, made anew where something has been exchanged since."""
-        held, entry = self._held.get(param), self.state.get(param, {})
+        held, entry = self._held.get(param), self.state.get(param)
         if held is not None:
             if held.step_counts != step_counts:
                 raise OptionError(
@@ -298,30 +310,104 @@ class SparseAdam(torch.optim.Optimizer):
                 return held
             deferred.settle([held])
         present = {p for group in self.param_groups for p in group["params"]}
-        self._held = {p: kept for p, kept in self._held.items() if p in present}
+        for gone in [p for p in list(self._held) if p not in present]:
+            self._held.pop(gone, None)
         renewed = Held(name, param, sparse_dim, step_counts)
-        if entry:
-            renewed.check_load(entry)()
         if held is not None:
             renewed.set_skipped_rows(held.table.skipped_rows)
-        return renewed
+        if has_state(entry):
+            renewed.check_load(entry)()
+        if held is not None and self._held.get(param) is held:
+            self._held.pop(param, None)
+        # Now: a step of a signal handler's that comes before this one's end is to find it, or was first.
+        return self._held.setdefault(param, renewed)
 
     # --- state --------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Copy state and options: what a step changes later, or a scheduler, is not changed in it.
+
+        Returns
+        -------
+        dict
+            As torch's: "state", by the parameters' numbers, and "param_groups". Tensors are contiguous, and
+            NumPy's numbers are Python's, so that ``torch.load(..., weights_only=True)`` reads it.
+        """
+        with self._turn:
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, also that of ``torch.optim.SparseAdam``.
+
+        Parameters
+        ----------
+        state_dict : dict
+
+        Raises
+        ------
+        StateError
+            If it does not fit; nothing has been changed then.
+        """
+        with self._turn:
+            super().load_state_dict(state_dict)
+
+    def __copy__(self) -> SparseAdam:
+        """Another optimizer of the same parameters."""
+        made = type(self).__new__(type(self))
+        with self._turn:
+            made.__setstate__(self._state_now())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseAdam:
+        """An optimizer of copies of the parameters; of those that have been copied before, if there are.
+
+        They all are given the values of the moment: a step may have come since they were copied.
+        """
+        made = memo[id(self)] = type(self).__new__(type(self))
+        with self._turn:
+            before = [param for param, held in self._held.items() if held.is_shown and id(param) in memo]
+            made.__setstate__(copy.deepcopy(self._state_now(), memo))
+            _set_values({memo[id(param)]: param for param in before})
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
+        """Give what is to be pickled, parameters and state of one moment, whoever steps meanwhile.
+
+        The parameters themselves are there to be the same ones as elsewhere in the pickle; they are written
+        to it later, when they may have changed. So their values are there, too: it takes their size twice.
+        """
+        with self._turn:
+            state, is_sent = self._state_now(), get_spawning_popen() is not None
+            # A process that is being spawned is sent places in shared memory, which must last until it is
+            # there.
+            self._sent = state["state"] if is_sent else None
+            if not is_sent:
+                shown = [param for param, held in self._held.items() if held.is_shown]
+                state["_values"] = {param: param.detach().clone() for param in shown}
+            return state
+
+    def _state_now(self) -> dict[str, Any]:
         self.synchronize()
-        state = super().__getstate__()
-        copied = defaultdict(dict, {key: entry_copied(entry) for key, entry in self.state.items()})
-        # A process that is being spawned is sent places in shared memory, which must last until it is there.
-        self._sent = copied if get_spawning_popen() is not None else None
-        return {**state, "state": copied, "_device_checks": self._device_checks}
+        copied = defaultdict(dict, {key: plain_copy(entry) for key, entry in list(self.state.items())})
+        return {**super().__getstate__(), "state": copied, "_device_checks": self._device_checks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state: what unpickling, `copy.deepcopy` and `load_state_dict` end in."""
+        state = dict(state)
+        values = state.pop("_values", {})
+        if "_turn" not in self.__dict__:
+            self._turn = forks.new_lock(self, "_turn", outer=True)
+        with self._turn:
+            self._take_over(state)
+            _set_values(values)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
+        known: Mapping[Tensor, Held] = {} if before is None else self._held
         if before is not None:
             self.synchronize()
-        loads: list[tuple[Tensor, Held, Callable[[], None]]] = []
+        helds: dict[Tensor, Held] = {}
+        loads: list[Callable[[], None]] = []
         for g, group in enumerate(state["param_groups"]):
             own = OWN if before is None else before[g]
             for key in OWN:
@@ -334,22 +420,22 @@ class SparseAdam(torch.optim.Optimizer):
             _options_of(group)
             for i, param in enumerate(group["params"]):
                 entry = state["state"].get(param)
-                if entry:
-                    sparse_dim = self._held[param].sparse_dim if before and param in self._held else 1
+                if has_state(entry):
+                    sparse_dim = known[param].sparse_dim if param in known else 1
                     name = _name(group, g, i)
                     held = Held(name, param, min(sparse_dim, param.dim()), group["step_counts"])
-                    loads.append((param, held, held.check_load(entry)))
-        skipped = {} if before is None else dict(self.skipped_rows)
-        super().__setstate__(state)
-        self._held = {}
-        if before is None:
-            self._turn = forks.new_lock(self, "_turn", outer=True)
-            self._register_hooks()
-        for param, held, load in loads:
+                    if param in known:
+                        held.set_skipped_rows(known[param].table.skipped_rows)
+                    loads.append(held.check_load(entry))
+                    helds[param] = held
+        # One assignment. What an interrupt leaves to be done after it, the next step does: entries that are
+        # not those of `_held` are taken over.
+        super().__setstate__({**state, "_held": helds})
+        for (param, held), load in zip(helds.items(), loads, strict=True):
             load()
-            held.set_skipped_rows(skipped.get(param, 0))
-            self._held[param] = held
-            self.state[param] = held.entry()
+            self.has_stepped(param, held)
+        if before is None:
+            self._register_hooks()
 
 
 class Job(NamedTuple):
@@ -375,15 +461,25 @@ def step_jobs(jobs: Sequence[Job]) -> None:
     """Update parameters of one optimizer or several, all or none of them. It must be their turn."""
     helds = [job.held if job.held.on_gpu else None for job in jobs]
     _refuse_several_gpus([held for held in helds if held is not None])
-    before = [job.held.has_run for job in jobs]
+    shown = [job.held.has_run for job in jobs]
     try:
-        with deferred.one_step(helds):
-            step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
-    finally:  # an interrupt is raised when everything has been written
-        for job, had_run in zip(jobs, before, strict=True):
-            if job.held.has_run != had_run:
-                job.held.has_changed(job.param, job.grad)
-                job.optimizer.has_stepped(job.param, job.held)
+        try:
+            with deferred.one_step(helds):
+                step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
+        finally:  # an interrupt is raised when everything has been written
+            _show(jobs, shown)
+    finally:  # and shown: one that came just now has left the rest to this
+        _show(jobs, shown)
+
+
+def _show(jobs: Sequence[Job], shown: list[int]) -> None:
+    """Show what steps have changed since; ``shown`` is how many the engines had taken, and is brought up."""
+    for at, job in enumerate(jobs):
+        has_run = job.held.has_run
+        if has_run != shown[at]:
+            job.held.has_changed(job.param, job.grad)
+            job.optimizer.has_stepped(job.param, job.held)
+            shown[at] = has_run
 
 
 def _refuse_several_gpus(helds: Sequence[Held]) -> None:
@@ -405,8 +501,12 @@ def _is_sparse(param: Tensor) -> bool:
 
 
 def _numbers(value: Any) -> Any:
-    """Give an option as what does not change: a list and a tensor can be changed in place."""
-    return tuple(map(_number, value)) if isinstance(value, (list, tuple)) else _number(value)
+    """Give an option as what does not change: a list, an array and a tensor can be changed in place."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_number, value))
+    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.numel() != 1):
+        return str(value.tolist())
+    return _number(value)
 
 
 def _number(value: Any) -> Any:
@@ -431,6 +531,18 @@ def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def _set_values(values: Mapping[Tensor, Tensor]) -> None:
+    """Give parameters the values that they had when their state was copied."""
+    for param, value in values.items():
+        if param is not value and (param.shape, param.dtype) == (value.shape, value.dtype):
+            param.copy_(value)
+
+
 def _copy_state(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give a state dict tensors of its own: the live ones are strided, and change with every step."""
-    state_dict["state"] = {key: entry_copied(entry) for key, entry in state_dict["state"].items()}
+    """Give a state dict values of its own: the live ones change with every step, and with schedulers."""
+    state_dict["state"] = {key: plain_copy(entry) for key, entry in state_dict["state"].items()}
+    groups = state_dict["param_groups"] = plain_copy(state_dict["param_groups"])
+    for group in groups:
+        if isinstance(group.get("betas"), np.ndarray):
+            group["betas"] = tuple(group["betas"].tolist())
