@@ -238,6 +238,35 @@ def test_a_group_that_is_added(everywhere):
     everywhere(scenario)
 
 
+def test_a_parameter_that_is_rearranged(everywhere):
+    source = torch.tensor([4, -1, 1])
+
+    def exchanged(params, optimizer):
+        new = torch.nn.Parameter(params[0].detach()[:3])
+        optimizer.rearrange(params[0], new, source)
+        return [new, params[1]]
+
+    params, optimizer = made(2, step_counts="row")
+    expected = bits(exchanged(params, optimizer), optimizer)
+
+    def scenario():
+        params, optimizer = made(2, step_counts="row")
+        new = torch.nn.Parameter(params[0].detach()[:3])
+        before = bits(params, optimizer)
+
+        def check():
+            its = optimizer.param_groups[0]["params"]
+            assert set(optimizer.state) == set(its)
+            assert bits(its, optimizer) == (before if its[0] is params[0] else expected)
+            if its[0] is params[0]:
+                in_another_thread(lambda: optimizer.rearrange(params[0], new, source))
+            assert bits(its, optimizer) == expected
+
+        return lambda: optimizer.rearrange(params[0], new, source), check
+
+    everywhere(scenario)
+
+
 def test_a_handler_may_step_within_a_step(request):
     """Two steps of one gradient, the second one wherever it comes in the first, are two steps."""
     params, optimizer = made(0)

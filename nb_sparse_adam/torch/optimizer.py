@@ -21,6 +21,7 @@ from nb_sparse_adam.optimizer import step_together
 from nb_sparse_adam.torch import deferred
 from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, has_state
 from nb_sparse_adam.torch.plain import plain_copy
+from nb_sparse_adam.torch.rearranging import check_replacement, rearranged, source_of
 
 __all__ = ["Job", "SparseAdam", "step_jobs", "turn_of"]
 
@@ -350,6 +351,114 @@ class SparseAdam(torch.optim.Optimizer):
         """
         with self._turn:
             super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def rearrange(self, old_param: Tensor, new_param: Tensor, source: Any) -> None:
+        """Let another parameter take a parameter's place, its rows taking moments and counts of old rows.
+
+        For rows that come, go or change places: Gaussians that are split and pruned, a vocabulary that grows,
+        users that are dropped. To append, prune, reorder and reset rows are all this one thing.
+
+        Parameters
+        ----------
+        old_param : Tensor
+            A parameter of this optimizer.
+        new_param : Tensor
+            Takes its place in its group; its values are yours, and are not touched. Of the old one's dtype,
+            and of its shape but for the first dimension. It may be the same Parameter, with other memory or
+            not, but no other one of this optimizer.
+        source : (rows,) integer Tensor or array
+            For each row of `new_param` (place in its first dimension) the row of the old one whose moments
+            and counts it takes, -1 for a fresh row: moments and counts are 0. A row that is named more than
+            once is copied for each.
+
+        Raises
+        ------
+        TableError
+            If `old_param` is none of this optimizer's, or `new_param` cannot take its place.
+        StateError
+            If `source` is malformed, or names a row that is not there; if what is in ``state[old_param]``
+            cannot be gone on with.
+        GradientError
+            With ``device_checks="deferred"``, for an earlier step.
+
+        Notes
+        -----
+        If it raises, nothing has been changed. The number "step" of ``step_counts="global"`` and
+        `skipped_rows` are of the whole parameter, and stay. A parameter that has not been stepped has nothing
+        to rearrange: the new one just takes its place. The dict ``state[old_param]`` becomes that of
+        `new_param`, with the keys that you put there as they are; ``state`` has no more of the old one.
+        Parameters may be on the CPU or a GPU, and the new one elsewhere than the old one.
+
+        Examples
+        --------
+        Densify and prune, as in Gaussian splatting: rows that became transparent go, others are split in two.
+
+        >>> means = torch.nn.Parameter(torch.zeros(5, 3))
+        >>> optimizer = SparseAdam([means], lr=0.01)
+        >>> means.grad = torch.ones(5, 3).to_sparse(1)
+        >>> optimizer.step()
+        >>> kept, split = torch.tensor([0, 2, 3]), torch.tensor([2])
+        >>> rows = torch.cat([kept, split])
+        >>> new_means = torch.nn.Parameter(means.detach()[rows])
+        >>> fresh = torch.full_like(split, -1)  # or `split`: a copy goes on with the moments of its original
+        >>> optimizer.rearrange(means, new_means, torch.cat([kept, fresh]))
+        >>> optimizer.param_groups[0]["params"][0] is new_means
+        True
+        >>> optimizer.state[new_means]["exp_avg"][:, 0]
+        tensor([0.1000, 0.1000, 0.1000, 0.0000])
+        """
+        with self._turn:
+            g, i = self._place_of(old_param, new_param)
+            group = self.param_groups[g]
+            name = _name(group, g, i)
+            check_replacement(name, old_param, new_param)
+            self.synchronize()
+            entry, held = self.state.get(old_param), self._held.get(old_param)
+            renewed: Held | None = None
+            if has_state(entry):
+                arranged = rearranged(name, entry, source, new_param, group["step_counts"])
+                sparse_dim = 1 if held is None else held.sparse_dim
+                renewed = Held(name, new_param, sparse_dim, group["step_counts"])
+                if held is not None:
+                    renewed.set_skipped_rows(held.table.skipped_rows)
+                renewed.check_load(arranged)()
+            else:
+                source_of(name, source, len(new_param), len(old_param))
+
+            def exchange() -> None:
+                group["params"][i] = new_param
+                if entry is not None:
+                    self.state[new_param] = entry
+                if renewed is not None:
+                    self.has_stepped(new_param, renewed)
+                if new_param is not old_param:
+                    self.state.pop(old_param, None)
+                    self._held.pop(old_param, None)
+
+            try:
+                exchange()
+            finally:  # an interrupt that came in between is raised when all has been exchanged
+                exchange()
+
+    def _place_of(self, old_param: Tensor, new_param: Tensor) -> tuple[int, int]:
+        """Find a parameter in the groups, where the new one must not be."""
+        found = None
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param is old_param:
+                    found = g, i
+                elif param is new_param:
+                    raise TableError(
+                        f"rearrange: the new parameter is {_name(group, g, i)} of this optimizer, expected "
+                        "one that has no place in it yet"
+                    )
+        if found is None:
+            raise TableError(
+                "rearrange: the old parameter is in none of this optimizer's groups, expected one of theirs: "
+                "the very Parameter, for it may be another one after a call of rearrange"
+            )
+        return found
 
     def __copy__(self) -> SparseAdam:
         """Another optimizer of the same parameters."""
