@@ -129,6 +129,8 @@ def check_pass(seen_in: int) -> None:
     seen_in : int
         `this_pass` at the time of the lookup.
     """
+    if torch.compiler.is_compiling():
+        _refuse_compiled()
     if torch.is_grad_enabled():
         raise GradientError(
             "backward through a fused embedding with create_graph=True: the table is updated in the backward "
@@ -141,6 +143,15 @@ def check_pass(seen_in: int) -> None:
             "use_reentrant=True does it, or a hook: the table would be updated before that pass is over. "
             "Pass use_reentrant=False, or look up outside of hooks"
         )
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_compiled() -> None:
+    raise GradientError(
+        "backward through a fused embedding with compiled autograd: the table is updated at the end of the "
+        "pass, by Python. Call backward without it (torch._dynamo.config.compiled_autograd = False), or use "
+        "torch.nn.EmbeddingBag(sparse=True) with nb_sparse_adam.torch.SparseAdam"
+    )
 
 
 def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from nb_sparse_adam.errors import (
     OptionError,
     OptionTypeError,
     SparseAdamError,
+    SparseAdamWarning,
     StateError,
     TableError,
 )
@@ -32,6 +35,26 @@ if TYPE_CHECKING:
     _Module = torch.nn.Module
 else:
     _Module = object
+
+
+class LayerOptimizer(SparseAdam):
+    """The optimizer of a layer, which steps it in the backward pass: `step` is not called."""
+
+    def register_step_pre_hook(self, hook: Any) -> Any:  # noqa: ARG002 (torch's names)
+        """Refused: it would never be called."""
+        raise _never_called("register_step_pre_hook")
+
+    def register_step_post_hook(self, hook: Any) -> Any:  # noqa: ARG002
+        """Refused: it would never be called."""
+        raise _never_called("register_step_post_hook")
+
+
+def _never_called(what: str) -> OptionError:
+    return OptionError(
+        f"layer.optimizer.{what}: the hook would never be called, as a fused layer's step is taken at the "
+        "end of the backward pass, not by the optimizer's step. Do it after loss.backward(), or use "
+        "torch.nn.EmbeddingBag(sparse=True) with nb_sparse_adam.torch.SparseAdam"
+    )
 
 
 class Fused(_Module):
@@ -54,10 +77,11 @@ class Fused(_Module):
         unknown = [key for key in given if key not in OPTIONS]
         if unknown:
             raise OptionError(f"{name}: optimizer has {unknown[0]!r}, expected some of {', '.join(OPTIONS)}")
+        _refuse_meta(name, self.weight)
         _refuse_strides(name, self.weight)
         given = dict(given)
         device_checks = given.pop("device_checks", "immediate")
-        self.optimizer = SparseAdam([(f"{name}.weight", self.weight)], **given)
+        self.optimizer = LayerOptimizer([(f"{name}.weight", self.weight)], **given)
         self.optimizer.set_device_checks(device_checks)  # layers are moved to a GPU when they have been made
         self.accumulated = None
         self.grad_scaler = None
@@ -78,13 +102,20 @@ class Fused(_Module):
 
     def _check_training(self) -> None:
         """Refuse what cannot be trained."""
-        name = type(self).__name__
-        check_parameter(f"{name}.weight", self.weight)
-        _refuse_strides(name, self.weight)
+        name, weight = type(self).__name__, self.weight
+        if torch._C._are_functorch_transforms_active():
+            raise GradientError(
+                f"a training {name} was looked up under torch.func (grad, vmap, jacrev, ...): its table is "
+                "updated at the end of a backward pass, which these transforms do not have. Call layer.eval()"
+                f" before, if the table is not to be updated, or use torch.nn.{name}"
+            )
+        _refuse_meta(name, weight)
+        check_parameter(f"{name}.weight", weight)
+        _refuse_strides(name, weight)
         if self.optimizer.device_checks != "immediate":
             self._group()
             self.optimizer.check_device_checks()
-        if not self.weight.is_leaf or "weight" not in self._parameters:
+        if not weight.is_leaf or "weight" not in self._parameters:
             raise TableError(
                 f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
                 "expected a Parameter: the table is updated in place, and has no gradient to give to them. "
@@ -104,6 +135,14 @@ class Fused(_Module):
                 f"{name} under float16 autocast: it cannot know how a GradScaler has scaled the loss. Set "
                 "layer.grad_scaler = scaler, or, if there is none, layer.grad_scaler = 1.0; bfloat16 needs "
                 "no scaler"
+            )
+
+        if weight._backward_hooks:
+            warnings.warn(
+                f"{name}.weight has a hook, which is called with None: the table has no gradient. Remove it, "
+                f"put it on the output of the layer, or use torch.nn.{name}(sparse=True)",
+                SparseAdamWarning,
+                stacklevel=2,
             )
 
     def _unscaled(self, grad_output: Tensor) -> Tensor:
@@ -136,6 +175,23 @@ class Fused(_Module):
             if was in self.optimizer.state:
                 self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
         return group
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which asks for this."""
+        name = type(self).__name__
+        raise TableError(
+            f"torch.jit.script of a fused {name}: how it updates its table cannot be scripted. For evaluation"
+            " use torch.jit.trace, torch.compile or torch.export after eval(), or script a torch.nn."
+            f"{name} that has its weight: load_state_dict(layer.state_dict(), strict=False)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the layer with its optimizer; a GradScaler goes on to be shared, for it scales one loss."""
+        if hasattr(self.grad_scaler, "get_scale"):
+            memo.setdefault(id(self.grad_scaler), self.grad_scaler)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
@@ -224,6 +280,15 @@ class Fused(_Module):
             hook.remove()
         if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
             missing_keys.remove(key)
+
+
+def _refuse_meta(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise TableError(
+            f"{name}.weight is on device meta, which has no memory, expected the CPU or cuda. Make the layer "
+            "there, without torch.nn.utils.skip_init; to leave out the initialization: "
+            f"{name}.from_pretrained(torch.empty{tuple(weight.shape)}, freeze=False)"
+        )
 
 
 def _refuse_strides(name: str, weight: Tensor) -> None:
