@@ -123,8 +123,15 @@ def read_interactions(path: str | os.PathLike[str], file_format: str = "auto") -
         * LightGCN adjacency lines, ``user item item ...``; a user without items is left out.
         * Parquet: columns with names like ``user_id`` and ``item_id`` if there are any, else the first two.
 
-        Text is UTF-8, and may be compressed with gzip. Ids are integers or strings; blanks around them are
-        dropped. They count as integers if every one of a column is written as one (``007`` is not).
+        Text is UTF-8, and may be compressed with gzip; it is read once, from beginning to end, so that it may
+        come from a pipe. Lines end as on Unix, Windows or old Macs, and have at most 16,777,216 characters.
+        Lines at the beginning that start with ``# `` or ``% `` are comments. A field in quotes may have line
+        ends in it, but an id may not; such line ends are counted in the description, for a quote that does
+        not match makes the lines below it part of its field.
+
+        Ids are integers or strings; blanks around them are dropped. They count as integers if every one of a
+        column is written as one (``007`` is not) and fits int64. The name of a file is taken as it is: there
+        are no wildcards.
     file_format : {"auto", "delimited", "adjacency", "parquet"}
         ``"auto"`` looks at the beginning of the file. Lines separated by spaces are ambiguous: they are
         taken for adjacency lines if they differ in length and no first field comes twice, else for
@@ -194,8 +201,9 @@ def read_split(
     kept = test_pairs.select(~(seen | strangers))
     if not len(kept):
         raise InteractionsError(
-            f"{test}: none of its {len(test_pairs):,} interactions can be predicted: {strangers.sum():,} "
-            f"are of users that {train} does not have, and {seen.sum():,} are in it too"
+            f"{_printable(str(test))}: none of its {len(test_pairs):,} interactions can be predicted: "
+            f"{strangers.sum():,} are of users that {_printable(str(train))} does not have, and "
+            f"{seen.sum():,} are in it too"
         )
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
     description = f"trained on {known.description}; tested on {wanted.description}"
@@ -257,8 +265,8 @@ def _read_text(name: str, shown: str, stream: Any, file_format: str, users: _Ids
         if not number:
             raise InteractionsError(f"{name}: is empty; expected a user and an item on each line")
         layout = _sniff(name, number, text, file_format)
-        text = "\n".join(text.split("\n")[layout.begin - number :])
-        blocks, notes = chain([(layout.begin, text)], blocks), []
+        below = text.split("\n")[layout.begin - number :]
+        blocks, notes = chain([(layout.begin, "\n".join(below))] if below else [], blocks), []
         if layout.format == "adjacency":
             what = f"{shown}, adjacency lines (user item item ...)"
             pairs = _distinct(_adjacency(name, blocks, users, items))
@@ -325,6 +333,11 @@ def _checked(name: str, number: int, text: str) -> str:
 def _sniff(name: str, number: int, text: str, file_format: str) -> _Layout:
     """Find out from its first lines how a file is laid out."""
     lines = [(at, line) for at, line in enumerate(text.split("\n"), number) if line.strip()]
+    if lines[0][1].startswith(('{"', '[{"')):
+        raise InteractionsError(
+            f"{name}: is JSON; expected delimited text: convert it, for example with: "
+            f"jq -r '[.user_id, .item_id] | @csv'"
+        )
     separator = _separator(name, lines, file_format)
     comments = 0
     for _, line in lines:

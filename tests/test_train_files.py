@@ -234,6 +234,14 @@ def test_utf_16_is_recognised(encoding, write):
         read_interactions(write(f"{mark}user,item\n1,2\n".encode(encoding)))
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"user_id": 1, "item_id": 2}\n' * 2, b'[{"u":"a","i":"b"},\n{"u":"c"}]\n']
+)
+def test_json_is_recognised(content, write):
+    with pytest.raises(InteractionsError, match="is JSON; expected delimited text"):
+        read_interactions(write(content))
+
+
 def test_damaged_gzip_files(write):
     packed = gzip.compress(
         b"".join(b"%d,%d\n" % (random.Random(at).randrange(9**9), at) for at in range(3000))
@@ -350,9 +358,12 @@ def test_odd_files(content, expected, write):
     assert pairs_of(read_interactions(write(content))) == expected
 
 
-def test_comments_are_counted(write):
+def test_comments_are_counted_and_a_header_may_be_long(write):
     got = read_interactions(write(ODD_FILES["comments of SNAP"][0]))
     assert got.description.endswith(", comments above: 2 lines")
+    long = read_interactions(write(b'"user\nid","item ' + b"x" * 2_000_000 + b'"\n1,"2"\n3,4,"x\ny"\n'))
+    assert pairs_of(long) == [(1, 2), (3, 4)]
+    assert long.description.endswith("with header), line ends within quotes: 1 (the first in line 4)")
     with pytest.raises(InteractionsError, match="has no interactions"):
         read_interactions(write(b"# only\n# comments\n"))
 
