@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import kernels
 from nb_sparse_adam.finite import squares_are_finite
-from nb_sparse_adam.gradients import Entries, Rows, Target, extent
+from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile, extent
 from nb_sparse_adam.grouping import (
     DIGIT_BITS,
     Buffers,
@@ -179,6 +179,8 @@ def plan_batch(
     like = first.rows.ids, _NO_INT32, _NO_INT64
     turns = np.zeros(1, np.int64)
     run(group_tables, crew, turns, order, ids, memory, long, long_first, ends, kernels.BLOCK, like)
+    if ids.changed.any():
+        raise changed_meanwhile(parts[int(ids.changed.argmax())].target)
     dtype, dims = first.target.dtype, [part.target.dim for part in parts]
     sums_at = np.concatenate([[0], np.cumsum(ids.blocks * dims)])
     sums = np.empty(int(sums_at[-1]), dtype)
@@ -198,6 +200,7 @@ def _id_batch(parts: Sequence[Part], lengths: list[int]) -> IdBatch:
         records.append(
             (
                 _address(rows.ids),
+                part.target.rows - 1,
                 n,
                 int(rows.nondecreasing),
                 offsets,
@@ -206,7 +209,7 @@ def _id_batch(parts: Sequence[Part], lengths: list[int]) -> IdBatch:
                 *_bits(part),
                 first,
                 first_long,
-                *(0, 0, 0, 0),
+                *(0, 0, 0, 0, 0),
             )
         )
         first += n + 1

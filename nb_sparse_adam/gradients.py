@@ -385,8 +385,20 @@ def id_error(what: str, at: int, got: int, upper: int, of: str, target: Target) 
 
 def _refuse_ids(what: str, ids: NDArray[Any], upper: int, of: str, target: Target) -> NoReturn:
     """Raise for the first id that is not in 0..upper - 1."""
-    at = int(np.flatnonzero((ids < 0) | (ids >= upper))[0])
+    wrong = np.flatnonzero((ids < 0) | (ids >= upper))
+    if not len(wrong):
+        raise changed_meanwhile(target)
+    at = int(wrong[0])
     raise id_error(what, at, int(ids[at]), upper, of, target)
+
+
+def changed_meanwhile(target: Target) -> GradientError:
+    """Refuse a gradient that is not what it was when it was checked."""
+    return target.refuse(
+        GradientError,
+        "it was changed while step was reading it, expected arrays that nobody writes to until step returns; "
+        "nothing was updated. Pass copies, or let whoever fills the arrays wait",
+    )
 
 
 def _ids(
@@ -486,6 +498,8 @@ def _refuse_offsets(what: str, offsets: NDArray[Any], last: int, target: Target)
     wrong = offsets > last
     wrong[0] |= offsets[0] != 0
     wrong[1:] |= offsets[1:] < offsets[:-1]
+    if not wrong.any():
+        raise changed_meanwhile(target)
     at = int(np.flatnonzero(wrong)[0])
     before = int(offsets[at - 1]) if at else 0
     raise offset_error(what, at, int(offsets[at]), before, last, False, target)
@@ -499,9 +513,9 @@ def _check_csr(
     indices = integers_of(what + "indices", indices, target)
     data = values_of(what + "data", data, target, None, "for each entry", matrix=False)
     present, fall = count_rises_and_falls(indptr)
-    if fall or indptr[0] != 0 or indptr[-1] > len(indices):
-        _refuse_offsets(what + "indptr", indptr, len(indices), target)
     nnz = int(indptr[-1])
+    if fall or indptr[0] != 0 or not 0 <= nnz <= len(indices):
+        _refuse_offsets(what + "indptr", indptr, len(indices), target)
     if exact and nnz != len(indices):
         raise target.refuse(
             GradientError,
@@ -512,9 +526,10 @@ def _check_csr(
             GradientError, f"{what}data has {len(data)} entries, expected {nnz}, one for each of indices"
         )
     indices, data = indices[:nnz], data[:nnz]
-    rows, starts = np.empty((2, present + 1), indptr.dtype)  # one place more, for the last write
-    list_present(indptr, rows, starts)
-    rows = rows[:present]
+    rows, starts = np.empty((2, present + _SPARE), indptr.dtype)
+    if not list_present(indptr, rows, starts) or starts[present] != nnz:
+        raise changed_meanwhile(target)
+    rows, starts = rows[:present], starts[: present + 1]
     if starts.dtype != indices.dtype:
         rows, starts, indices = (array.astype(np.int64, copy=False) for array in (rows, starts, indices))
     lowest, highest, distinct = scan_columns(starts, indices)
@@ -571,6 +586,9 @@ def _check_scipy(gradient: Any, target: Target) -> Rows | Compressed | Entries:
     return Entries(rows.astype(np.int64, copy=False) * target.dim + columns, data)
 
 
+_SPARE = 64  # places in `list_present`: what may be written before it is seen that there are too many
+
+
 @jit
 def count_rises_and_falls(offsets: Any) -> Any:
     """How often offsets increase, and decrease. No early exit: a loop with one is not vectorized."""
@@ -582,15 +600,33 @@ def count_rises_and_falls(offsets: Any) -> Any:
 
 
 @jit
-def list_present(indptr: Any, rows: Any, starts: Any) -> None:
-    """List the rows that store entries, and where each one's start, then their end."""
-    present = 0
-    for r in range(len(indptr) - 1):
-        # Written always and kept where there are entries: no branch to mispredict.
-        rows[present] = r
-        starts[present] = indptr[r]
-        present += indptr[r + 1] > indptr[r]
-    starts[present] = indptr[len(indptr) - 1]
+def list_present(indptr: Any, rows: Any, starts: Any) -> bool:
+    """List the rows that store entries, and where each one's start, then their end.
+
+    ``indptr`` is the user's memory, and another thread may have changed it since the rows were counted: each
+    number is read once. Returns False if there are not as many rows as places, `_SPARE` apart, or starts do
+    not rise from 0.
+    """
+    n, expected = len(indptr) - 1, np.uint64(len(rows) - _SPARE)
+    present, one = np.uint64(0), np.uint64(1)  # unsigned: indices that cannot count from the end
+    start = indptr[0]
+    for first in range(0, n, _SPARE):
+        if present > expected:
+            return False
+        for r in range(np.uint64(first), np.uint64(min(first + _SPARE, n))):
+            # Written always and kept where there are entries: no branch to mispredict.
+            rows[present] = r
+            starts[present] = start
+            end = indptr[r + one]
+            present += np.uint64(end > start)
+            start = end
+    if present != expected:
+        return False
+    starts[present] = start
+    falls = 0
+    for s in range(np.int64(present)):
+        falls += starts[s + 1] <= starts[s]
+    return bool(starts[0] == 0 and falls == 0)
 
 
 @jit

@@ -3,6 +3,10 @@
 Every id is packed into one int64 with its payload, ``id << row_shift | payload``, and the packed ids are
 sorted by a radix sort of the id's bits. The sort is stable, so that ids of one row stay in the order of the
 gradient, whatever the number of threads; two buffers of 8 bytes an id are all the memory that it takes.
+
+Ids and offsets may be the user's own arrays, which another thread can change after they were checked. So
+what packs them reads each number once, compares it, and says if one cannot be; from then on only what was
+packed counts.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from nb_sparse_adam.threads import ALONE, Crew, run
 __all__ = [
     "DIGIT_BITS",
     "Buffers",
+    "ChangedError",
     "Grouping",
     "IdBatch",
     "bits_of",
@@ -37,6 +42,10 @@ __all__ = [
 # 4 096 counters of 8 bytes fill the first-level cache; a pass more costs more than its misses (24 bits in two
 # passes instead of three).
 DIGIT_BITS = 12
+
+
+class ChangedError(Exception):
+    """Ids or offsets are not what they were when they were checked."""
 
 
 class Grouping(NamedTuple):
@@ -58,6 +67,7 @@ class IdBatch(NamedTuple):
     """
 
     ids: NDArray[np.int64]  # address
+    highest: NDArray[np.int64]
     n: NDArray[np.int64]  # > 0, < 2**31 - 1
     nondecreasing: NDArray[np.int64]
     offsets: NDArray[np.int64]  # address of (bags + 1,) int64; 0: there are none
@@ -68,6 +78,7 @@ class IdBatch(NamedTuple):
     first: NDArray[np.int64]  # where its n + 1 places begin, in each half of the memory
     first_long: NDArray[np.int64]  # the same, among long segments
     # Answers.
+    changed: NDArray[np.int64]  # 1: see `ChangedError`; there are no other answers then
     half: NDArray[np.int64]  # 0 or 1: where packed ids are; `starts` and `spare` are in the other one
     segments: NDArray[np.int64]
     long: NDArray[np.int64]  # how many segments are longer than a block
@@ -134,6 +145,11 @@ def group_ids(
     -------
     Grouping or None
         None if an id and its payload do not fit into 63 bits together.
+
+    Raises
+    ------
+    ChangedError
+        For an id or an offset that is not what the parameters say.
     """
     n = len(ids)
     id_bits, row_shift = bits_of(highest, n, offsets)
@@ -141,9 +157,11 @@ def group_ids(
         return None
     packed, other = np.empty((2, n + 1), np.int64) if memory is None else memory[:, : n + 1]
     if offsets is None:
-        pack_positions(ids, row_shift, packed)
+        fits = pack_positions(ids, highest, row_shift, packed)
     else:
-        pack_bags(ids, offsets, row_shift, packed)
+        fits = pack_bags(ids, highest, offsets, row_shift, packed)
+    if not fits:
+        raise ChangedError
     if not nondecreasing and id_bits:
         passes = -(-id_bits // DIGIT_BITS)
         digit_bits = -(-id_bits // passes)
@@ -178,18 +196,31 @@ def scan_ids(ids: Any) -> Any:
 
 
 @jit
-def pack_positions(ids: Any, row_shift: Any, packed: Any) -> None:
-    """Pack each id with its position."""
+def pack_positions(ids: Any, highest: Any, row_shift: Any, packed: Any) -> bool:
+    """Pack each id with its position; return whether all are in 0..highest."""
+    largest = np.uint64(0)  # a negative number is a large one
     for i in range(len(ids)):
-        packed[i] = (np.int64(ids[i]) << row_shift) | i
+        row = np.int64(ids[i])
+        largest = max(largest, np.uint64(row))
+        packed[i] = (row << row_shift) | i
+    return bool(largest <= np.uint64(highest))
 
 
 @jit
-def pack_bags(ids: Any, offsets: Any, row_shift: Any, packed: Any) -> None:
-    """Pack each id with its bag."""
+def pack_bags(ids: Any, highest: Any, offsets: Any, row_shift: Any, packed: Any) -> bool:
+    """Pack each id with its bag; return whether all are in 0..highest, and in a bag."""
+    largest = np.uint64(0)
+    start, n = np.int64(0), np.int64(len(ids))
     for bag in range(len(offsets) - 1):
-        for i in range(offsets[bag], offsets[bag + 1]):
-            packed[i] = (np.int64(ids[i]) << row_shift) | bag
+        end = np.int64(offsets[bag + 1])
+        if end < start or end > n:
+            return False
+        for i in range(start, end):
+            row = np.int64(ids[i])
+            largest = max(largest, np.uint64(row))
+            packed[i] = (row << row_shift) | bag
+        start = end
+    return bool(start == n and largest <= np.uint64(highest))
 
 
 @jit
@@ -264,11 +295,17 @@ def find_segments(packed: Any, row_shift: Any, starts: Any) -> Any:
 
 
 @jit
-def fill_bags(offsets: Any, bag_of: Any) -> None:
-    """``bag_of[i]`` ← the bag of position i."""
+def fill_bags(offsets: Any, n: Any, bag_of: Any) -> bool:
+    """``bag_of[i]`` ← the bag of position i; return whether each of n positions has one."""
+    start = np.int64(0)
     for bag in range(len(offsets) - 1):
-        for i in range(offsets[bag], offsets[bag + 1]):
+        end = np.int64(offsets[bag + 1])
+        if end < start or end > n:
+            return False
+        for i in range(start, end):
             bag_of[i] = bag
+        start = end
+    return bool(start == n)
 
 
 @jit
@@ -360,10 +397,14 @@ def group_table(
     half = 0
     packed = array_at(address(memory, batch.first[i]), n, memory)
     other = array_at(address(memory, places + batch.first[i]), n, memory)
+    highest = batch.highest[i]
     if len(offsets) and not batch.per_id[i]:
-        pack_bags(given, offsets, row_shift, packed)
+        fits = pack_bags(given, highest, offsets, row_shift, packed)
     else:
-        pack_positions(given, row_shift, packed)
+        fits = pack_positions(given, highest, row_shift, packed)
+    if not fits:
+        batch.changed[i] = 1
+        return
     if not batch.nondecreasing[i] and id_bits:
         passes = (id_bits + DIGIT_BITS - 1) // DIGIT_BITS
         digit_bits = (id_bits + passes - 1) // passes
@@ -376,7 +417,10 @@ def group_table(
     segments = find_segments(packed, row_shift, array_at(address(memory, other_at), n + 1, starts_like))
     starts = array_at(address(memory, other_at), segments + 1, starts_like)
     if batch.per_id[i]:
-        fill_bags(offsets, array_at(address(memory, other_at) + 4 * (n + 1), n, starts_like))
+        bag_of = array_at(address(memory, other_at) + 4 * (n + 1), n, starts_like)
+        if not fill_bags(offsets, n, bag_of):
+            batch.changed[i] = 1
+            return
     _, long_segments, blocks = count_long(starts, block)
     if long_segments:
         fill_long(

@@ -429,6 +429,13 @@ class SparseAdam:
         Ids that occur more than once are summed first, in an order that the gradient alone fixes: the same
         gradient gives the same bits on any number of threads. Python threads that step one optimizer take
         turns. An interrupt that comes after the first write is raised when all tables have been updated.
+
+        The gradient's arrays are read, some of them twice, until the step returns (on a GPU: until its
+        kernels are done). Another thread that writes to them meanwhile, as a loader that uses a buffer again
+        may, cannot make a step write outside its tables: it raises a `GradientError`, nothing being changed,
+        or updates rows with a mixture of old and new numbers. A row or column that is out of range by then is
+        left out. A value that has become infinite or NaN after it was looked at gets into the table, whatever
+        ``on_nonfinite`` says.
         """
         if self._guard is None:
             with self._lock:
@@ -554,7 +561,7 @@ class SparseAdam:
             was_lent = table.is_lent  # by a block around this one
             try:
                 table.is_lent = True
-                yield self._arrays_for_kernels(table, self._on_nonfinite == "skip")
+                yield kernels.lent(self._arrays_for_kernels(table, self._on_nonfinite == "skip"))
             finally:
                 table.is_lent = was_lent
                 table.counts_have_changed()

@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from nb_sparse_adam import kernels
 from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
 from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
-from nb_sparse_adam.gradients import Entries, Rows, Target
-from nb_sparse_adam.grouping import Buffers, count_long, cut_evenly, fill_bags, fill_long, group_ids
+from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile
+from nb_sparse_adam.grouping import (
+    Buffers,
+    ChangedError,
+    count_long,
+    cut_evenly,
+    fill_bags,
+    fill_long,
+    group_ids,
+)
 from nb_sparse_adam.threads import Crew, run
 
 __all__ = [
@@ -178,12 +186,15 @@ def _group(
     n = len(rows.ids)
     empty = np.empty(0, target.dtype)
     payload = None if rows.per_id else rows.offsets
-    grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, crew, memory)
+    try:
+        grouping = group_ids(rows.ids, max(target.rows - 1, 0), rows.nondecreasing, payload, crew, memory)
+    except ChangedError:
+        raise changed_meanwhile(target) from None
     if grouping is None:
         raise too_many_bits(target, n)
     source = grouping.spare
-    if rows.per_id:
-        fill_bags(rows.offsets, source)
+    if rows.per_id and not fill_bags(rows.offsets, n, source):
+        raise changed_meanwhile(target)
     longest, long_segments, blocks = count_long(grouping.starts, kernels.BLOCK)
     long, long_first = np.empty(long_segments, np.int64), np.zeros(long_segments + 1, np.int64)
     if long_segments:
@@ -287,7 +298,10 @@ def _largest(what: str, values: NDArray[Any], target: Target, on_nonfinite: str,
 
 
 def _refuse_nonfinite(what: str, values: NDArray[Any], target: Target) -> None:
-    at = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    found = np.argwhere(~np.isfinite(values))
+    if not len(found):
+        raise changed_meanwhile(target)
+    at = tuple(int(i) for i in found[0])
     raise nonfinite_error(what, at, float(values[at]), target)
 
 

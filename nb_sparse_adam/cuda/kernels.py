@@ -131,12 +131,23 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
 
     @device_function
     def correction(table: Any, k: Any) -> Any:
-        """``step_size`` and ``scale`` after k active steps."""
-        if complete or k <= table.last:
-            at = 2 * min(k, table.last)
+        """``step_size`` and ``scale`` after k active steps; of a negative k, as a CPU has them."""
+        known = table.last if k < 0 else min(k, table.last)
+        if complete or k == known:
+            at = 2 * known
             return table.corrections[at], table.corrections[at + 1]
         step_size, scale = late(k, table.log_beta1, table.log_beta2, table.eps_hat != 0)
         return real(step_size), real(scale)
+
+    @device_function
+    def one_more(table: Any, count: Any) -> Any:
+        """Return a count after a step: it stays at the end of its type instead of overflowing."""
+        return count + 1 if count < table.most else count
+
+    @device_function
+    def row_or_none(table: Any, row: Any) -> Any:
+        """Return a row, or −1 if the table has none such: ids may have changed since they were checked."""
+        return row if 0 <= row < table.rows else int64(-1)
 
     @device_function
     def add_term(g: Any, i: Any, j: Any, first: Any, total: Any, piece: Any) -> None:
@@ -284,7 +295,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
             return
         if cuda.atomic.add(g.info, BLOCKS_DONE, 1) == cuda.gridDim.x - 1:
             if mode == GLOBAL:
-                table.counts[0] = table.counts[0] + 1
+                table.counts[0] = one_more(table, int64(table.counts[0]))
             g.info[BLOCKS_DONE] = 0
             g.info[DONE] = goal
 
@@ -305,7 +316,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
             for w in range(width):
                 g = table.sign * grads[w]
                 if g != 0:
-                    count = int64(table.counts[p_at + w]) + 1
+                    count = one_more(table, int64(table.counts[p_at + w]))
                     step_size, scale = correction(table, count)
                     p[w], m[w], v[w] = adam(p[w], m[w], v[w], g, table, table.lr * step_size, scale)
                     table.counts[p_at + w] = count
@@ -323,7 +334,7 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
         """Count a step of a row, where rows have counts, and return its number, else k; −1: no row."""
         if mode == ROW:
             if row >= 0:
-                k = int64(table.counts[row]) + 1
+                k = one_more(table, int64(table.counts[row]))
             cuda.syncthreads()  # all lanes have read the count before one of them writes it
             if row >= 0 and cuda.threadIdx.x == 0:
                 table.counts[row] = k
@@ -346,12 +357,13 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
             step = int64(cuda.gridDim.x) * cuda.blockDim.y
             k = int64(0)
             if mode == GLOBAL:
-                k = int64(table.counts[0]) + 1
+                k = one_more(table, int64(table.counts[0]))
             for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
                 s = base + cuda.threadIdx.y
                 row = int64(-1)
                 if s < units and not is_skipped(g, s, skipping):
                     row = int64(g.ids[s]) if in_order else g.packed[g.starts[s]] >> g.row_shift
+                    row = row_or_none(table, row)
                 k = next_count(table, row, k)
                 if row >= 0:
                     for j in range(cuda.threadIdx.x * width, table.dim, cuda.blockDim.x * width):
@@ -408,12 +420,12 @@ def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> 
         step = int64(cuda.gridDim.x) * cuda.blockDim.y
         k = int64(0)
         if mode == GLOBAL:
-            k = int64(table.counts[0]) + 1
+            k = one_more(table, int64(table.counts[0]))
         for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
             s = base + cuda.threadIdx.y
             row = int64(-1)
             if s < units and not is_skipped(g, s, skipping):
-                row = _row(g, int64(g.row_starts[s])) // table.dim
+                row = row_or_none(table, _row(g, int64(g.row_starts[s])) // table.dim)
             k = next_count(table, row, k)
             if row >= 0:
                 low, high = int64(g.row_starts[s]), int64(g.row_starts[s + 1])

@@ -62,7 +62,9 @@ class Table(NamedTuple):
     moments: Any  # exp_avg of row r from 2 * r * dim on, then its exp_avg_sq
     counts: Any
     corrections: Any  # see `corrections.Corrections`
+    rows: Any
     dim: Any
+    most: Any  # the highest count of its type
     last: Any  # the K of ``corrections``
     eps_hat: Any
     log_beta1: Any
