@@ -351,9 +351,10 @@ class SparseAdam:
 
     def _set(self, **values: Any) -> None:
         with self._lock:
+            self._for_kernels.clear()  # first: an interrupt must not leave kernels with the old values
             for name, value in values.items():
                 setattr(self, name, value)
-            self._for_kernels.clear()
+            self._for_kernels.clear()  # a signal handler may have stepped meanwhile
 
     def _dtypes(self) -> set[np.dtype[Any]]:
         return {table.dtype for table in self._tables.values()}
@@ -441,8 +442,7 @@ class SparseAdam:
             with self._lock:
                 finish(prepare(self._parts(gradient, stream)))
         else:
-            with _stepping([self]):
-                finish(prepare(self._parts(gradient, stream)))
+            _step([self], lambda: finish(prepare(self._parts(gradient, stream))))
 
     def _parts(self, gradient: Any, stream: Any = None) -> list[Any]:
         """Check a step's gradients."""
@@ -563,6 +563,8 @@ class SparseAdam:
                 table.is_lent = True
                 yield kernels.lent(self._arrays_for_kernels(table, self._on_nonfinite == "skip"))
             finally:
+                if table.mode == kernels.GLOBAL:  # before any call, after which an interrupt may come
+                    table.arrays.counts[0] += table.arrays.counts[0] < 2**63 - 1
                 table.is_lent = was_lent
                 table.counts_have_changed()
 
@@ -769,8 +771,10 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     """
     if len({id(optimizer) for optimizer, _ in steps}) != len(steps):
         raise OptionError("step_together got an optimizer twice, expected each of them once")
-    with _stepping([optimizer for optimizer, _ in steps]):
-        finish(prepare([part for optimizer, gradient in steps for part in optimizer._parts(gradient)]))
+    _step(
+        [optimizer for optimizer, _ in steps],
+        lambda: finish(prepare([part for optimizer, given in steps for part in optimizer._parts(given)])),
+    )
 
 
 def _do_all(works: Sequence[Callable[[], None]]) -> None:
@@ -823,25 +827,44 @@ def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
         )
 
 
-@contextmanager
-def _stepping(optimizers: Sequence[SparseAdam]) -> Iterator[None]:
-    """Let no other Python thread step these optimizers."""
-    with ExitStack() as locks:
-        for optimizer in sorted(optimizers, key=id):  # one order: no deadlock
-            locks.enter_context(optimizer._lock)
-        on_gpu = [optimizer for optimizer in optimizers if optimizer._guard is not None]
-        if any(optimizer._guard.stepping for optimizer in on_gpu):
-            raise TableError(
-                "step of tables on a GPU within a step of the same tables, as a signal handler may call it: "
-                "they have one memory to work in. Set a flag there, and step when the step is done"
-            )
-        try:
-            for optimizer in on_gpu:
-                optimizer._guard.stepping = True
-            yield
-        finally:
-            for optimizer in on_gpu:
-                optimizer._guard.stepping = False
+def _step(optimizers: Sequence[SparseAdam], work: Callable[[], None]) -> None:
+    """Do the work of a step while no other Python thread steps these optimizers."""
+    locks = [optimizer._lock for optimizer in sorted(optimizers, key=id)]  # one order: no deadlock
+    guards = {optimizer._guard for optimizer in optimizers if optimizer._guard is not None}
+    _hold(locks, lambda: _step_on_gpu(guards, work) if guards else work())
+
+
+def _hold(locks: Sequence[Any], work: Callable[[], None]) -> None:
+    """Do the work while all of these re-entrant locks are held.
+
+    No signal handler comes between a lock and the ``with`` statement that lets go of it. It does come between
+    two lines of `contextlib.ExitStack`, which is written in Python.
+    """
+    if len(locks) == 1:
+        with locks[0]:
+            work()
+    elif locks:
+        a, b, c, d, e, f, g, h = (*locks[:8], *[locks[0]] * (8 - len(locks)))
+        with a, b, c, d, e, f, g, h:
+            _hold(locks[8:], work)
+    else:
+        work()
+
+
+_stepping: set[Any] = set()  # guards of the optimizers whose tables on a GPU are in a step
+
+
+def _step_on_gpu(guards: set[Any], work: Callable[[], None]) -> None:
+    if not guards.isdisjoint(_stepping):
+        raise TableError(
+            "step of tables on a GPU within a step of the same tables, as a signal handler may call it: they "
+            "have one memory to work in. Set a flag there, and step when the step is done"
+        )
+    try:
+        _stepping.update(guards)  # all or none, whatever signal handler raises
+        work()
+    finally:
+        _stepping.difference_update(guards)
 
 
 def _named_tables(tables: Any) -> Mapping[str, Any]:

@@ -243,9 +243,7 @@ class TableState:
 
     def counts_have_changed(self) -> None:
         """Take note that a user's own kernel has stepped, nobody knows how often."""
-        if self.mode == GLOBAL:
-            self.arrays.counts[0] += self.arrays.counts[0] < np.iinfo(np.int64).max
-        elif self.arrays.counts.dtype == np.int32:
+        if self.arrays.counts.dtype == np.int32:
             self._highest_count = MAX_INT32  # look at all of them before the next step
 
     def copy(self) -> dict[str, Any]:

@@ -51,7 +51,6 @@ class Guard:
             # The flags of a guard under which nothing is written.
             self.refused = copy_to_device(np.ones(1, np.int64), stream)
             self.seen = pinned(1, np.int64)  # what `flags` was some time ago
-        self.stepping = False  # whether a step is going on
         self.tables: list[DeviceTable] = []
         self.targets: dict[str, Target] = {}
         self._corrections: dict[Any, Any] = {}
