@@ -7,6 +7,8 @@ from typing import Any, TypeVar, overload
 
 import numba
 
+from nb_sparse_adam.kernel_cache import keep_on_disk
+
 __all__ = ["jit"]
 
 
@@ -36,9 +38,10 @@ def jit(
     * Everything that one thread runs is inlined: a call passes each member of a tuple of arrays, some sixty
       words, through memory (66 ns a row of dim 16 in cache with calls, 17 without).
     * ``nogil=True``: other Python threads run while a kernel does.
-    * ``cache=True`` unless no folder can be written (a read-only install without a home): then the code is
-      compiled again in every process. numba's cache sees an edit of the function's own file only, so a
-      function compiled here calls compiled functions of its own file alone (a test holds us to it).
+    * On disk in a cache that sees edits of every file that kernels are made of (`kernel_cache`), unless no
+      folder can be written (a read-only install without a home): then the code is compiled again in every
+      process. What a factory makes is found there too, by what its closure holds: functions that it calls
+      must then be compiled here as well, for `kernel_cache` gives each a name of its own for the linker.
 
     Parameters
     ----------
@@ -62,9 +65,7 @@ def _compile_lazily(function: Callable[..., Any], parallel: bool, references: bo
         "_nrt": references,
         "forceinline": not parallel,
     }
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError as error:  # "cannot cache function ...: no locator available"
-        if "cache" not in str(error):
-            raise
-        return numba.njit(**options)(function)
+    compiled = numba.njit(**options)(function)
+    if compiled is not function:  # as it is with NUMBA_DISABLE_JIT=1
+        keep_on_disk(compiled, "numba.core.caching.FunctionCache")
+    return compiled

@@ -2,7 +2,8 @@
 
 Such a lane is silent in three ways that look like success: a variable that numba did not read, an error that
 was raised on a worker thread and lost, and machine code from a disk cache that was filled without bounds
-checks (numba does not key its cache by them). So a wild kernel is run on purpose.
+checks (numba does not key its cache by them; that of the package's kernels is). So a wild kernel is run on
+purpose.
 
 `test_this_process_checks_bounds` exists in that lane only; `.ci/run` asks for it by name and for nothing
 else, so that the lane fails if pytest does not find it.
@@ -66,7 +67,7 @@ def test_the_lane_sees_a_wild_index_in_prange(kernel):
 
 
 def test_a_cache_filled_without_bounds_checks_blinds_the_lane(kernel):
-    """Why the lane has a cache folder of its own. When numba mends this, the folder can go."""
+    """Why the package's kernels have a cache of their own, `kernel_cache`, with the flag in its keys."""
     assert run(kernel, NUMBA_BOUNDSCHECK="0") == ["False", "False"]
     assert run(kernel, **LANE) == ["False", "False"]
 

@@ -16,6 +16,8 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from nb_sparse_adam.kernel_cache import keep_on_disk
+
 __all__ = [
     "DEFAULT",
     "SIMULATED",
@@ -56,19 +58,12 @@ Function = Callable[..., Any]
 
 
 def kernel(function: Function) -> Any:
-    """Compile a kernel at its first launch, and keep the code on disk where that works.
-
-    As with `jit.jit`, the cache sees edits of the kernel's own file only. What is made by a function is not
-    kept: the cache would take the device functions that it was made of for others in every process.
-    """
-    if SIMULATED or function.__closure__ is not None:
-        return cuda.jit(function)
-    try:
-        return cuda.jit(function, cache=True)
-    except RuntimeError as error:  # "cannot cache function ...: no locator available"
-        if "cache" not in str(error):
-            raise
-        return cuda.jit(function)
+    """Compile a kernel at its first launch, and keep the code on disk as `jit.jit` does."""
+    compiled = cuda.jit(function)
+    if not SIMULATED:
+        version = getattr(sys.modules.get("numba_cuda"), "__version__", "")
+        keep_on_disk(compiled, "numba.cuda.dispatcher.CUDACache", version)
+    return compiled
 
 
 def device_function(function: Function) -> Any:
