@@ -26,6 +26,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.jit import jit
+from nb_sparse_adam.kernel_cache import STAMP
 from nb_sparse_adam.memory import (
     CACHE_LINE,
     address,
@@ -60,6 +61,7 @@ __all__ = [
     "SCRATCH_ROWS",
     "Compressed",
     "Hyperparameters",
+    "LentTable",
     "Segments",
     "Settings",
     "Table",
@@ -159,9 +161,27 @@ class Table(NamedTuple):
     totals: Any  # (2,) int64, the table's: drivers that have finished, rows that were skipped
 
 
-def lent(table: Table) -> Table:
+class LentTable(NamedTuple):
+    """A `Table` for a user's functions, of a type that no other version of the kernels has.
+
+    What numba has compiled of such a function holds this version's layout, and numba's own cache knows the
+    function by its file and by the types of its arguments: so one of these types has to change.
+    """
+
+    param: Any
+    moments: Any
+    counts: Any
+    corrections: Any
+    log_betas: Any
+    hyperparameters: Any
+    settings: Any
+    totals: Any
+    version: Any = np.empty(0, [(f"kernels {STAMP}", np.int8)])
+
+
+def lent(table: Table) -> LentTable:
     """Return a table for a user's own function, which cannot change the numbers that say where things are."""
-    return table._replace(settings=np.frombuffer(table.settings.tobytes(), np.int64))
+    return LentTable(*table._replace(settings=np.frombuffer(table.settings.tobytes(), np.int64)))
 
 
 class View(NamedTuple):

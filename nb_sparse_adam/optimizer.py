@@ -501,7 +501,7 @@ class SparseAdam:
         return Part(table, target, checked, size, self._on_nonfinite, self._num_threads, for_kernels, seconds)
 
     @contextmanager
-    def kernel_table(self, name: str | None = None) -> Iterator[kernels.Table]:
+    def kernel_table(self, name: str | None = None) -> Iterator[kernels.LentTable]:
         """Lend a table to a user's own ``@njit`` function, which updates it with `apply_row_gradient`.
 
         For trainers whose loop goes from sample to sample: skip-gram, matrix factorization, Hogwild.
@@ -528,6 +528,9 @@ class SparseAdam:
         Notes
         -----
         After the block, the next step reads all counts of the table once, to see that there is room.
+
+        A function with ``@njit(cache=True)`` is compiled anew after an upgrade of this package: the tuple's
+        type is another one in every version of the kernels.
 
         Examples
         --------

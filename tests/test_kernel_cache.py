@@ -409,6 +409,49 @@ def test_processes_that_compile_at_the_same_time(small, install):
     assert [path for path in (install / "cache").rglob("*") if path.is_file() and path.suffix != ".nbc"] == []
 
 
+# A user's program, whose function numba keeps on disk by itself.
+USER = """
+import json, numpy as np
+from numba import njit
+from nb_sparse_adam import SparseAdam, apply_row_gradient
+
+@njit(cache=True)
+def pull(table, row, gradient):
+    apply_row_gradient(table, row, gradient)
+    return table.param[row, 0]
+
+optimizer = SparseAdam(np.zeros((2, 1), np.float32), lr=0.5, on_nonfinite="skip")
+with optimizer.kernel_table() as table:
+    assert isinstance(table, tuple) and table[0] is table.param and table.param.shape == (2, 1)
+    value = pull(table, 1, np.ones(1, np.float32))
+print(json.dumps([value, sum(pull.stats.cache_hits.values())]))
+"""
+
+
+def test_a_users_cached_function_is_compiled_anew_after_an_upgrade(tmp_path):
+    installs = [copy_package(tmp_path.resolve() / name) for name in ("old", "new")]
+    edit(
+        installs[1] / "nb_sparse_adam" / "kernels.py",
+        "return p - product(step_size,",
+        "return p + product(step_size,",
+    )
+    program = tmp_path / "program.py"
+    program.write_text(USER, encoding="utf-8")
+
+    def run(folder):
+        env = {**os.environ, "PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", program], env=env, check=True, capture_output=True
+        )
+        return json.loads(done.stdout)
+
+    old, new = installs
+    assert run(old) == [pytest.approx(-0.5), 0]
+    assert run(new) == [pytest.approx(0.5), 0]
+    assert run(old) == [pytest.approx(-0.5), 1]
+    assert run(new) == [pytest.approx(0.5), 1]
+
+
 # Of a GPU's kernels: what is kept on disk stands for what a driver would give, for there is none here.
 ON_A_GPU = """
 import json, numba, numba.cuda.dispatcher, numpy as np
