@@ -40,8 +40,8 @@ __all__ = ["SOURCES", "STAMP", "keep_on_disk"]
 
 # Whose functions, constants or tuples are in kernels of other files, and, in __init__, the package's version.
 SOURCES = (
-    "__init__.py", "grouping.py", "jit.py", "kernel_cache.py", "kernels.py", "memory.py", "cuda/device.py",
-    "cuda/layout.py",
+    "__init__.py", "grouping.py", "jit.py", "kernel_cache.py", "kernels.py", "memory.py", "parallel.py",
+    "cuda/device.py", "cuda/layout.py",
 )  # fmt: skip
 
 # Of numba's configuration, what changes code; the processor and its features are in a key of numba's.
