@@ -33,7 +33,7 @@ def bits(model):
     """Every bit that a training goes on from."""
     layer = model[0]
     entry = layer.optimizer.state.get(layer.weight, {})
-    values = [layer.weight, model[1].weight, *entry.values()]
+    values = [layer.weight, model[1].weight, *(entry[key] for key in sorted(entry))]
     return [
         value.detach().contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else value
         for value in values

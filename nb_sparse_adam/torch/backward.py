@@ -21,7 +21,17 @@ from nb_sparse_adam.torch import deferred, sharing
 from nb_sparse_adam.torch.held import Gpu, array_of
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam, step_jobs, turn_of
 
-__all__ = ["Accumulating", "BagLookup", "Block", "Layer", "RowLookup", "check_pass", "collect", "this_pass"]
+__all__ = [
+    "Accumulating",
+    "BagLookup",
+    "Block",
+    "Layer",
+    "RowLookup",
+    "check_pass",
+    "collect",
+    "is_pending",
+    "this_pass",
+]
 
 
 class RowLookup(NamedTuple):
@@ -180,6 +190,12 @@ def _open_block(layer: Any) -> Block | None:
     """The block that a layer's lookups wait for the end of."""
     block = None if layer.accumulated is None else layer.accumulated()
     return block if block is not None and block.is_open else None
+
+
+def is_pending(layer: Any) -> bool:
+    """Whether lookups of a layer have been met by a backward pass, and wait for a step."""
+    passes = [reference() for reference in list(_passes.values())]
+    return _open_block(layer) is not None or any(each and layer in each.lookups for each in passes)
 
 
 class Accumulating(ContextDecorator):

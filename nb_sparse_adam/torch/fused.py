@@ -20,11 +20,12 @@ from nb_sparse_adam.errors import (
     SparseAdamWarning,
     StateError,
     TableError,
+    TableTypeError,
 )
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import layer_state, sharing
-from nb_sparse_adam.torch.backward import Block
-from nb_sparse_adam.torch.held import check_parameter
+from nb_sparse_adam.torch.backward import Block, is_pending
+from nb_sparse_adam.torch.held import check_parameter, has_state
 from nb_sparse_adam.torch.optimizer import Job, SparseAdam, turn_of
 
 __all__ = ["Fused"]
@@ -48,6 +49,13 @@ class LayerOptimizer(SparseAdam):
         """Refused: it would never be called."""
         raise _never_called("register_step_post_hook")
 
+    def rearrange(self, old_param: Tensor, new_param: Tensor, source: Any) -> None:  # noqa: ARG002
+        """Refused: the layer has to know."""
+        raise OptionError(
+            "layer.optimizer.rearrange: the layer would go on with its old weight, expected "
+            "layer.rearrange(new_weight, source)"
+        )
+
 
 def _never_called(what: str) -> OptionError:
     return OptionError(
@@ -61,6 +69,7 @@ class Fused(_Module):
     """What both layers have in common."""
 
     weight: Tensor
+    num_embeddings: int
     padding_idx: int | None
     optimizer: SparseAdam
     accumulated: weakref.ref[Block] | None
@@ -176,6 +185,81 @@ class Fused(_Module):
                 self.optimizer.state[self.weight] = self.optimizer.state.pop(was)
         return group
 
+    def rearrange(self, new_weight: Tensor, source: Any) -> None:
+        """Go on with another weight, whose rows take moments and counts of rows of the old one.
+
+        For a vocabulary that grows, or users that are dropped. To append, prune, reorder and reset rows are
+        all this one thing. ``num_embeddings`` becomes the number of rows.
+
+        Parameters
+        ----------
+        new_weight : Tensor
+            (rows, dim), of the old one's dtype and dim; its values are yours, and are not touched. What is no
+            Parameter becomes one, and may be trained if the old one may.
+        source : (rows,) integer Tensor or array
+            For each row the old one whose moments and counts it takes, -1 for a fresh row: they are 0. A row
+            that is named more than once is copied for each.
+
+        Raises
+        ------
+        TableError
+            If `new_weight` cannot take the place; if ``padding_idx``, which stays, is not one of its rows; if
+            a backward pass, or `accumulate`, is going on. Nothing has been changed then.
+        StateError
+            If `source` is malformed, or names a row that is not there. Nothing has been changed then.
+
+        Notes
+        -----
+        Lookups in the old weight cannot go backward any more: `backward` refuses them. An optimizer of other
+        parameters that was given the old one is to be told.
+
+        Examples
+        --------
+        >>> from nb_sparse_adam.torch import Embedding
+        >>> layer = Embedding(3, 2, optimizer=dict(step_counts="row"))
+        >>> layer(torch.tensor([0, 2, 2])).sum().backward()
+        >>> kept = torch.tensor([2, 0])  # row 1 goes, the others change places, and one is new
+        >>> weight = torch.cat([layer.weight.detach()[kept], torch.zeros(1, 2)])
+        >>> layer.rearrange(weight, torch.tensor([2, 0, -1]))
+        >>> layer.optimizer.state[layer.weight]["step"]
+        tensor([1, 1, 0], dtype=torch.int32)
+        """
+        name = f"{type(self).__name__}.rearrange"
+        with turn_of([self.optimizer]):
+            old = self._parameters.get("weight")
+            if old is None or not old.is_leaf:
+                raise TableError(f"{name}: the layer's weight is computed from others, expected a Parameter")
+            if is_pending(self):
+                raise TableError(
+                    f"{name} while a backward pass or an accumulate block, which has met lookups of the old "
+                    "weight, is going on: rearrange after it"
+                )
+            _refuse_shape(name, new_weight)
+            rows, padding = len(new_weight), self.padding_idx
+            if padding is not None and padding >= rows:
+                raise TableError(
+                    f"{name}: padding_idx is {padding}, expected one of the {rows} rows of the new weight: "
+                    "set layer.padding_idx before, to None or to the row that stays out of training"
+                )
+            _refuse_meta(name, new_weight)
+            _refuse_strides(name, new_weight)
+            new = new_weight
+            if not isinstance(new, torch.nn.Parameter):
+                new = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+            group = self._group()
+
+            def exchange() -> None:
+                if group["params"][0] is new:
+                    self._parameters["weight"], self.num_embeddings = new, rows
+
+            try:
+                try:
+                    SparseAdam.rearrange(self.optimizer, old, new, source)
+                finally:
+                    exchange()
+            finally:  # an interrupt that came in between is raised when all has been exchanged
+                exchange()
+
     def __prepare_scriptable__(self) -> Any:
         """Refuse torch.jit.script, which asks for this."""
         name = type(self).__name__
@@ -209,7 +293,9 @@ class Fused(_Module):
             self.optimizer.synchronize()
             group = self.optimizer.param_groups[0]
             entry = self.optimizer.state.get(group["params"][0])
-            return layer_state.pack(group, entry or None, {} if entry else self._unused_state())
+            if has_state(entry):
+                return layer_state.pack(group, entry, {})
+            return layer_state.pack(group, None, self._unused_state())
 
     def _unused_state(self) -> dict[str, Tensor]:
         """Tensors like those of the state after the first step, if there may be one."""
@@ -280,6 +366,17 @@ class Fused(_Module):
             hook.remove()
         if key in missing_keys:  # the weights of a layer of torch's: the optimizer goes on as it is
             missing_keys.remove(key)
+
+
+def _refuse_shape(name: str, weight: Any) -> None:
+    if not isinstance(weight, Tensor):
+        raise TableTypeError(
+            f"{name}: the new weight is a {type(weight).__name__}, expected a Tensor (rows, dim)"
+        )
+    if weight.dim() != 2:
+        raise TableError(
+            f"{name}: the new weight has shape {tuple(weight.shape)}, expected a Tensor (rows, dim)"
+        )
 
 
 def _refuse_meta(name: str, weight: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.torch.held import Held
+from nb_sparse_adam.torch.held import Held, has_state
 
 __all__ = ["refuse", "register"]
 
@@ -54,13 +54,19 @@ def refuse(layers: Sequence[Any], helds: Sequence[Held]) -> None:
                 and _overlap(layer.weight, other._parameters["weight"])
             ):
                 raise _error(layer, other)
-        _known.add(held)
+        if held.is_shown:  # from now on others find that it has a state
+            _known.add(held)
 
 
 def _has_stepped(other: Any, optimizer: Any) -> bool:
     """Whether a layer has a state of its own for the table that it has now."""
     its_optimizer, weight = other.__dict__.get("optimizer"), other._parameters.get("weight")
-    return its_optimizer is not None and its_optimizer is not optimizer and weight in its_optimizer.state
+    return (
+        its_optimizer is not None
+        and its_optimizer is not optimizer
+        and weight is not None
+        and has_state(its_optimizer.state.get(weight))
+    )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
