@@ -391,8 +391,9 @@ def _restore(
     _check_fit(folder, files, optimizer)
     seen: dict[str, list[bytes]] = {file.name: [] for file in files}
     read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
-    forks.renew(optimizer)
+    lost = forks.renew(optimizer)
     with optimizer._lock:
+        optimizer._unfinished = lost or optimizer._unfinished
         optimizer.synchronize()
         _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
         tables = [optimizer._tables[file.name] for file in files]

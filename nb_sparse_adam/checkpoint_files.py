@@ -18,6 +18,7 @@ from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 from nb_sparse_adam.manifest import MANIFEST, read_manifest
+from nb_sparse_adam.table_state import MAX_COUNT
 from nb_sparse_adam.tensor_files import Header, TensorFileError, array_size, check_header, read_pieces
 
 __all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading", "same_as"]
@@ -160,6 +161,8 @@ def read_all(
 def _check_piece(check: Callable[[bytes], None], name: str, piece: NDArray[Any], so_far: bytes) -> None:
     if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
         raise TensorFileError(f"has a negative number in {name}")
+    if name == "steps" and (piece > MAX_COUNT).any():
+        raise TensorFileError("has a count beyond 2**62 in steps, more than there can be steps")
     check(so_far)
 
 

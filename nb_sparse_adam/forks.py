@@ -30,15 +30,18 @@ _owners: dict[int, tuple[weakref.ref[Any], str, bool]] = {}
 _taken: dict[int, list[Any]] = {}  # by threads that are forking just now
 
 
+_LOST = (
+    "this process was forked while another thread was using this optimizer, perhaps in the middle of a step: "
+    "its tables and state may be those of no step. Restore a checkpoint into it "
+    "(nb_sparse_adam.checkpoint.restore) or make a new one; or fork while no other thread steps"
+)
+
+
 class _Lost:
     """In the place of a lock that a thread of the parent's held."""
 
     def __enter__(self) -> None:
-        raise StateError(
-            "this process was forked while another thread was using this optimizer, perhaps in the middle of "
-            "a step: its tables and state may be those of no step. Restore a checkpoint into it "
-            "(nb_sparse_adam.checkpoint.restore) or make a new one; or fork while no other thread steps"
-        )
+        raise StateError(_LOST)
 
     def __exit__(self, *exception: object) -> None:
         raise AssertionError
@@ -61,11 +64,19 @@ def new_lock(owner: Any, attribute: str, outer: bool = False) -> Any:
     return threading.RLock()
 
 
-def renew(owner: Any) -> None:
-    """Have an owner's lock be used again, though a thread that is gone held it: all is written anew."""
+def renew(owner: Any) -> str | None:
+    """Have an owner's lock be used again, though a thread that is gone held it: all is to be written anew.
+
+    Returns
+    -------
+    str or None
+        Why its content is that of no moment until then; None if nobody held it.
+    """
     attribute = _owners[id(owner)][1]
-    if isinstance(getattr(owner, attribute), _Lost):
-        setattr(owner, attribute, threading.RLock())
+    if not isinstance(getattr(owner, attribute), _Lost):
+        return None
+    setattr(owner, attribute, threading.RLock())
+    return _LOST
 
 
 def _locks() -> list[tuple[Any, str, Any]]:

@@ -742,6 +742,7 @@ class SparseAdam:
                     f"rearrange of table {old.name!r} within a kernel_table block, which goes on with the "
                     "arrays that it was lent: rearrange after it"
                 )
+            self._check_whole()
             if self._folder is not None:
                 self._folder.check_process()
             with nullcontext() if self._folder is None else self._folder.removed_on_error():

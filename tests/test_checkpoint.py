@@ -360,6 +360,21 @@ def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved)
             read()
 
 
+def test_a_count_that_no_number_of_steps_is_is_refused(saved):
+    folder, opt = saved
+    file, state = one_file(folder), opt.state["user"]
+    arrays = {"param": state.param, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    steps = np.array(state.steps, np.int64)
+    steps[4] = 2**62 + 1
+    with open(file, "wb") as opened:
+        digest = tensor_files.write_tensors(opened, {**arrays, "steps": steps}, lambda _: None)
+    size = file.stat().st_size
+    rewrite(folder, lambda m: m["tables"][0].update(sha256=digest, steps="int64", size=size))
+    for read in (lambda: checkpoint.load(folder), lambda: checkpoint.restore(folder, opt)):
+        with pytest.raises(CheckpointError, match="has a count beyond"):
+            read()
+
+
 def test_mapped_files_are_verified_on_request(saved):
     folder, opt = saved
     flip(one_file(folder), 600)

@@ -154,10 +154,19 @@ def stepped():
 def twice():
     return in_child(lambda: opt.step(gradient))
 
+def restored_in_vain():
+    table.flags.writeable = False
+    try:
+        checkpoint.restore(sys.argv[1], opt)
+    except ValueError:
+        table.flags.writeable = True
+        opt.step(gradient)
+
 for work in (
     lambda: opt.step(gradient), lambda: step_together([(free, gradient), (opt, gradient)]), lr,
     opt.state_dict, lambda: opt.load_state_dict(free.state_dict()), opt.flush, opt.synchronize,
     lambda: checkpoint.save(sys.argv[1], opt), lambda: opt.kernel_table().__enter__(), twice,
+    restored_in_vain,
 ):
     assert in_child(work) == "StateError", work
 print(in_child(restored), in_child(stepped))
