@@ -60,6 +60,7 @@ def read_criteo(path, samples, max_rows):
         has_header=False,
         quote_char=None,
         n_rows=samples,
+        glob=False,  # the name of a file is no pattern
         schema=dict.fromkeys(["label", *map(str, range(NUMBERS))], pl.Int64)
         | dict.fromkeys([f"category {i}" for i in range(CATEGORIES)], pl.String),
     )

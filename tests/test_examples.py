@@ -83,8 +83,9 @@ def test_dlrm_reads_criteos_format(dlrm_cpu, tmp_path, capsys):
         numbers = [str(n) if n > -2 else "" for n in rng.integers(-3, 100, 13)]
         categories = [f"{n:08x}" if n else "" for n in rng.integers(0, 50, 26)]
         lines.append("\t".join([str(rng.integers(2)), *numbers, *categories]))
-    file = tmp_path / "train.txt"
+    file = tmp_path / "train[0].txt"  # a name, not a pattern
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "train0.txt").write_text("of another program\n", encoding="utf-8")
     losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--max-rows", "20"])
     assert losses.shape == (3, 5)
     assert np.isfinite(losses).all()
