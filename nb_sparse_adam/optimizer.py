@@ -88,8 +88,8 @@ class SparseAdam:
         For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
         anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is
         refused, and all steps after it, write nothing, until the error is raised by a later `step` or by
-        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: a wild id overwrites
-        memory. Not with ``on_nonfinite="raise"``.
+        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: what is out of range is left
+        out without a word, or updates a wrong row. Not with ``on_nonfinite="raise"``.
     state_dir : path, optional
         A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
         memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows

@@ -611,3 +611,46 @@ def test_without_numba_cuda_everything_else_works_and_the_extra_is_named():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     assert "a table on a GPU" in done.stdout
     assert "[cuda]" in done.stdout
+
+
+# --- what a user can reach cannot hurt ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_counts", ["element", "row"])
+@pytest.mark.parametrize("count", [-1, -100, -(2**31), 2**30])
+def test_counts_that_cannot_be_have_the_bits_of_a_cpu(step_counts, count):
+    both = Both(step_counts=step_counts, on_nonfinite="skip")
+    gradients = forms(4)
+    both.step(gradients["increasing"])
+    steps = both.opt.state["table"].steps
+    with both.opt.kernel_table() as table:
+        live = np.lib.stride_tricks.as_strided(table.counts, steps.shape, steps.strides)
+    live[::2] = count
+    both.opt_on_gpu.state["table"].steps.copy_to_device(np.ascontiguousarray(live))
+    for name in ("increasing", "repeated", "entries"):
+        both.step(gradients[name])
+    assert np.isfinite(both.tables["table"]).all()
+
+
+@pytest.mark.parametrize("step_counts", STEP_COUNTS)
+@pytest.mark.parametrize("wild", [-1, -(2**40), ROWS, 2**40])
+def test_an_id_that_nobody_has_checked_is_left_out(step_counts, wild):
+    """As one that another stream has changed since it was checked."""
+    both = Both({"one": (ROWS, 3), "table": (ROWS, 3), "other": (ROWS, 3)}, step_counts=step_counts)
+    both.opt_on_gpu.on_nonfinite = both.opt.on_nonfinite = "skip"
+    both.opt_on_gpu.device_checks = "off"
+    values = np.random.default_rng(4).normal(size=(5, 3)).astype(np.float32)
+    for ids in ([1, 2, 5, 7, 9], [9, 2, 9, 2, 1]):
+        ids, kept = np.array(ids), np.array([True, True, True, False, True])
+        both.opt.step({"table": RowGradient(ids[kept], values[kept])})
+        ids[3] = wild
+        both.opt_on_gpu.step({"table": CUDA.gradient(RowGradient(ids, values))})
+        both.assert_same()
+
+
+@pytest.mark.parametrize("name", ["rows that overlap", "windows", "a row again and again"])
+def test_tables_that_overlap_themselves_are_refused(name):
+    strides = {"rows that overlap": (8, 4), "windows": (4, 4), "a row again and again": (0, 4)}[name]
+    table = np.lib.stride_tricks.as_strided(np.zeros(20, np.float32), (4, 4), strides)
+    with pytest.raises(TableError, match="not C-contiguous"):
+        SparseAdam(foreign(table))
