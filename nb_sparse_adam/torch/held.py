@@ -256,22 +256,20 @@ class Held:
         """
         if sparse_dim != self.sparse_dim or self.identity != _identity(param):
             return False
-        if not has_state(entry):
-            return not self.is_shown  # else it has been taken out, to begin anew
-        if not isinstance(entry, Mapping):
-            return False
-        step = entry.get("step")
-        shown = entry.get("exp_avg"), entry.get("exp_avg_sq"), None if self.counts is None else step
-        views = self.exp_avg, self.exp_avg_sq, self.counts
+        shown = entry if isinstance(entry, dict) else {}
+        exp_avg, exp_avg_sq, step = shown.get("exp_avg"), shown.get("exp_avg_sq"), shown.get("step")
+        if exp_avg is not self.exp_avg or exp_avg_sq is not self.exp_avg_sq:
+            # Nothing has been shown yet. If it has, and is there no more, the user begins anew.
+            return not self.is_shown and not has_state(entry)
         # The same tensors, and their memory has not been exchanged either.
-        if not all(
-            given is tensor and (given is None or _identity(given) == at)
-            for given, tensor, at in zip(shown, views, self._views_at, strict=True)
-        ):
+        at = self._views_at
+        if _identity(exp_avg) != at[0] or _identity(exp_avg_sq) != at[1]:
             return False
         if self.counts is not None:
-            if self.counts._version != self._counts_version:
-                self._check_counts(self.counts)
+            if step is not self.counts or _identity(step) != at[2]:
+                return False
+            if step._version != self._counts_version:
+                self._check_counts(step)
             return True
         # Compared with what was shown, not with what the engine has: an interrupt may have kept that back.
         return step is self._shown_step or self._take_step(step)

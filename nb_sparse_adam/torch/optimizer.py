@@ -84,6 +84,9 @@ class SparseAdam(torch.optim.Optimizer):
 
     ``state[p]`` has torch's "step", "exp_avg" and "exp_avg_sq", the moments being strided tensors that show
     the live state; "step" is a tensor of counts unless ``step_counts="global"``. `state_dict` copies them.
+    It is one dict, updated in place. Your own keys in it are kept. What you assign is copied and gone on with
+    (a "step" of 0 begins bias correction anew, of all rows too), and so is what you change in place. Counts
+    are checked where torch knows of the change: not through ``.data`` or ``.numpy()``.
     The tensors are where the parameter is. With ``device_checks="deferred"`` the number "step" counts a step
     that was refused, and those after it, until the error is raised; then it is what the GPU has.
 
