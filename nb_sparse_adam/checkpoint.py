@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import forks, options
+from nb_sparse_adam import locks, options
 from nb_sparse_adam.checkpoint_files import (
     ARRAYS,
     TOO_MANY,
@@ -391,7 +391,7 @@ def _restore(
     _check_fit(folder, files, optimizer)
     seen: dict[str, list[bytes]] = {file.name: [] for file in files}
     read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
-    lost = forks.renew(optimizer)
+    lost = locks.renew(optimizer)
     with optimizer._lock:
         optimizer._unfinished = lost or optimizer._unfinished
         optimizer.synchronize()

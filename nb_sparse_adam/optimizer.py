@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import forks, kernels, options
+from nb_sparse_adam import kernels, locks, options
 from nb_sparse_adam.batching import Part
 from nb_sparse_adam.corrections import Corrections, corrections
 from nb_sparse_adam.errors import (
@@ -88,8 +88,8 @@ class SparseAdam:
         For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
         anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is
         refused, and all steps after it, write nothing, until the error is raised by a later `step` or by
-        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: what is out of range is left
-        out without a word, or updates a wrong row. Not with ``on_nonfinite="raise"``.
+        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: what is out of range is
+        left out without a word, or updates a wrong row. Not with ``on_nonfinite="raise"``.
     state_dir : path, optional
         A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
         memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows
@@ -201,7 +201,7 @@ class SparseAdam:
             self._places: Places | None = None
             for table in self._tables.values():
                 table.news = self._news
-            self._lock = forks.new_lock(self, "_lock")
+            self._lock = locks.new_lock(self, "_lock")
             self._for_kernels: dict[tuple[str, bool], tuple[Any, kernels.Table]] = {}
             self._lr = options.learning_rate(lr, self._dtypes(), zero_allowed=False)
             self.betas = betas
@@ -833,26 +833,11 @@ def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
 
 def _step(optimizers: Sequence[SparseAdam], work: Callable[[], None]) -> None:
     """Do the work of a step while no other Python thread steps these optimizers."""
-    locks = [optimizer._lock for optimizer in sorted(optimizers, key=id)]  # one order: no deadlock
     guards = {optimizer._guard for optimizer in optimizers if optimizer._guard is not None}
-    _hold(locks, lambda: _step_on_gpu(guards, work) if guards else work())
-
-
-def _hold(locks: Sequence[Any], work: Callable[[], None]) -> None:
-    """Do the work while all of these re-entrant locks are held.
-
-    No signal handler comes between a lock and the ``with`` statement that lets go of it. It does come between
-    two lines of `contextlib.ExitStack`, which is written in Python.
-    """
-    if len(locks) == 1:
-        with locks[0]:
-            work()
-    elif locks:
-        a, b, c, d, e, f, g, h = (*locks[:8], *[locks[0]] * (8 - len(locks)))
-        with a, b, c, d, e, f, g, h:
-            _hold(locks[8:], work)
-    else:
-        work()
+    locks.hold(
+        [optimizer._lock for optimizer in sorted(optimizers, key=id)],  # one order: no deadlock
+        lambda: _step_on_gpu(guards, work) if guards else work(),
+    )
 
 
 _stepping: set[Any] = set()  # guards of the optimizers whose tables on a GPU are in a step

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nb_sparse_adam import forks, options
+from nb_sparse_adam import locks, options
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together
@@ -139,7 +139,7 @@ class SparseAdam(torch.optim.Optimizer):
             "eps_hat": eps_hat,
             "on_nonfinite": on_nonfinite,
         }
-        self._turn = forks.new_lock(self, "_turn", outer=True)
+        self._turn = locks.new_lock(self, "_turn", outer=True)
         self._held: dict[Tensor, Held] = {}
         super().__init__(params, defaults)
         self._register_hooks()
@@ -508,7 +508,7 @@ class SparseAdam(torch.optim.Optimizer):
         state = dict(state)
         values = state.pop("_values", {})
         if "_turn" not in self.__dict__:
-            self._turn = forks.new_lock(self, "_turn", outer=True)
+            self._turn = locks.new_lock(self, "_turn", outer=True)
         with self._turn:
             self._take_over(state)
             _set_values(values)

@@ -1,4 +1,4 @@
-"""Locks and ``os.fork``: a child has none of the threads that held its parent's locks, and waits for none.
+"""Locks that no interrupt leaves held, and for which no forked child waits: who held them is not there.
 
 Before a fork the locks of all optimizers are taken, and numba's, as far as they can be had soon: an
 optimizer is then between two steps, and the child may step it, save it or read it. One that another thread
@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numba.core import compiler_lock
@@ -19,7 +20,7 @@ from numba.np.ufunc import parallel
 
 from nb_sparse_adam.errors import StateError
 
-__all__ = ["new_lock", "renew"]
+__all__ = ["hold", "new_lock", "renew"]
 
 # Seconds that a fork waits. For the optimizers: longer than a step takes, but a save may take minutes, and a
 # loader that starts workers meanwhile is not to be held up. For numba: a compilation takes some seconds, and
@@ -62,6 +63,23 @@ def new_lock(owner: Any, attribute: str, outer: bool = False) -> Any:
     key = id(owner)
     _owners[key] = weakref.ref(owner, lambda _: _owners.pop(key, None)), attribute, outer
     return threading.RLock()
+
+
+def hold(locks: Sequence[Any], work: Callable[[], None]) -> None:
+    """Do the work while all of these re-entrant locks are held.
+
+    No signal handler comes between a lock and the ``with`` statement that lets go of it. It does come between
+    two lines of `contextlib.ExitStack`, which is written in Python.
+    """
+    if len(locks) == 1:
+        with locks[0]:
+            work()
+    elif locks:
+        a, b, c, d, e, f, g, h = (*locks[:8], *[locks[0]] * (8 - len(locks)))
+        with a, b, c, d, e, f, g, h:
+            hold(locks[8:], work)
+    else:
+        work()
 
 
 def renew(owner: Any) -> str | None:
