@@ -36,17 +36,33 @@ def places(code, every):
         return handlers.get(instruction.offset)
 
     found = set()
+    leaving = _leaving(instructions)
     for before, instruction in itertools.pairwise(instructions):
         called = before.opname.startswith("CALL") or before.opname == "RESUME"
-        ends = instruction.opname == "POP_BLOCK" or handler(before) != handler(instruction)
-        if (called or every) and not ends:
+        ends = instruction.opname in ("NOP", "POP_BLOCK") or handler(before) != handler(instruction)
+        if (called or every) and not ends and instruction.offset not in leaving:
             found.add(instruction.offset)
     targets = {i.argval for i in instructions if "JUMP_BACKWARD" in i.opname or i.opname == "JUMP_ABSOLUTE"}
     return frozenset(found | targets)
 
 
-def interrupted(work, at, every=False):
-    """Do the work with an exception at its at-th place; return where that was, None if there are fewer."""
+def _leaving(instructions):
+    """Offsets of the instructions with which a ``with`` statement calls ``__exit__(None, None, None)``."""
+    found = set()
+    for at in range(len(instructions) - 4):
+        nones, then = instructions[at : at + 3], instructions[at + 3 : at + 5]
+        if all(i.opname == "LOAD_CONST" and i.argval is None for i in nones):
+            calls = [i.offset for i in then if i.opname == "CALL"]
+            found.update(i.offset for i in [*nones, *then] if calls and i.offset <= calls[0])
+    return found
+
+
+def interrupted(work, at, every=False, files=OURS):
+    """Do the work with an exception at its at-th place; return where that was, None if there are fewer.
+
+    ``every``: between any two instructions, but for the ends of blocks. ``files``: with what the names of
+    files begin whose places count.
+    """
     passed = -1
     where = None
 
@@ -63,7 +79,7 @@ def interrupted(work, at, every=False):
         return local
 
     def trace(frame, event, arg):
-        if not frame.f_code.co_filename.startswith(OURS):
+        if not frame.f_code.co_filename.startswith(files):
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         place(frame)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
-from opcodes import stopped_at
+from interrupts import interrupted
 
 from nb_sparse_adam import RowGradient, SparseAdam
 from nb_sparse_adam.errors import StateError, StateTypeError
@@ -146,7 +146,7 @@ def test_an_interrupt_between_any_two_bytecodes_leaves_the_old_state_or_the_new(
     found = set()
     for number in itertools.count():
         opt, tables = optimizer()
-        stopped = stopped_at(number, lambda opt=opt: opt.load_state_dict(given))
+        stopped = interrupted(lambda opt=opt: opt.load_state_dict(given), number, every=True) is not None
         got = state_bits(opt, tables), options_of(opt)
         is_new = got[1] == new[1]
         assert_same_bits(got[0], (new if is_new else old)[0])

@@ -11,7 +11,7 @@ import pytest
 from checks import STEP_COUNTS, assert_same_bits, bits, options_of, refused, state_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from opcodes import stopped_at
+from interrupts import interrupted
 from strategies import ID_DTYPES, hyper_parameters
 
 import nb_sparse_adam
@@ -399,7 +399,7 @@ def test_an_exception_between_any_two_bytecodes_leaves_the_old_state_or_the_new(
         expected = {
             id(array): by_hand(opt, array, rows) for array, rows in ((table, range(5)), (new, source))
         }
-        stopped = stopped_at(number, lambda opt=opt, new=new: opt.rearrange(new, source))
+        stopped = interrupted(lambda opt=opt, new=new: opt.rearrange(new, source), number, every=True)
         right = expected[id(opt.tables["table"])]
         assert_same(opt, right)
         step([opt, right], np.random.default_rng(0))

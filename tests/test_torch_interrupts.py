@@ -6,7 +6,6 @@ of them, or, with ``--long``, in each.
 """
 
 import copy
-import dis
 import functools
 import pickle
 import sys
@@ -14,6 +13,7 @@ import threading
 
 import numpy as np
 import pytest
+from interrupts import interrupted
 
 torch = pytest.importorskip("torch")
 
@@ -23,50 +23,6 @@ from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 pytestmark = pytest.mark.jit
 
 OURS = nb_sparse_adam.torch.__file__.removesuffix("__init__.py")
-
-
-class Interrupt(BaseException):
-    """What the handler raises."""
-
-
-@functools.cache
-def left_out(code):
-    """Where Python runs no handler: at a NOP, and where a ``with`` statement calls ``__exit__``."""
-    instructions = list(dis.get_instructions(code))
-    found = {i.offset for i in instructions if i.opname == "NOP"}
-    for at in range(len(instructions) - 4):
-        nones, then = instructions[at : at + 3], instructions[at + 3 : at + 5]
-        if all(i.opname == "LOAD_CONST" and i.argval is None for i in nones):
-            calls = [i for i in then if i.opname == "CALL"]
-            found.update(i.offset for i in [*nones, *then] if calls and i.offset <= calls[0].offset)
-    return found
-
-
-def interrupted(call, at):
-    """Call, and raise in the place of that number; whether there is one, and the place."""
-    seen, place = 0, None
-
-    def trace(frame, event, _):
-        nonlocal seen, place
-        if not frame.f_code.co_filename.startswith(OURS):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode" and frame.f_lasti not in left_out(frame.f_code):
-            seen += 1
-            if seen == at:
-                place = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
-                raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except Interrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return place
 
 
 @pytest.fixture
@@ -80,7 +36,7 @@ def _everywhere(apart, scenario):
     while True:
         at += apart
         call, check = scenario()
-        place = interrupted(call, at)
+        place = interrupted(call, at, every=True, files=OURS)
         if place is None:
             break
         try:

@@ -1,9 +1,9 @@
 """An interrupt between any two bytecodes of a fused pass, or of `accumulate`, leaves no layer waiting."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from interrupts import Interrupted, interrupted
 
 import nb_sparse_adam
 from nb_sparse_adam import errors
@@ -14,37 +14,8 @@ from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E4
 
 ROWS, DIM = 6, 4
 FOLDER = Path(nb_sparse_adam.__file__).parent / "torch"
-OURS = {str(FOLDER / name) for name in ("backward.py", "deferred.py", "layers.py", "sharing.py")}
-
-
-class Interrupt(BaseException):
-    """What a signal handler raises."""
-
-
-def interrupted_at(number, call):
-    """Make a call, and raise at the bytecode of that number in frames of `OURS`; return whether it came."""
-    count = 0
-
-    def watch(frame, event, _):
-        nonlocal count
-        if frame.f_code.co_filename not in OURS:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            count += 1
-            if count == number:
-                raise Interrupt
-        return watch
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        call()
-    except Interrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count >= number
+NAMES = ("backward.py", "deferred.py", "fused.py", "layers.py", "sharing.py")
+OURS = tuple(str(FOLDER / name) for name in NAMES)
 
 
 def steps(layer):
@@ -64,11 +35,11 @@ def accumulated(layers):
 def test_after_an_interrupt_anywhere_the_next_pass_is_a_step_of_its_own():
     layers = [Embedding(ROWS, DIM), EmbeddingBag(ROWS, DIM)]
     accumulated(layers)
-    number, went_on = 0, True
-    while went_on:
+    number, place = 0, ""
+    while place is not None:
         number += 1
         before = steps(layers[0])
-        went_on = interrupted_at(number, lambda: accumulated(layers))
+        place = interrupted(lambda: accumulated(layers), number, every=True, files=OURS)
         after = {steps(layer) for layer in layers}
         assert after in ({before}, {before + 1}), number  # of both, or of none
         passes(layers).backward()
@@ -105,11 +76,11 @@ def test_while_an_interrupt_is_handled_the_layers_do_not_wait():
 
     def block():
         layer(torch.tensor([1])).sum().backward()
-        raise Interrupt
+        raise Interrupted
 
     try:
         with accumulate(layer):
             block()
-    except Interrupt:
+    except Interrupted:
         layer(torch.tensor([1])).sum().backward()
         assert steps(layer) == 1
