@@ -29,13 +29,17 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["float_mode", "swap_float_mode", "swap_threads"]
+__all__ = ["float_mode", "get_threads", "swap_float_mode", "swap_threads"]
 
 _MACHINE = platform.machine().lower()
 _X86, _ARM = _MACHINE in ("x86_64", "amd64"), _MACHINE in ("aarch64", "arm64")
 _X86_FLAGS = 0x3F  # of MXCSR: what has happened (inexact, underflow ...), and no part of the mode
 
 if numba.config.DISABLE_JIT:
+
+    def get_threads() -> Any:
+        """Return on how many threads this thread's loops run."""
+        return numba.get_num_threads()
 
     def swap_threads(number: Any) -> Any:
         """Have this thread's loops run on so many threads; return how many it was."""
@@ -74,7 +78,16 @@ else:
         builder.fence("seq_cst", "singlethread")
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-    def swap_threads(typingctx: Any, number: Any) -> Any:  # noqa: ARG001 (numba fixes the signature)
+    def get_threads(typingctx: Any) -> Any:  # noqa: ARG001 (numba fixes the signature)
+        """Return on how many threads this thread's loops run."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.trunc(_call(builder, "get_num_threads", _I64), _I32)  # numba's is an int of C
+
+        return types.int32(), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def swap_threads(typingctx: Any, number: Any) -> Any:  # noqa: ARG001
         """Have this thread's loops run on so many threads; return how many it was."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001

@@ -20,8 +20,10 @@ import numba
 
 from nb_sparse_adam.cpu_limits import most_threads
 from nb_sparse_adam.errors import SparseAdamWarning
+from nb_sparse_adam.jit import jit
+from nb_sparse_adam.parallel import get_threads
 
-__all__ = ["ALONE", "Crew", "max_threads", "run", "threading_layer", "usable_threads"]
+__all__ = ["ALONE", "Crew", "max_threads", "numba_threads", "run", "threading_layer", "usable_threads"]
 
 _lost_threads = False  # threads were started before this process was forked, and are not here
 _has_warned = False
@@ -67,6 +69,21 @@ def threading_layer() -> str:
     return str(numba.threading_layer())
 
 
+@jit
+def _threads_now() -> Any:
+    return get_threads()
+
+
+def numba_threads() -> int:
+    """What `numba.get_num_threads` says to this thread.
+
+    That function takes a lock of numba's at every call, by lines of Python between which an interrupt would
+    leave it held: all other threads that ask would then wait for ever.
+    """
+    threading_layer()  # numba's functions are there when its threads have been started
+    return int(_threads_now())
+
+
 def usable_threads(requested: int | None) -> int:
     """How many threads a parallel kernel may use now; 1 in a forked child whose parent had started threads.
 
@@ -81,7 +98,7 @@ def usable_threads(requested: int | None) -> int:
     if _lost_threads:
         _warn_of_fork()
         return 1
-    return min(int(numba.get_num_threads()), most_threads()) if requested is None else requested
+    return min(numba_threads(), most_threads()) if requested is None else requested
 
 
 def run(drivers: tuple[Any, Any], crew: Crew, *arguments: Any) -> None:

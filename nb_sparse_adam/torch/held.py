@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
@@ -25,7 +24,7 @@ from nb_sparse_adam.errors import (
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.table_state import MAX_COUNT
-from nb_sparse_adam.threads import max_threads
+from nb_sparse_adam.threads import max_threads, numba_threads
 
 __all__ = ["ENTRIES", "Gpu", "Held", "array_of", "check_parameter", "coo", "has_state"]
 
@@ -367,7 +366,7 @@ class Held:
             return
         # Whoever has limited torch's threads has meant ours too: DataLoader does so in its workers.
         allowed = torch.get_num_threads()
-        is_limit = allowed == 1 or (allowed < max_threads() and allowed < numba.get_num_threads())
+        is_limit = allowed == 1 or (allowed < max_threads() and allowed < numba_threads())
         num_threads = allowed if is_limit else None
         if self.engine.num_threads != num_threads:
             self.engine.num_threads = num_threads
