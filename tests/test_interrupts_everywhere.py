@@ -168,7 +168,7 @@ def test_more_optimizers_than_one_with_statement_takes():
 SCENARIOS = [Step, StepOnThreads, StepOfSeveralTables, StepTogether, KernelTable, Rate, Save]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator that is let go
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_exception_at_every_place(scenario, tmp_path, request):
     every = request.config.getoption("--long")
