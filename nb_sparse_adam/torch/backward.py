@@ -19,7 +19,7 @@ from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import deferred, sharing
 from nb_sparse_adam.torch.held import Gpu, array_of
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam, step_jobs, turn_of
+from nb_sparse_adam.torch.optimizer import Job, SparseAdam, in_turn, step_jobs
 
 __all__ = [
     "Accumulating",
@@ -235,13 +235,14 @@ def _step(lookups: Found) -> None:
             _wait_for(lookup)
     if not lookups or _scaler_will_skip(lookups):
         return
-    with turn_of(layer.optimizer for layer in lookups):
-        deferred.raise_what_is_known(
-            held for layer in lookups for held in list(layer.optimizer._held.values())
-        )
-        jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
-        sharing.refuse(list(lookups), [job.held for job in jobs])
-        step_jobs(jobs)
+    in_turn((layer.optimizer for layer in lookups), lambda: _step_in_turn(lookups))
+
+
+def _step_in_turn(lookups: Found) -> None:
+    deferred.raise_what_is_known(held for layer in lookups for held in list(layer.optimizer._held.values()))
+    jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
+    sharing.refuse(list(lookups), [job.held for job in jobs])
+    step_jobs(jobs)
 
 
 def _refuse_other_weights(layer: Any, found: list[Any]) -> None:

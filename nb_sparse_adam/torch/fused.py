@@ -26,7 +26,7 @@ from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import layer_state, sharing
 from nb_sparse_adam.torch.backward import Block, is_pending
 from nb_sparse_adam.torch.held import check_parameter, has_state
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam, turn_of
+from nb_sparse_adam.torch.optimizer import Job, SparseAdam
 
 __all__ = ["Fused"]
 
@@ -225,7 +225,7 @@ class Fused(_Module):
         tensor([1, 1, 0], dtype=torch.int32)
         """
         name = f"{type(self).__name__}.rearrange"
-        with turn_of([self.optimizer]):
+        with self.optimizer._turn:
             old = self._parameters.get("weight")
             if old is None or not old.is_leaf:
                 raise TableError(f"{name}: the layer's weight is computed from others, expected a Parameter")
@@ -289,7 +289,7 @@ class Fused(_Module):
 
         It is a file of safetensors, with "exp_avg", "exp_avg_sq" and, if there are several counts, "step".
         """
-        with turn_of([self.optimizer]):
+        with self.optimizer._turn:
             self.optimizer.synchronize()
             group = self.optimizer.param_groups[0]
             entry = self.optimizer.state.get(group["params"][0])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, has_state
 from nb_sparse_adam.torch.plain import plain_copy
 from nb_sparse_adam.torch.rearranging import check_replacement, rearranged, source_of
 
-__all__ = ["Job", "SparseAdam", "step_jobs", "turn_of"]
+__all__ = ["Job", "SparseAdam", "in_turn", "step_jobs"]
 
 # What a step looks at.
 USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
@@ -560,13 +559,10 @@ class Job(NamedTuple):
     grad: Tensor | None = None  # torch's, where there is one
 
 
-@contextmanager
-def turn_of(optimizers: Iterable[SparseAdam]) -> Iterator[None]:
-    """Let no other Python thread step these optimizers while the body makes jobs and steps."""
-    with ExitStack() as turns:
-        for optimizer in sorted(optimizers, key=id):  # one order: no deadlock
-            turns.enter_context(optimizer._turn)
-        yield
+def in_turn(optimizers: Iterable[SparseAdam], work: Callable[[], None]) -> None:
+    """Do the work, of making jobs and steps, while no other Python thread steps these optimizers."""
+    turns = [optimizer._turn for optimizer in sorted(optimizers, key=id)]  # one order: no deadlock
+    locks.hold(turns, work)
 
 
 def step_jobs(jobs: Sequence[Job]) -> None:
