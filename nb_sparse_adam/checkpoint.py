@@ -391,9 +391,12 @@ def _restore(
     _check_fit(folder, files, optimizer)
     seen: dict[str, list[bytes]] = {file.name: [] for file in files}
     read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
-    lost = locks.renew(optimizer)
+    if optimizer._folder is not None:
+        optimizer._folder.check_process()
+    if locks.is_lost(optimizer):
+        optimizer._unfinished = locks.LOST  # before anybody can take the lock again
+        locks.renew(optimizer)
     with optimizer._lock:
-        optimizer._unfinished = lost or optimizer._unfinished
         optimizer.synchronize()
         _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
         tables = [optimizer._tables[file.name] for file in files]

@@ -617,7 +617,7 @@ def list_present(indptr: Any, rows: Any, starts: Any) -> bool:
             # Written always and kept where there are entries: no branch to mispredict.
             rows[present] = r
             starts[present] = start
-            end = indptr[r + one]
+            end = indptr[np.uint64(r) + one]
             present += np.uint64(end > start)
             start = end
     if present != expected:

@@ -8,6 +8,7 @@ refuses to be used.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
@@ -28,13 +29,13 @@ __all__ = ["hold", "new_lock", "renew"]
 _PATIENCE, _PATIENCE_WITH_NUMBA = 0.5, 60.0
 
 _owners: dict[int, tuple[weakref.ref[Any], str, bool]] = {}
-_taken: dict[int, list[Any]] = {}  # by threads that are forking just now
+_taken: dict[int, list[list[Any]]] = {}  # by a thread, for each of the forks that it is in just now
 
-
-_LOST = (
+LOST = (
     "this process was forked while another thread was using this optimizer, perhaps in the middle of a step: "
     "its tables and state may be those of no step. Restore a checkpoint into it "
-    "(nb_sparse_adam.checkpoint.restore) or make a new one; or fork while no other thread steps"
+    "(nb_sparse_adam.checkpoint.restore), or, where it is one of torch or has a state_dir, make a new one, "
+    "which loads a state dict; or fork while no other thread steps"
 )
 
 
@@ -42,7 +43,7 @@ class _Lost:
     """In the place of a lock that a thread of the parent's held."""
 
     def __enter__(self) -> None:
-        raise StateError(_LOST)
+        raise StateError(LOST)
 
     def __exit__(self, *exception: object) -> None:
         raise AssertionError
@@ -82,19 +83,14 @@ def hold(locks: Sequence[Any], work: Callable[[], None]) -> None:
         work()
 
 
-def renew(owner: Any) -> str | None:
-    """Have an owner's lock be used again, though a thread that is gone held it: all is to be written anew.
+def is_lost(owner: Any) -> bool:
+    """Whether a thread that is gone held an owner's lock."""
+    return isinstance(getattr(owner, _owners[id(owner)][1]), _Lost)
 
-    Returns
-    -------
-    str or None
-        Why its content is that of no moment until then; None if nobody held it.
-    """
-    attribute = _owners[id(owner)][1]
-    if not isinstance(getattr(owner, attribute), _Lost):
-        return None
-    setattr(owner, attribute, threading.RLock())
-    return _LOST
+
+def renew(owner: Any) -> None:
+    """Have an owner's lock be used again, though a thread that is gone held it: all is to be written anew."""
+    setattr(owner, _owners[id(owner)][1], threading.RLock())
 
 
 def _locks() -> list[tuple[Any, str, Any]]:
@@ -113,25 +109,28 @@ def _numbas_locks() -> list[Any]:
 
 
 def _before() -> None:
-    taken = _taken[threading.get_ident()] = []
+    taken: list[Any] = []
+    _taken.setdefault(threading.get_ident(), []).append(taken)  # a signal handler may fork within a fork
     for patience, locks in (
         (_PATIENCE, [lock for *_, lock in _locks() if not isinstance(lock, _Lost)]),
         (_PATIENCE_WITH_NUMBA, _numbas_locks()),
     ):
         end = time.monotonic() + patience
         for lock in locks:
-            if lock.acquire(timeout=max(end - time.monotonic(), 0)):
-                taken.append(lock)
+            acquire = operator.methodcaller("acquire", timeout=max(end - time.monotonic(), 0))
+            taken.extend(filter(acquire, [lock]))  # one call of C: no interrupt between the two
 
 
 def _in_parent() -> None:
-    for lock in reversed(_taken.pop(threading.get_ident(), [])):
+    for lock in reversed((_taken.get(threading.get_ident()) or [[]]).pop()):
         lock.release()
 
 
 def _in_child() -> None:
-    taken = _taken.pop(threading.get_ident(), [])
+    forks = _taken.get(threading.get_ident()) or [[]]
+    taken = forks.pop()
     _taken.clear()
+    _taken[threading.get_ident()] = forks
     known = set(map(id, taken))
     for owner, attribute, lock in _locks():
         if isinstance(lock, _Lost):

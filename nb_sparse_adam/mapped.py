@@ -127,13 +127,13 @@ class StateFolder:
             self._delete(set(self._maps) - before)
             raise
 
-    def release(self, arrays: Iterable[NDArray[Any]]) -> None:
-        """Delete the files of arrays that nobody goes on with."""
-        arrays = [array for array in arrays if array.size]
+    def keep(self, arrays: Iterable[NDArray[Any]]) -> None:
+        """Delete the files of all arrays but these: nobody goes on with them."""
+        arrays = list(arrays)
         self._delete(
             file
             for file, made in list(self._maps.items())
-            if made is not None and any(np.may_share_memory(made, array) for array in arrays)
+            if made is not None and not any(np.may_share_memory(made, array) for array in arrays)
         )
 
     def remove(self) -> None:

@@ -559,6 +559,8 @@ class SparseAdam:
                     "row out and returns False) or 'propagate'"
                 )
             self._check_whole()
+            if self._folder is not None:
+                self._folder.check_process()
             table.check_writeable()
             table.make_room_for_a_step()
             was_lent = table.is_lent  # by a block around this one
@@ -678,6 +680,8 @@ class SparseAdam:
         given_options, given_tables = _check_state_dict(state_dict, self._tables)
         values = options.check_saved(given_options, self._dtypes(), self._step_counts)
         with self._lock:
+            if self._folder is not None:
+                self._folder.check_process()
             self.synchronize()
             on_host = [table for table in self._tables.values() if not table.on_gpu]
             live = [array for table in on_host for array in table.memory[1:]]
@@ -714,9 +718,9 @@ class SparseAdam:
         Notes
         -----
         The count of ``step_counts="global"`` and `skipped_rows` are of the whole table, and stay. State is
-        allocated once more, and the old one is let go, as is the old array: what was read from `tables` or
-        `state` before still shows the old ones. Not to be called from a signal handler, which may come in the
-        middle of a step: it would go on with the old array.
+        allocated once more, and the old one is let go, as is the old array: arrays, and a table's state, that
+        were read before still show the old ones. Not to be called from a signal handler, which may come in
+        the middle of a step: it would go on with the old array.
 
         Examples
         --------
@@ -752,7 +756,7 @@ class SparseAdam:
             self._tables[old.name] = new
             self._forget_memory()  # a signal handler may have stepped in between
             if self._folder is not None:
-                self._folder.release(old.memory[1:])
+                self._folder.keep([each for table in self._tables.values() for each in table.memory[1:]])
 
     def _forget_memory(self) -> None:
         """Let go what is kept from step to step of where tables and their state lie."""

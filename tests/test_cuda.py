@@ -187,6 +187,27 @@ def test_counts_are_widened_before_one_overflows(step_counts):
     assert counts.max() > 2**31
 
 
+def test_an_interrupt_while_counts_are_widened_finds_the_old_ones(monkeypatch):
+    from nb_sparse_adam.cuda import copies, table
+
+    both = Both(step_counts="row")
+    state = both.opt_on_gpu.state_dict()
+    state["tables"]["table"]["steps"][...] = 2**31 - 1
+    both.opt_on_gpu.load_state_dict(state)
+    launch = table.launch
+
+    def interrupted(kernel, *arguments):
+        if kernel is copies.convert_vector:
+            raise KeyboardInterrupt
+        launch(kernel, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            both.opt_on_gpu.step(CUDA.gradient(forms(4)["increasing"]))
+    assert host(both.opt_on_gpu.state["table"].steps).min() == 2**31 - 1
+
+
 def test_a_step_of_several_tables_is_that_of_each():
     shapes = {"a": (ROWS, 4), "b": (ROWS,), "c": (ROWS, 3)}
     both = Both(shapes, step_counts="row")

@@ -429,3 +429,18 @@ def test_steps_of_other_threads_meet_the_old_table_or_the_new():
             opt.rearrange(np.zeros((rows, 3), np.float32), source)
         stop.set()
         training.result()
+
+
+def test_files_do_not_pile_up(tmp_path):
+    """Counts of 64 bits move out of the files of 32."""
+    table = np.zeros((20, 3), np.float32)
+    opt = SparseAdam(table, step_counts="row", state_dir=tmp_path)
+    state = opt.state_dict()
+    state["tables"]["table"]["steps"] = np.full(20, 2**31 + 1)
+    opt.load_state_dict(state)
+    numbers = []
+    for _ in range(3):
+        opt.rearrange(np.zeros((20, 3), np.float32), np.arange(20))
+        numbers.append(len(list(tmp_path.iterdir())))
+        assert (opt.state["table"].steps == 2**31 + 1).all()
+    assert len(set(numbers)) == 1

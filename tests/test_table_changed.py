@@ -189,3 +189,31 @@ def test_a_table_on_a_gpu_that_says_where_it_is():
             opt.step(gradient_there)
     given.__cuda_array_interface__ = was
     opt.step(gradient_there)
+
+
+@pytest.mark.gpu
+def test_a_table_on_a_gpu_that_does_not_say_where_it_is_any_more():
+    """As a tensor of torch's that requires a gradient by now."""
+    from backends import foreign
+
+    class Tensor:
+        requires_grad = False
+
+        def __init__(self, array):
+            self._there = foreign(array)
+
+        def data_ptr(self):
+            return self._there.__cuda_array_interface__["data"][0]
+
+        @property
+        def __cuda_array_interface__(self):
+            if self.requires_grad:
+                raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad")
+            return self._there.__cuda_array_interface__
+
+    given = Tensor(np.ones((6, 4), np.float32))
+    opt = SparseAdam(given)
+    gradient_there = RowGradient(foreign(np.array([1])), foreign(np.ones((1, 4), np.float32)))
+    given.requires_grad = True
+    opt.step(gradient_there)
+    assert opt.state_dict()["tables"]["table"]["steps"].max() == 1

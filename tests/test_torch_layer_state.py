@@ -373,3 +373,51 @@ def test_the_options_can_be_read_by_anyone():
     length = int.from_bytes(packed[:8], "little")
     metadata = json.loads(packed[8 : 8 + length])["__metadata__"]
     assert json.loads(metadata["group"])["lr"] == 0.5
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("how", ["as floats", "in place"])
+def test_an_average_that_was_made_bytes_again_is_no_state(how):
+    torch.manual_seed(0)
+    layer = Embedding(40, 8)
+    dicts = []
+    for _ in range(2):
+        (layer(torch.arange(40)) * torch.randn(40, 8)).sum().backward()
+        dicts.append(layer.state_dict())
+    if how == "as floats":
+        average = {
+            key: torch.stack([each[key].float() for each in dicts]).mean(0).to(value.dtype)
+            for key, value in dicts[0].items()
+        }
+    else:
+        average = {key: value.clone() for key, value in dicts[0].items()}
+        for key, value in average.items():
+            value += dicts[1][key]
+            value.div_(2) if value.is_floating_point() else value.floor_divide_(2)
+    other = Embedding(40, 8)
+    before = other.weight.detach().clone()
+    with pytest.raises(errors.StateError, match="_extra_state"):
+        other.load_state_dict(average)
+    assert torch.equal(other.weight, before)
+
+
+@pytest.mark.jit
+def test_what_a_state_dict_cannot_hold_of_a_state_is_left_out():
+    layer = Embedding(4, 2)
+    layer(torch.tensor([1])).sum().backward()
+    layer.optimizer.state[layer.weight].update(
+        {"complex": torch.tensor([1 + 1j]), ("a", 1): 2.0, "mine": 3.0}
+    )
+    other = Embedding(4, 2)
+    other.load_state_dict(layer.state_dict())
+    state = other.optimizer.state[other.weight]
+    assert state["mine"] == 3.0
+    assert "complex" not in state
+    assert ("a", 1) not in state
+
+
+def test_a_parametrized_layer_is_copied():
+    layer = Embedding(3, 2).eval()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Tanh())
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(torch.tensor([1])), layer(torch.tensor([1])))

@@ -211,3 +211,47 @@ def test_a_shallow_copy_has_the_same_parameters_and_state_of_its_own():
     assert other.state[param] is not optimizer.state[param]
     optimizer.step()
     assert (other.state[param]["step"], optimizer.state[param]["step"]) == (1, 2)
+
+
+def test_a_copy_for_other_parameters_leaves_them_their_values():
+    param, other = torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.full((3, 2), 7.0))
+    optimizer = SparseAdam([param], lr=0.1)
+    param.grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2), check_invariants=True)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer, {id(param): other})
+    assert torch.equal(other.detach(), torch.full((3, 2), 7.0))
+    assert copied.state[other]["step"] == 1
+
+
+def test_what_other_processes_have_too_is_not_set_back():
+    param = torch.nn.Parameter(torch.zeros(3, 2))
+    param.share_memory_()
+    optimizer = SparseAdam([param], lr=0.1)
+    steps = []
+    for _ in range(2):
+        param.grad = torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2), check_invariants=True)
+        optimizer.step()
+        steps.append(optimizer.__getstate__())
+    after = param.detach().clone()
+    SparseAdam.__new__(SparseAdam).__setstate__(steps[0])
+    assert torch.equal(param.detach(), after)
+
+
+def test_a_reset_holds_after_a_step_that_was_refused():
+    param = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = SparseAdam([param], lr=0.1, on_nonfinite="raise")
+
+    def step(value):
+        values = torch.full((1, 2), value)
+        param.grad = torch.sparse_coo_tensor([[0]], values, (3, 2), check_invariants=True)
+        optimizer.step()
+
+    for _ in range(3):
+        step(1.0)
+    optimizer.state[param] = dict(optimizer.state[param])
+    with pytest.raises(ValueError, match="finite"):
+        step(float("nan"))
+    optimizer.state.clear()
+    step(1.0)
+    assert optimizer.state[param]["step"] == 1
+    assert float(optimizer.state[param]["exp_avg"][0, 0]) == pytest.approx(0.1)

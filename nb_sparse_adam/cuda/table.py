@@ -153,7 +153,7 @@ class DeviceTable(TableState):
     def check_unchanged(self) -> None:
         """Refuse a table that its owner has moved, or given another shape or dtype, since it was given."""
         place = _place_of(self.given)
-        if place != self._place:
+        if place is not None and place != self._place:  # None: it does not say
             raise TableError(
                 f"table {self.name!r} is (address, shape, strides, dtype) {place}, expected {self._place}: "
                 "it was changed in place after the optimizer had been given it. Change it back, or make an "
@@ -173,12 +173,13 @@ class DeviceTable(TableState):
     def _widen(self) -> None:
         narrow = self.arrays.counts
         with using(self.ordinal):
-            self._set_counts(self._new(narrow.shape[0], np.int64))
+            wide = self._new(narrow.shape[0], np.int64)
             if narrow.shape[0]:
                 stream = self._ready()
                 blocks = blocks_for(narrow.shape[0], THREADS)
-                launch(copies.convert_vector, blocks, THREADS, stream, narrow, self.arrays.counts)
+                launch(copies.convert_vector, blocks, THREADS, stream, narrow, wide)
                 self.last = stream.mark()
+            self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
 
     def _set_counts(self, counts: Any) -> None:
         self.news.memory = True

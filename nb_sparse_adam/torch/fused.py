@@ -274,7 +274,10 @@ class Fused(_Module):
         if hasattr(self.grad_scaler, "get_scale"):
             memo.setdefault(id(self.grad_scaler), self.grad_scaler)
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The class that parametrize makes has a __getstate__ that raises.
+        is_parametrized = torch.nn.utils.parametrize.is_parametrized(self)
+        state = Fused.__getstate__(self) if is_parametrized else self.__getstate__()
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class Held:
         self._counted, self._counted_at = 0, 0
         self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
         self._shown_step: Any = None  # what is called step there
+        self._is_loaded = False  # with a state, which may not have been shown yet
         with torch.inference_mode(False):  # tensors made under it tell nobody when they are changed
             self._make_views()
 
@@ -259,7 +260,7 @@ class Held:
         exp_avg, exp_avg_sq, step = shown.get("exp_avg"), shown.get("exp_avg_sq"), shown.get("step")
         if exp_avg is not self.exp_avg or exp_avg_sq is not self.exp_avg_sq:
             # Nothing has been shown yet. If it has, and is there no more, the user begins anew.
-            return not self.is_shown and not has_state(entry)
+            return not self.is_shown and not self._is_loaded and not has_state(entry)
         # The same tensors, and their memory has not been exchanged either.
         at = self._views_at
         if _identity(exp_avg) != at[0] or _identity(exp_avg_sq) != at[1]:
@@ -317,12 +318,12 @@ class Held:
             given[key] = _array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
         given["steps"] = self._given_counts(where, entry["step"])
         load: Callable[[], None] = self.table.check_load(given)
-        if not self.on_gpu or self.counts is not None:
-            return load
 
         def load_and_note() -> None:
+            self._is_loaded = True
             load()
-            self._note_count(int(given["steps"]))
+            if self.on_gpu and self.counts is None:
+                self._note_count(int(given["steps"]))
 
         return load_and_note
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+import zlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ _OF_OPTIMIZER = ("params", "param_names")  # which a layer's optimizer has of it
 _LEFT_OUT = object()
 
 
-def pack(group: Mapping[str, Any], entry: Mapping[str, Any] | None, unused: Mapping[str, Tensor]) -> Tensor:
+def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapping[str, Tensor]) -> Tensor:
     """Put the state of a table into one tensor, where its moments are.
 
     Parameters
@@ -55,11 +56,13 @@ def pack(group: Mapping[str, Any], entry: Mapping[str, Any] | None, unused: Mapp
         Tensors that stand for those of the entry before the first step, and take no memory themselves.
     """
     given = dict(unused if entry is None else entry)
-    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dtype in _CODES}
+    tensors = {
+        k: v for k, v in given.items() if isinstance(k, str) and isinstance(v, Tensor) and v.dtype in _CODES
+    }
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so all are aligned
     metadata = {"format": FORMAT, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
     if entry is not None:
-        metadata["entry"] = json.dumps(_all_plain(entry, tensors))
+        metadata.update(entry=json.dumps(_all_plain(entry, tensors)), crc32="0" * 8)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, value in tensors.items():
@@ -85,18 +88,28 @@ def pack(group: Mapping[str, Any], entry: Mapping[str, Any] | None, unused: Mapp
             if end > start:
                 part = packed[len(head) + start : len(head) + end].view(value.dtype)
                 part.view(value.shape).copy_(value)
+        crc = torch.frombuffer(bytearray(_crc(packed[len(head) :]).encode()), dtype=torch.uint8)
+        at = text.index(b'"crc32": "') + len(b'"crc32": "') + 8
+        packed[at : at + 8] = crc
     return packed
 
 
-def _all_plain(given: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
-    known = {key: _plain(value) for key, value in given.items() if key not in without}
+def _crc(data: Tensor) -> str:
+    """Check sum of what follows the header: an average that was made bytes again is not taken for a state."""
+    return f"{zlib.crc32(data.cpu().numpy().data):08x}"
+
+
+def _all_plain(given: Mapping[Any, Any], without: Collection[str]) -> dict[str, Any]:
+    known = {
+        key: _plain(value) for key, value in given.items() if isinstance(key, str) and key not in without
+    }
     return {key: value for key, value in known.items() if value is not _LEFT_OUT}
 
 
 def _plain(value: Any) -> Any:
     """Give a number, a flag, a name or a list of them in Python's own types; `_LEFT_OUT` for all else."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.item() if math.prod(value.shape) == 1 else _LEFT_OUT
+        return _plain(value.item()) if math.prod(value.shape) == 1 else _LEFT_OUT
     if isinstance(value, (list, tuple)):
         items = [_plain(item) for item in value]
         return _LEFT_OUT if any(item is _LEFT_OUT for item in items) else items
@@ -135,6 +148,8 @@ def unpack(where: str, packed: Tensor) -> dict[str, Any] | None:
         entry = json.loads(metadata["entry"]) if "entry" in metadata else None
         data = packed[8 + length :]
         if entry is not None:
+            if metadata.get("crc32") != _crc(data):
+                raise _damaged(where, "its checksum is another (an average of several state dicts?)")
             for key, described in header.items():
                 dtype, (start, end) = _DTYPES[described["dtype"]], described["data_offsets"]
                 if not 0 <= start <= end <= len(data):

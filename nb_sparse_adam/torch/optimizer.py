@@ -476,7 +476,8 @@ class SparseAdam(torch.optim.Optimizer):
         """
         made = memo[id(self)] = type(self).__new__(type(self))
         with self._turn:
-            before = [param for param, held in self._held.items() if held.is_shown and id(param) in memo]
+            copied = {id(each) for each in memo.get(id(memo), ())}  # by copy.deepcopy, which keeps them alive
+            before = [param for param, held in self._held.items() if held.is_shown and id(param) in copied]
             made.__setstate__(copy.deepcopy(self._state_now(), memo))
             _set_values({memo[id(param)]: param for param in before})
         return made
@@ -493,8 +494,11 @@ class SparseAdam(torch.optim.Optimizer):
             # there.
             self._sent = state["state"] if is_sent else None
             if not is_sent:
-                shown = [param for param, held in self._held.items() if held.is_shown]
-                state["_values"] = {param: param.detach().clone() for param in shown}
+                state["_values"] = {
+                    param: param.detach().clone()
+                    for param, held in self._held.items()
+                    if held.is_shown and not _is_in_shared_memory(param)
+                }
             return state
 
     def _state_now(self) -> dict[str, Any]:
@@ -602,6 +606,11 @@ def _refuse_several_gpus(helds: Sequence[Held]) -> None:
 def _name(group: Mapping[str, Any], g: int, i: int) -> str:
     names = group.get("param_names")
     return names[i] if names is not None else f"param_groups[{g}]['params'][{i}]"
+
+
+def _is_in_shared_memory(param: Tensor) -> bool:
+    """Whether other processes may have it: what is unpickled is the very memory then, not a copy."""
+    return param.device.type == "cpu" and bool(param.untyped_storage().is_shared())
 
 
 def _is_sparse(param: Tensor) -> bool:

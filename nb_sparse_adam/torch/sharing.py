@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from nb_sparse_adam.errors import GradientError
@@ -40,42 +41,38 @@ def refuse(layers: Sequence[Any], helds: Sequence[Held]) -> None:
         if len(seen) < len(helds):  # copies that share an optimizer
             at = next(at for at, held in enumerate(helds) if seen[id(held)] is not layers[at])
             raise _error(layers[at], seen[id(helds[at])])
+    if all(held in _known for held in helds):
+        return
+    registered = (reference() for reference in _layers.valuerefs())
+    others = [*layers, *(other for other in registered if other is not None and _has_stepped(other))]
+    weights = [other._parameters["weight"] for other in others]
+    begins, ends = np.array([_span(weight) for weight in weights], np.int64).T
     for layer, held in zip(layers, helds, strict=True):
         if held in _known:
             continue
-        for other in layers:
-            if other is not layer and _overlap(layer.weight, other.weight):
-                raise _error(layer, other)
-        for reference in _layers.valuerefs():
-            other = reference()
+        begin, end = _span(layer.weight)
+        for found in np.flatnonzero((begins < end) & (ends > begin)):
+            other = others[found]
             if (
-                other is not None
-                and _has_stepped(other, layer.optimizer)
-                and _overlap(layer.weight, other._parameters["weight"])
+                other is not layer
+                and (found < len(layers) or other.optimizer is not layer.optimizer)
+                and layer.weight.device == weights[found].device
             ):
                 raise _error(layer, other)
         if held.is_shown:  # from now on others find that it has a state
             _known.add(held)
 
 
-def _has_stepped(other: Any, optimizer: Any) -> bool:
+def _has_stepped(layer: Any) -> bool:
     """Whether a layer has a state of its own for the table that it has now."""
-    its_optimizer, weight = other.__dict__.get("optimizer"), other._parameters.get("weight")
-    return (
-        its_optimizer is not None
-        and its_optimizer is not optimizer
-        and weight is not None
-        and has_state(its_optimizer.state.get(weight))
-    )
+    optimizer, weight = layer.__dict__.get("optimizer"), layer._parameters.get("weight")
+    return optimizer is not None and weight is not None and has_state(optimizer.state.get(weight))
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors share memory."""
-    return (
-        a.device == b.device
-        and a.data_ptr() < b.data_ptr() + b.numel() * b.element_size()
-        and b.data_ptr() < a.data_ptr() + a.numel() * a.element_size()
-    )
+def _span(weight: Tensor) -> tuple[int, int]:
+    """Where the memory of a contiguous tensor begins and ends."""
+    begin = weight.data_ptr()
+    return begin, begin + weight.numel() * weight.element_size()
 
 
 def _error(layer: Any, other: Any) -> GradientError:
