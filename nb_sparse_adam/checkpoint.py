@@ -393,9 +393,9 @@ def _restore(
     read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
     if optimizer._folder is not None:
         optimizer._folder.check_process()
-    if locks.is_lost(optimizer):
+    if locks.is_lost(optimizer._lock):
         optimizer._unfinished = locks.LOST  # before anybody can take the lock again
-        locks.renew(optimizer)
+        locks.renew(optimizer, "_lock")
     with optimizer._lock:
         optimizer.synchronize()
         _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile

@@ -8,6 +8,7 @@ refuses to be used.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import threading
@@ -21,7 +22,7 @@ from numba.np.ufunc import parallel
 
 from nb_sparse_adam.errors import StateError
 
-__all__ = ["hold", "new_lock", "renew"]
+__all__ = ["LOST", "hold", "is_lost", "new_lock", "renew"]
 
 # Seconds that a fork waits. For the optimizers: longer than a step takes, but a save may take minutes, and a
 # loader that starts workers meanwhile is not to be held up. For numba: a compilation takes some seconds, and
@@ -29,6 +30,10 @@ __all__ = ["hold", "new_lock", "renew"]
 _PATIENCE, _PATIENCE_WITH_NUMBA = 0.5, 60.0
 
 _owners: dict[int, tuple[weakref.ref[Any], str, bool]] = {}
+_numbers, _room = (
+    itertools.count(),
+    [64],
+)  # of owners; how many there may be before those that are gone are let go
 _taken: dict[int, list[list[Any]]] = {}  # by a thread, for each of the forks that it is in just now
 
 LOST = (
@@ -61,8 +66,12 @@ def new_lock(owner: Any, attribute: str, outer: bool = False) -> Any:
     outer : bool, default False
         Whether a thread that holds it takes other locks then.
     """
-    key = id(owner)
-    _owners[key] = weakref.ref(owner, lambda _: _owners.pop(key, None)), attribute, outer
+    if len(_owners) >= _room[0]:  # not by callbacks of weak references, which would swallow an interrupt
+        for number, (reference, *_) in list(_owners.items()):
+            if reference() is None:
+                _owners.pop(number, None)
+        _room[0] = 2 * len(_owners) + 64
+    _owners[next(_numbers)] = weakref.ref(owner), attribute, outer
     return threading.RLock()
 
 
@@ -83,14 +92,14 @@ def hold(locks: Sequence[Any], work: Callable[[], None]) -> None:
         work()
 
 
-def is_lost(owner: Any) -> bool:
-    """Whether a thread that is gone held an owner's lock."""
-    return isinstance(getattr(owner, _owners[id(owner)][1]), _Lost)
+def is_lost(lock: Any) -> bool:
+    """Whether a thread that is gone held it, whatever stands in its place."""
+    return isinstance(lock, _Lost)
 
 
-def renew(owner: Any) -> None:
+def renew(owner: Any, attribute: str) -> None:
     """Have an owner's lock be used again, though a thread that is gone held it: all is to be written anew."""
-    setattr(owner, _owners[id(owner)][1], threading.RLock())
+    setattr(owner, attribute, threading.RLock())
 
 
 def _locks() -> list[tuple[Any, str, Any]]:
@@ -112,7 +121,7 @@ def _before() -> None:
     taken: list[Any] = []
     _taken.setdefault(threading.get_ident(), []).append(taken)  # a signal handler may fork within a fork
     for patience, locks in (
-        (_PATIENCE, [lock for *_, lock in _locks() if not isinstance(lock, _Lost)]),
+        (_PATIENCE, [lock for *_, lock in _locks() if not is_lost(lock)]),
         (_PATIENCE_WITH_NUMBA, _numbas_locks()),
     ):
         end = time.monotonic() + patience
@@ -133,7 +142,7 @@ def _in_child() -> None:
     _taken[threading.get_ident()] = forks
     known = set(map(id, taken))
     for owner, attribute, lock in _locks():
-        if isinstance(lock, _Lost):
+        if is_lost(lock):
             continue
         # One that was made after locks were taken may be free as well.
         is_free = id(lock) in known or lock.acquire(blocking=False)

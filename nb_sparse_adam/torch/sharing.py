@@ -84,5 +84,6 @@ def _error(layer: Any, other: Any) -> GradientError:
     return GradientError(
         f"two fused layers ({a} and {b}) have {have}, and moments and counts each: it would be updated as if "
         f"it were two. Use one layer for both lookups, or torch.nn.{a}(sparse=True) with "
-        "nb_sparse_adam.torch.SparseAdam"
+        "nb_sparse_adam.torch.SparseAdam; if the other one is no longer in use, let go of it, and of what it "
+        "has computed"
     )
