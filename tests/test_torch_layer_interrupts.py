@@ -32,6 +32,7 @@ def accumulated(layers):
 
 
 @pytest.mark.jit
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
 def test_after_an_interrupt_anywhere_the_next_pass_is_a_step_of_its_own():
     layers = [Embedding(ROWS, DIM), EmbeddingBag(ROWS, DIM)]
     accumulated(layers)
