@@ -508,7 +508,7 @@ class Stages:
     """
 
     def __init__(self, optimizer: SparseAdam, gradients: list[Any]) -> None:
-        from nb_sparse_adam.runs import prepare
+        from nb_sparse_adam.engine.runs import prepare
 
         self._prepared = [prepare(optimizer._parts(gradient))[0].prepared for gradient in gradients]
         self._turns = itertools.cycle(self._prepared)

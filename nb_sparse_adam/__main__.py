@@ -12,15 +12,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nb_sparse_adam import info, report
+from nb_sparse_adam import info
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import prepare_folder, write_whole
-from nb_sparse_adam.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam.options import STEP_COUNTS
-from nb_sparse_adam.ranking import Quality, popularity_quality
-from nb_sparse_adam.reading import FORMATS, read_interactions, read_split
-from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
+from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord, report
+from nb_sparse_adam.recommender.interactions import Interactions, Split, generate, hold_out
+from nb_sparse_adam.recommender.ranking import Quality, popularity_quality
+from nb_sparse_adam.recommender.reading import FORMATS, read_interactions, read_split
 
 __all__ = ["main"]
 

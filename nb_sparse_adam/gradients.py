@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.grouping import scan_ids
+from nb_sparse_adam.engine.kernels import Compressed
 from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
-from nb_sparse_adam.grouping import scan_ids
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.kernels import Compressed
 
 __all__ = ["BagGradient", "CSRGradient", "RowGradient"]
 

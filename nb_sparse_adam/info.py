@@ -13,9 +13,10 @@ import llvmlite
 import numba
 import numpy as np
 
-from nb_sparse_adam import bpr, cpu_limits, threads
+from nb_sparse_adam.engine import cpu_limits, threads
 from nb_sparse_adam.errors import MissingExtraError
 from nb_sparse_adam.extras import EXTRAS, install_command, require
+from nb_sparse_adam.recommender import bpr
 
 __all__ = ["report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
 

@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import kernels, locks, options
-from nb_sparse_adam.batching import Part
-from nb_sparse_adam.corrections import Corrections, corrections
+from nb_sparse_adam import options
+from nb_sparse_adam.engine import kernels, locks
+from nb_sparse_adam.engine.batching import Part
+from nb_sparse_adam.engine.corrections import Corrections, corrections
+from nb_sparse_adam.engine.kernels import Hyperparameters
+from nb_sparse_adam.engine.mapped import StateFolder
+from nb_sparse_adam.engine.planning import size_of
+from nb_sparse_adam.engine.runs import finish, prepare
+from nb_sparse_adam.engine.state import STATE_VERSION, News, TableState
+from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import (
     GradientTypeError,
     OptionError,
@@ -27,12 +34,6 @@ from nb_sparse_adam.errors import (
     TableTypeError,
 )
 from nb_sparse_adam.gradients import HOST, Places, Target, check, on_gpu
-from nb_sparse_adam.kernels import Hyperparameters
-from nb_sparse_adam.mapped import StateFolder
-from nb_sparse_adam.planning import size_of
-from nb_sparse_adam.runs import finish, prepare
-from nb_sparse_adam.table_state import STATE_VERSION, News, TableState
-from nb_sparse_adam.threads import max_threads
 
 __all__ = ["SparseAdam", "step_together"]
 

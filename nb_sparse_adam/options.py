@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import OptionError, OptionTypeError, StateError, StateTypeError
-from nb_sparse_adam.threads import max_threads
 
 STEP_COUNTS = ("element", "row", "global")
 ON_NONFINITE = ("raise", "skip", "propagate")

@@ -9,10 +9,11 @@ from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, batching, kernels, runs
+from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
+from nb_sparse_adam.engine import batching, kernels, runs
+from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError, OptionError
 from nb_sparse_adam.optimizer import step_together
-from nb_sparse_adam.threads import max_threads
 
 FORMS = ["rows", "sorted rows", "bags", "mean", "weighted", "hot"]
 THREADS = sorted({1, max_threads()})

@@ -20,8 +20,8 @@ from nb_sparse_adam.bench.limits import Limit
 from nb_sparse_adam.bench.lines import LINES, Figure
 from nb_sparse_adam.bench.peers import PEERS, TorchBag, TorchEntries, TorchRows
 from nb_sparse_adam.bench.worker import Settings
+from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import MissingExtraError, OptionError
-from nb_sparse_adam.threads import max_threads
 
 ALONE = Settings(peers=(), threads=1, quick=True)
 

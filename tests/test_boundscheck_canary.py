@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam.grouping import scan_ids
+from nb_sparse_adam.engine.grouping import scan_ids
 
 pytestmark = pytest.mark.jit
 

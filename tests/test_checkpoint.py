@@ -14,7 +14,8 @@ import pytest
 from backends import CPU, CUDA, host
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam, checkpoint, tensor_files
+from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
+from nb_sparse_adam.checkpoint import saving, tensor_files
 from nb_sparse_adam.errors import CheckpointError, OptionTypeError, TableError
 
 EXTRA = {"epoch": 3, "best": [0.5, None, True], "name": "Zürich", "nested": {"a": -1e-300}}
@@ -228,7 +229,7 @@ def rewrite(folder, change):
     manifest = json.loads(file.read_text(encoding="utf-8"))
     del manifest["sha256"]
     change(manifest)
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = saving._digest(manifest)
     file.write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -348,7 +349,7 @@ def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved)
     """A negative count would be an index."""
     folder, opt = saved
     file, state = one_file(folder), opt.state["user"]
-    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in checkpoint.ARRAYS[1:]}}
+    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in saving.ARRAYS[1:]}}
     arrays[name][4] = -1
     if name == "exp_avg_sq":
         arrays[name][3] = np.nan  # which a negative number may hide behind
@@ -431,7 +432,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(point, saved, monkeypa
         if where == point:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the file")
 
-    monkeypatch.setattr(checkpoint, "_reached", full)
+    monkeypatch.setattr(saving, "_reached", full)
     with pytest.raises(OSError, match=r"saving a checkpoint in .*: No space left .* is as it was") as caught:
         checkpoint.save(folder, opt)
     assert caught.value.errno == errno.ENOSPC
@@ -520,7 +521,7 @@ def test_an_interrupt_after_the_manifest_is_in_its_place_loses_nothing(saved, mo
         replace(*paths)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(saving.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, opt)
     monkeypatch.undo()
@@ -545,7 +546,7 @@ def test_a_place_that_cannot_be_a_folder(saved):
 def test_two_savers_are_kept_apart(saved):
     folder, opt = saved
     with (
-        checkpoint._only_saver(folder),
+        saving._only_saver(folder),
         pytest.raises(CheckpointError, match="another save into this folder"),
     ):
         checkpoint.save(folder, opt)
@@ -556,6 +557,7 @@ FORKING = """
 import os, sys, time
 import numpy as np
 from nb_sparse_adam import SparseAdam, checkpoint
+from nb_sparse_adam.checkpoint import saving
 optimizer = SparseAdam(np.ones((10, 2)))
 children = []
 def fork(point):
@@ -565,7 +567,7 @@ def fork(point):
             os.close(1)
             time.sleep(30)
             os._exit(0)
-checkpoint._reached = fork  # as another thread may, that starts workers
+saving._reached = fork  # as another thread may, that starts workers
 checkpoint.save(sys.argv[1], optimizer, 1)
 checkpoint.save(sys.argv[1], optimizer, 2)
 os.kill(children[0], 9)
@@ -629,6 +631,7 @@ KILLS = """
 import json, os, random, signal, sys, time
 import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
+from nb_sparse_adam.checkpoint import saving
 
 folder, at_random = sys.argv[1], int(sys.argv[2])
 POINTS = ["a file begun", "a file written", "a file synced", "manifest written", "manifest in its place",
@@ -656,7 +659,7 @@ def child(point, hit):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint._reached = reached
+    saving._reached = reached
     while True:
         step(opt, k)
         k += 1

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam, checkpoint, manifest, tensor_files
+from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
+from nb_sparse_adam.checkpoint import manifest, saving, tensor_files
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, StateError
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs files of POSIX systems")
@@ -186,7 +187,7 @@ def test_many_files_of_which_a_save_deletes_some_meanwhile_are_read_anew(tmp_pat
     checkpoint.save(tmp_path, many(1.0), "old")
     other = many(0.0)
     saves.clear()
-    monkeypatch.setattr(checkpoint, "_reached", lambda point: save_once() if point == "verified" else None)
+    monkeypatch.setattr(saving, "_reached", lambda point: save_once() if point == "verified" else None)
     assert checkpoint.restore(tmp_path, other) == "new"
     assert_same_bits(bits_of(other), bits_of(many(2.0)))
 
@@ -223,7 +224,7 @@ def test_a_file_that_changes_after_it_was_verified_changes_nothing(change, saved
     other = make(seed=1)
     path = sorted(folder.glob("*.safetensors"))[-1]  # the last: others would have been restored already
     changing, message = CHANGES[change]
-    monkeypatch.setattr(checkpoint, "_reached", lambda point: changing(path) if point == "verified" else None)
+    monkeypatch.setattr(saving, "_reached", lambda point: changing(path) if point == "verified" else None)
     with refused(CheckpointError, ValueError, str(path), message, opt=other, tables=dict(other.tables)):
         checkpoint.restore(folder, other)
     step(other)  # goes on
@@ -235,7 +236,7 @@ def test_a_file_that_is_replaced_meanwhile_is_read_to_its_end(change, saved, mon
     folder, opt = saved
     other = make(seed=1)
     path = sorted(folder.glob("*.safetensors"))[-1]
-    monkeypatch.setattr(checkpoint, "_reached", lambda point: change(path) if point == "verified" else None)
+    monkeypatch.setattr(saving, "_reached", lambda point: change(path) if point == "verified" else None)
     checkpoint.restore(folder, other)
     assert_same_bits(bits_of(other), bits_of(opt))
 
@@ -249,7 +250,7 @@ def restored_in_part(saved, monkeypatch):
     path = sorted(folder.glob("table-1-*"))[0]
     content = path.read_bytes()
     monkeypatch.setattr(
-        checkpoint, "_reached", lambda point: flip(path, -1, True) if point == "verified" else None
+        saving, "_reached", lambda point: flip(path, -1, True) if point == "verified" else None
     )
     monkeypatch.setattr(tensor_files, "PIECE", 8)
     with pytest.raises(CheckpointError, match="has been changed since it was verified") as caught:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nb_sparse_adam import __main__, extras, info, report
+from nb_sparse_adam import __main__, extras, info
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.interactions import generate
+from nb_sparse_adam.recommender import report
+from nb_sparse_adam.recommender.interactions import generate
 
 ROOT = Path(__file__).parents[1]
 FILES = {"embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"}
@@ -408,7 +409,7 @@ def test_importing_the_library_imports_none_of_this():
     program = (
         "import sys, nb_sparse_adam; "
         "late = ('polars', 'safetensors', 'matplotlib', 'tqdm', 'torch', 'nb_sparse_adam.recommender', "
-        "'nb_sparse_adam.reading', 'nb_sparse_adam.extras'); "
+        "'nb_sparse_adam.recommender.reading', 'nb_sparse_adam.extras'); "
         "print([name for name in late if name in sys.modules])"
     )
     done = subprocess.run(

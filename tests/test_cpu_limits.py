@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nb_sparse_adam import cpu_limits
+from nb_sparse_adam.engine import cpu_limits
 from nb_sparse_adam.info import usable_cores
 
 needs_cores = pytest.mark.skipif(usable_cores() == 1, reason="numba starts one thread on one core")
@@ -14,8 +14,8 @@ needs_cores = pytest.mark.skipif(usable_cores() == 1, reason="numba starts one t
 PROGRAM = """
 import sys
 from pathlib import Path
-from nb_sparse_adam import cpu_limits
-from nb_sparse_adam.pacing import Paces
+from nb_sparse_adam.engine import cpu_limits
+from nb_sparse_adam.engine.pacing import Paces
 if len(sys.argv) > 1:
     cpu_limits.CGROUPS, cpu_limits.OWN_CGROUPS = Path(sys.argv[1], "mount"), Path(sys.argv[1], "own")
 crew, _ = Paces().crew_for("Rows", 1 << 20, None)

@@ -14,6 +14,7 @@ from oracle import OracleSparseAdam
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, checkpoint
+from nb_sparse_adam.engine.kernels import BLOCK
 from nb_sparse_adam.errors import (
     GradientError,
     GradientIndexError,
@@ -23,7 +24,6 @@ from nb_sparse_adam.errors import (
     OptionTypeError,
     TableError,
 )
-from nb_sparse_adam.kernels import BLOCK
 from nb_sparse_adam.optimizer import step_together
 
 pytestmark = pytest.mark.gpu

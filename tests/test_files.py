@@ -5,7 +5,8 @@ import stat
 
 import pytest
 
-from nb_sparse_adam import files, report
+from nb_sparse_adam import files
+from nb_sparse_adam.recommender import report
 
 
 def content_of(folder):

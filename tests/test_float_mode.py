@@ -9,7 +9,7 @@ from checks import STEP_COUNTS, assert_same_bits, state_bits
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
-from nb_sparse_adam.threads import max_threads
+from nb_sparse_adam.engine.threads import max_threads
 
 torch = pytest.importorskip("torch")
 

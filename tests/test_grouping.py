@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nb_sparse_adam.grouping import Buffers, cut_evenly, group_ids
-from nb_sparse_adam.threads import Crew, max_threads
+from nb_sparse_adam.engine.grouping import Buffers, cut_evenly, group_ids
+from nb_sparse_adam.engine.threads import Crew, max_threads
 
 
 @given(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
-from nb_sparse_adam.interactions import Interactions, UserItems, generate, hold_out
-from nb_sparse_adam.reading import read_interactions, read_split
+from nb_sparse_adam.recommender.interactions import Interactions, UserItems, generate, hold_out
+from nb_sparse_adam.recommender.reading import read_interactions, read_split
 
 
 def pairs_of(interactions):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam, runs
+from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam.engine import runs
 
 
 def two_tables(**options):

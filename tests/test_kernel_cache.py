@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import nb_sparse_adam
-from nb_sparse_adam.kernel_cache import SOURCES
+from nb_sparse_adam.engine.kernel_cache import SOURCES
 
 pytestmark = pytest.mark.jit
 
@@ -27,7 +27,8 @@ STEPS = """
 import json, sys, numpy as np
 from numba.core.dispatcher import Dispatcher
 import nb_sparse_adam
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, grouping, kernels
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam.engine import grouping, kernels
 from nb_sparse_adam import gradients as checks
 
 def modules_of(types):
@@ -114,7 +115,7 @@ def install(tmp_path):
 SMALL = """
 import numba
 import numpy as np
-from nb_sparse_adam.jit import jit
+from nb_sparse_adam.engine.compile import jit
 
 @jit
 def take(x, i):
@@ -249,11 +250,11 @@ def test_kernels_are_read_from_disk_until_they_are_edited(install):
     assert second["table"] == first["table"]
 
     # Whose order of fields is in the code of other modules.
-    assert {f"{name.rpartition('.')[2]}.py" for name in first["tuples"]} <= set(SOURCES)
+    assert {"/".join(name.split(".")[1:]) + ".py" for name in first["tuples"]} <= set(SOURCES)
 
     before = run_steps(install)
     # In a file that is only inlined: every gradient is read with the other sign.
-    memory = install / "nb_sparse_adam" / "memory.py"
+    memory = install / "nb_sparse_adam" / "engine" / "intrinsics.py"
     edit(
         memory,
         "            _say_where(builder, value, scope)\n",
@@ -308,7 +309,7 @@ def test_an_edit_in_any_file_that_kernels_are_made_of_is_seen(small, install):
 def test_sources_are_those_that_the_process_has_read(small, install):
     """An upgrade while a process runs: what it compiles from then on is of the old sources."""
     code = """
-    with open("nb_sparse_adam/memory.py", "a") as file:
+    with open("nb_sparse_adam/engine/intrinsics.py", "a") as file:
         file.write("# upgraded")
     out = taken()
     """
@@ -431,7 +432,7 @@ print(json.dumps([value, sum(pull.stats.cache_hits.values())]))
 def test_a_users_cached_function_is_compiled_anew_after_an_upgrade(tmp_path):
     installs = [copy_package(tmp_path.resolve() / name) for name in ("old", "new")]
     edit(
-        installs[1] / "nb_sparse_adam" / "kernels.py",
+        installs[1] / "nb_sparse_adam" / "engine" / "kernels.py",
         "return p - product(step_size,",
         "return p + product(step_size,",
     )

@@ -7,7 +7,7 @@ import pytest
 from checks import STEP_COUNTS
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.threads import max_threads
+from nb_sparse_adam.engine.threads import max_threads
 
 pytestmark = pytest.mark.jit
 

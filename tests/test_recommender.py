@@ -7,11 +7,10 @@ import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam import recommender
 from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, OptionError
-from nb_sparse_adam.interactions import Interactions, Split, UserItems, generate, hold_out
-from nb_sparse_adam.ranking import popularity_quality
-from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train
+from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train, training
+from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam.recommender.ranking import popularity_quality
 
 SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
 
@@ -96,7 +95,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_the_samples_do_not_depend_on_the_batch_size(monkeypatch):
     all_in_one = copies(SMALL, BPROptions(batch_size=10_000, negatives=2))
-    monkeypatch.setattr(recommender, "_CHUNK", 20)  # two batches are sampled at a time
+    monkeypatch.setattr(training, "_CHUNK", 20)  # two batches are sampled at a time
     many = copies(SMALL, BPROptions(batch_size=9, negatives=2))
     np.testing.assert_array_equal(
         np.concatenate([batch.negatives for batch in many]), all_in_one[0].negatives

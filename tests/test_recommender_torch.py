@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nb_sparse_adam.interactions import generate, hold_out
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches
+from nb_sparse_adam.recommender.interactions import generate, hold_out
 
 torch = pytest.importorskip("torch")
 

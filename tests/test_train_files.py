@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam.errors import InteractionsError
-from nb_sparse_adam.reading import read_interactions, read_split
+from nb_sparse_adam.recommender.reading import read_interactions, read_split
 
 pl = pytest.importorskip("polars")
 
@@ -99,7 +99,7 @@ def test_pipes(kind, tmp_path):
 @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="/dev/stdin")
 def test_standard_input():
     program = (
-        "from nb_sparse_adam.reading import read_interactions; "
+        "from nb_sparse_adam.recommender.reading import read_interactions; "
         "read = read_interactions('/dev/stdin'); print(len(read.pairs), read.description)"
     )
     done = subprocess.run(
@@ -305,7 +305,7 @@ def test_memory_follows_what_is_distinct_not_the_size_of_the_file(tmp_path):
             file.write(block)  # 105 MB in all
     (tmp_path / "small").write_bytes(block)
     program = (
-        "import resource, sys; from nb_sparse_adam.reading import read_interactions as read; "
+        "import resource, sys; from nb_sparse_adam.recommender.reading import read_interactions as read; "
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "n, before = len(read('small').pairs), used(); large = read('large.gz'); "
         "print(n, len(large.pairs), large.repeated, used() - before)"

@@ -10,7 +10,9 @@ import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, finite, kernels, runs
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam.engine import kernels, runs
+from nb_sparse_adam.engine import screening as finite
 
 pytestmark = [
     pytest.mark.jit,

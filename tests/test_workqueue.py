@@ -67,7 +67,7 @@ import threading
 import numba, numpy as np
 from tqdm import tqdm
 from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.kernels import rows_parallel, rows_serial
+from nb_sparse_adam.engine.kernels import rows_parallel, rows_serial
 
 for _ in tqdm(range(3), disable=True):
     table = np.zeros((5000, 16), np.float32)

@@ -16,9 +16,9 @@ import numba
 from nb_sparse_adam.bench.lines import LINES, Line
 from nb_sparse_adam.bench.peers import PEERS
 from nb_sparse_adam.bench.worker import Settings, command
+from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import MissingExtraError, OptionError
 from nb_sparse_adam.info import threading_layer, usable_cores, versions
-from nb_sparse_adam.threads import max_threads
 
 __all__ = ["choose_lines", "choose_peers", "choose_threads", "describe", "figures", "reason_to_skip", "run"]
 

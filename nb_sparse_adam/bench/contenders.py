@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 from nb_sparse_adam.bench.cases import CSR, Arrays, Bag, Case, Rows
-from nb_sparse_adam.grouping import group_ids
-from nb_sparse_adam.threads import Crew
+from nb_sparse_adam.engine.grouping import group_ids
+from nb_sparse_adam.engine.threads import Crew
 
 __all__ = ["HYPER", "Contender", "Grouping", "NumpyUnique", "Ours", "WithOptimizer", "gradient"]
 

@@ -24,8 +24,19 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam.bench.contenders import WithOptimizer
-from nb_sparse_adam.grouping import group_ids
-from nb_sparse_adam.kernels import (
+from nb_sparse_adam.engine.grouping import group_ids
+from nb_sparse_adam.engine.intrinsics import (
+    load_count,
+    load_exp_avg,
+    load_exp_avg_sq,
+    load_gradient,
+    load_param,
+    store_count,
+    store_exp_avg,
+    store_exp_avg_sq,
+    store_param,
+)
+from nb_sparse_adam.engine.kernels import (
     ELEMENT,
     ENTRIES_AHEAD,
     PIECE,
@@ -36,17 +47,6 @@ from nb_sparse_adam.kernels import (
     prefetch_row,
     rows_ahead,
     view,
-)
-from nb_sparse_adam.memory import (
-    load_count,
-    load_exp_avg,
-    load_exp_avg_sq,
-    load_gradient,
-    load_param,
-    store_count,
-    store_exp_avg,
-    store_exp_avg_sq,
-    store_param,
 )
 from nb_sparse_adam.optimizer import SparseAdam
 

@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
-from nb_sparse_adam.kernel_cache import keep_on_disk
+from nb_sparse_adam.engine.kernel_cache import keep_on_disk
 
 __all__ = [
     "DEFAULT",

@@ -1,4 +1,4 @@
-"""Duplicate ids -> sorted ids and segments, on a GPU: what `nb_sparse_adam.grouping` does on a CPU.
+"""Duplicate ids -> sorted ids and segments, on a GPU: what `nb_sparse_adam.engine.grouping` does on a CPU.
 
 A stable radix sort of packed ids, six bits a pass at most. A block sorts a tile of them in its shared memory:
 each thread counts the digits of its own ids, in columns of its own, so that no order depends on scheduling.

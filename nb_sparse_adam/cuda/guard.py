@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from nb_sparse_adam.corrections import Corrections
 from nb_sparse_adam.cuda.device import Stream, copy_later, copy_to_device, copy_to_host, pinned, using
 from nb_sparse_adam.cuda.gradients import Form
 from nb_sparse_adam.cuda.layout import (
@@ -26,9 +25,10 @@ from nb_sparse_adam.cuda.layout import (
     NOWHERE,
 )
 from nb_sparse_adam.cuda.table import DeviceTable
+from nb_sparse_adam.engine.corrections import Corrections
+from nb_sparse_adam.engine.planning import nonfinite_error, overflow_error
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import Target, id_error, offset_error
-from nb_sparse_adam.planning import nonfinite_error, overflow_error
 
 __all__ = ["FORMS", "Guard"]
 

@@ -1,6 +1,6 @@
 """The formula on a GPU, and the loops that apply it.
 
-`adam` and `late_correction` are the functions of `nb_sparse_adam.kernels`, compiled for the device. What is
+`adam` and `late_correction` are those of `nb_sparse_adam.engine.kernels`, compiled for the device. What is
 around them is not: on a CPU a thread walks along a row; here the lanes of a group, ``threadIdx.x``, take the
 elements of a row side by side, and groups, ``threadIdx.y``, take rows in turn, each its own. Neither sums nor
 updates need atomic operations, and no result depends on scheduling.
@@ -33,7 +33,7 @@ from nb_sparse_adam.cuda.layout import (
     SKIPPED,
     SUSPICIOUS,
 )
-from nb_sparse_adam.kernels import BLOCK, ELEMENT, GLOBAL, ROW, formula, late_correction
+from nb_sparse_adam.engine.kernels import BLOCK, ELEMENT, GLOBAL, ROW, formula, late_correction
 
 __all__ = ["Kernels", "kernels_for", "settle_sums"]
 

@@ -32,7 +32,7 @@ ONE_EACH, PER_ROW, PER_ID = 0, 1, 2  # coefficients: there are none; one a row o
 
 
 class Gradient(NamedTuple):
-    """A gradient, as far as kernels need it; compare `nb_sparse_adam.kernels.Segments`.
+    """A gradient, as far as kernels need it; compare `nb_sparse_adam.engine.kernels.Segments`.
 
     Ids that increase are used as they are. Others are packed, ``id << row_shift | payload``, sorted, and cut
     into segments; the payload is the row of ``values``, or the position of the id.
@@ -56,7 +56,7 @@ class Gradient(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table in one step; compare `nb_sparse_adam.kernels.View`."""
+    """A table in one step; compare `nb_sparse_adam.engine.kernels.View`."""
 
     param: Any  # 1-D, as are all
     moments: Any  # exp_avg of row r from 2 * r * dim on, then its exp_avg_sq

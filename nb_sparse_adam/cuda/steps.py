@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nb_sparse_adam.corrections import Corrections
 from nb_sparse_adam.cuda import checks, grouping, kernels
 from nb_sparse_adam.cuda.device import (
     Stream,
@@ -44,11 +43,12 @@ from nb_sparse_adam.cuda.layout import (
     Table,
 )
 from nb_sparse_adam.cuda.table import DeviceTable
+from nb_sparse_adam.engine.corrections import Corrections
+from nb_sparse_adam.engine.kernels import BLOCK, ELEMENT, Hyperparameters
+from nb_sparse_adam.engine.planning import too_many_bits
+from nb_sparse_adam.engine.screening import SAFE_SHARE, square_root_of_largest
 from nb_sparse_adam.errors import GradientError, TableError
-from nb_sparse_adam.finite import SAFE_SHARE, square_root_of_largest
 from nb_sparse_adam.gradients import Places, Target
-from nb_sparse_adam.kernels import BLOCK, ELEMENT, Hyperparameters
-from nb_sparse_adam.planning import too_many_bits
 
 __all__ = ["DevicePart", "Guard", "part_of", "prepare"]
 

@@ -29,9 +29,9 @@ from nb_sparse_adam.cuda.device import (
     using,
 )
 from nb_sparse_adam.cuda.layout import SKIPPED, THREADS, WORDS
+from nb_sparse_adam.engine.kernels import ELEMENT, GLOBAL, TableArrays
+from nb_sparse_adam.engine.state import MAX_INT32, READ_ONLY, TableState
 from nb_sparse_adam.errors import TableError, TableTypeError
-from nb_sparse_adam.kernels import ELEMENT, GLOBAL, TableArrays
-from nb_sparse_adam.table_state import MAX_INT32, READ_ONLY, TableState
 
 __all__ = ["DeviceTable", "Scratch", "extent"]
 

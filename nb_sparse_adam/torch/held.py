@@ -13,6 +13,8 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
+from nb_sparse_adam.engine.state import MAX_COUNT
+from nb_sparse_adam.engine.threads import max_threads, numba_threads
 from nb_sparse_adam.errors import (
     DenseGradientError,
     GradientError,
@@ -23,8 +25,6 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
-from nb_sparse_adam.table_state import MAX_COUNT
-from nb_sparse_adam.threads import max_threads, numba_threads
 
 __all__ = ["ENTRIES", "Gpu", "Held", "array_of", "check_parameter", "coo", "has_state"]
 

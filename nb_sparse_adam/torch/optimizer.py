@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nb_sparse_adam import locks, options
+from nb_sparse_adam import options
+from nb_sparse_adam.engine import locks
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.optimizer import step_together

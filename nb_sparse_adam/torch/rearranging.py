@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nb_sparse_adam.engine.rearranging import checked_source
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
-from nb_sparse_adam.rearranging import checked_source
 from nb_sparse_adam.torch.held import ENTRIES, check_parameter
 
 __all__ = ["check_replacement", "rearranged", "source_of"]

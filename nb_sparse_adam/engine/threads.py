@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numba
 
-from nb_sparse_adam.cpu_limits import most_threads
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.cpu_limits import most_threads
+from nb_sparse_adam.engine.parallel import get_threads
 from nb_sparse_adam.errors import SparseAdamWarning
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.parallel import get_threads
 
 __all__ = ["ALONE", "Crew", "max_threads", "numba_threads", "run", "threading_layer", "usable_threads"]
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from nb_sparse_adam import kernels
-from nb_sparse_adam.batching import BatchWork, Part, choose, plan_batch
-from nb_sparse_adam.grouping import Buffers
-from nb_sparse_adam.pacing import Pace, Paces
-from nb_sparse_adam.planning import Work, plan
+from nb_sparse_adam.engine import kernels
+from nb_sparse_adam.engine.batching import BatchWork, Part, choose, plan_batch
+from nb_sparse_adam.engine.grouping import Buffers
+from nb_sparse_adam.engine.pacing import Pace, Paces
+from nb_sparse_adam.engine.planning import Work, plan
 
 __all__ = ["Run", "finish", "prepare"]
 

@@ -14,12 +14,18 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam.checkpoint.manifest import MANIFEST, read_manifest
+from nb_sparse_adam.checkpoint.tensor_files import (
+    Header,
+    TensorFileError,
+    array_size,
+    check_header,
+    read_pieces,
+)
+from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import NoRegularFileError, open_regular
-from nb_sparse_adam.manifest import MANIFEST, read_manifest
-from nb_sparse_adam.table_state import MAX_COUNT
-from nb_sparse_adam.tensor_files import Header, TensorFileError, array_size, check_header, read_pieces
 
 __all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading", "same_as"]
 

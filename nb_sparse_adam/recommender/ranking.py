@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.errors import OptionError
-from nb_sparse_adam.interactions import Split
-from nb_sparse_adam.jit import jit
+from nb_sparse_adam.recommender.interactions import Split
 
 __all__ = ["Quality", "evaluate", "popularity_quality", "rank_items"]
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.extras import require
-from nb_sparse_adam.interactions import Interactions, Split, UserItems, sorted_distinct
+from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, sorted_distinct
 
 __all__ = ["FORMATS", "read_interactions", "read_split"]
 

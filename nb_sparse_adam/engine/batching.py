@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import kernels
-from nb_sparse_adam.finite import squares_are_finite
-from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile, extent
-from nb_sparse_adam.grouping import (
+from nb_sparse_adam.engine import kernels
+from nb_sparse_adam.engine.grouping import (
     DIGIT_BITS,
     Buffers,
     IdBatch,
@@ -28,9 +26,11 @@ from nb_sparse_adam.grouping import (
     group_tables_parallel,
     group_tables_serial,
 )
-from nb_sparse_adam.planning import dtypes_of, largest_of_rows, rehearsed
-from nb_sparse_adam.table_state import TableState
-from nb_sparse_adam.threads import ALONE, Crew, run, usable_threads
+from nb_sparse_adam.engine.planning import dtypes_of, largest_of_rows, rehearsed
+from nb_sparse_adam.engine.screening import squares_are_finite
+from nb_sparse_adam.engine.state import TableState
+from nb_sparse_adam.engine.threads import ALONE, Crew, run, usable_threads
+from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile, extent
 
 __all__ = ["BatchWork", "Part", "choose", "plan_batch"]
 

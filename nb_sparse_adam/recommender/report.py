@@ -20,8 +20,8 @@ from typing import Any
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import prepare_folder, write_whole
 from nb_sparse_adam.info import versions
-from nb_sparse_adam.ranking import Quality
 from nb_sparse_adam.recommender import BPRModel
+from nb_sparse_adam.recommender.ranking import Quality
 
 __all__ = ["FILES", "prepare", "refuse_others", "save_metrics", "save_model"]
 

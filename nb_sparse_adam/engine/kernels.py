@@ -25,9 +25,8 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.kernel_cache import STAMP
-from nb_sparse_adam.memory import (
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.intrinsics import (
     CACHE_LINE,
     address,
     array_at,
@@ -51,7 +50,8 @@ from nb_sparse_adam.memory import (
     store_sum,
     take_turn,
 )
-from nb_sparse_adam.parallel import float_mode, swap_float_mode, swap_threads
+from nb_sparse_adam.engine.kernel_cache import STAMP
+from nb_sparse_adam.engine.parallel import float_mode, swap_float_mode, swap_threads
 
 __all__ = [
     "BLOCK",

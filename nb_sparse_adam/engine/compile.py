@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 
 import numba
 
-from nb_sparse_adam.kernel_cache import keep_on_disk
+from nb_sparse_adam.engine.kernel_cache import keep_on_disk
 
 __all__ = ["jit"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.parallel import float_mode, swap_float_mode, swap_threads
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.parallel import float_mode, swap_float_mode, swap_threads
 
 __all__ = [
     "BLOCK",

@@ -8,9 +8,9 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.parallel import swap_threads
-from nb_sparse_adam.threads import ALONE, Crew, run
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.parallel import swap_threads
+from nb_sparse_adam.engine.threads import ALONE, Crew, run
 
 __all__ = ["SAFE_SHARE", "largest_magnitude", "square_root_of_largest", "squares_are_finite"]
 

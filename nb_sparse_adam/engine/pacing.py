@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from nb_sparse_adam.threads import ALONE, Crew, usable_threads
+from nb_sparse_adam.engine.threads import ALONE, Crew, usable_threads
 
 __all__ = ["Pace", "Paces", "choices_up_to"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.intrinsics import load_gradient, store_param
 from nb_sparse_adam.errors import StateError, StateTypeError
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.memory import load_gradient, store_param
 
 __all__ = ["checked_source", "take_rows"]
 

@@ -40,8 +40,8 @@ __all__ = ["SOURCES", "STAMP", "keep_on_disk"]
 
 # Whose functions, constants or tuples are in kernels of other files, and, in __init__, the package's version.
 SOURCES = (
-    "__init__.py", "grouping.py", "jit.py", "kernel_cache.py", "kernels.py", "memory.py", "parallel.py",
-    "cuda/device.py", "cuda/layout.py",
+    "__init__.py", "engine/compile.py", "engine/grouping.py", "engine/intrinsics.py",
+    "engine/kernel_cache.py", "engine/kernels.py", "engine/parallel.py", "cuda/device.py", "cuda/layout.py",
 )  # fmt: skip
 
 # Of numba's configuration, what changes code; the processor and its features are in a key of numba's.
@@ -65,7 +65,7 @@ def _source(path: str) -> bytes:
 
 
 def _stamp() -> str | None:
-    folder = os.path.dirname(__file__)
+    folder = os.path.dirname(os.path.dirname(__file__))
     try:
         return _digest(*[_source(os.path.join(folder, *name.split("/"))) for name in SOURCES]).hex()
     except (AttributeError, OSError):  # a package without its sources

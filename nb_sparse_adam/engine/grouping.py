@@ -17,10 +17,10 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from nb_sparse_adam.jit import jit
-from nb_sparse_adam.memory import address, array_at, matrix_at, take_turn
-from nb_sparse_adam.parallel import swap_threads
-from nb_sparse_adam.threads import ALONE, Crew, run
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.intrinsics import address, array_at, matrix_at, take_turn
+from nb_sparse_adam.engine.parallel import swap_threads
+from nb_sparse_adam.engine.threads import ALONE, Crew, run
 
 __all__ = [
     "DIGIT_BITS",

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam import options
+from nb_sparse_adam.checkpoint.tensor_files import array_size, unique_keys
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.files import NoRegularFileError, open_regular
-from nb_sparse_adam.tensor_files import array_size, unique_keys
 
 __all__ = [
     "FORMAT",

@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nb_sparse_adam import bpr
+from nb_sparse_adam.engine.pacing import Pace, choices_up_to
+from nb_sparse_adam.engine.threads import Crew, run, usable_threads
 from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.gradients import RowGradient
-from nb_sparse_adam.interactions import Interactions, Split, hold_out, random_stream
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.options import STEP_COUNTS
-from nb_sparse_adam.pacing import Pace, choices_up_to
-from nb_sparse_adam.ranking import Quality, evaluate
-from nb_sparse_adam.threads import Crew, run, usable_threads
+from nb_sparse_adam.recommender import bpr
+from nb_sparse_adam.recommender.interactions import Interactions, Split, hold_out, random_stream
+from nb_sparse_adam.recommender.ranking import Quality, evaluate
 
 __all__ = ["DOMAINS", "BPRModel", "BPROptions", "Batch", "EpochRecord", "epoch_batches", "train"]
 
@@ -261,7 +261,7 @@ class BPRModel:
 
     Examples
     --------
-    >>> from nb_sparse_adam.interactions import generate, hold_out
+    >>> from nb_sparse_adam.recommender.interactions import generate, hold_out
     >>> model = BPRModel(hold_out(generate(200, 50, 10.0)), BPROptions(dim=8, epochs=2))
     >>> model.fit()
     >>> [record.epoch for record in model.history]

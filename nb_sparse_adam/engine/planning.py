@@ -11,11 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import kernels
-from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
-from nb_sparse_adam.finite import largest_magnitude, squares_are_finite
-from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile
-from nb_sparse_adam.grouping import (
+from nb_sparse_adam.engine import kernels
+from nb_sparse_adam.engine.grouping import (
     Buffers,
     ChangedError,
     count_long,
@@ -24,7 +21,10 @@ from nb_sparse_adam.grouping import (
     fill_long,
     group_ids,
 )
-from nb_sparse_adam.threads import Crew, run
+from nb_sparse_adam.engine.screening import largest_magnitude, squares_are_finite
+from nb_sparse_adam.engine.threads import Crew, run
+from nb_sparse_adam.errors import GradientError, NonFiniteGradientError
+from nb_sparse_adam.gradients import Entries, Rows, Target, changed_meanwhile
 
 __all__ = [
     "Work",

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam.engine.grouping import Buffers
+from nb_sparse_adam.engine.intrinsics import CACHE_LINE
+from nb_sparse_adam.engine.kernels import ELEMENT, GLOBAL, ROW, TableArrays
+from nb_sparse_adam.engine.pacing import Paces
+from nb_sparse_adam.engine.rearranging import checked_source, take_rows
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
-from nb_sparse_adam.grouping import Buffers
-from nb_sparse_adam.kernels import ELEMENT, GLOBAL, ROW, TableArrays
-from nb_sparse_adam.memory import CACHE_LINE
-from nb_sparse_adam.pacing import Paces
-from nb_sparse_adam.rearranging import checked_source, take_rows
 
 __all__ = ["STATE_VERSION", "TableState"]
 

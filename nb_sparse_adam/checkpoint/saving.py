@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import locks, options
-from nb_sparse_adam.checkpoint_files import (
+from nb_sparse_adam import options
+from nb_sparse_adam.checkpoint.files import (
     ARRAYS,
     TOO_MANY,
     TableFile,
@@ -31,9 +31,7 @@ from nb_sparse_adam.checkpoint_files import (
     reading,
     same_as,
 )
-from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
-from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
-from nb_sparse_adam.manifest import (
+from nb_sparse_adam.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     OURS,
@@ -43,10 +41,13 @@ from nb_sparse_adam.manifest import (
     refuse_foreign,
     write,
 )
-from nb_sparse_adam.manifest import digest as _digest
+from nb_sparse_adam.checkpoint.manifest import digest as _digest
+from nb_sparse_adam.checkpoint.tensor_files import array_size, begins_as_written, write_tensors
+from nb_sparse_adam.engine import locks
+from nb_sparse_adam.engine.state import TableState
+from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
+from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
 from nb_sparse_adam.optimizer import SparseAdam
-from nb_sparse_adam.table_state import TableState
-from nb_sparse_adam.tensor_files import array_size, begins_as_written, write_tensors
 
 __all__ = ["load", "restore", "save"]
 

@@ -1,0 +1,1 @@
+"""Compiled code, and what it needs: kernels, threads, memory of tables."""

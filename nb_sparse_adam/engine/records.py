@@ -1,0 +1,120 @@
+"""What kernels know of a step: the sole owner of names, order and units.
+
+A step is a few records: for each of its gradients one of the table, one of the gradient, and one of what
+preparing has found out; and a list of tasks, each a run of one gradient's rows that one thread takes. Python
+writes the first two, preparing the third and the tasks. Kernels on a CPU and on a GPU read the same fields by
+name, ``record["name"]``: attributes do not work where kernels run as plain Python.
+
+Addresses are in bytes, and 0 where there is nothing; strides, lengths and offsets count elements of the array
+that they are about. Everything is 8 bytes long, so that records are the same for every compiler.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = [
+    "BAGS",
+    "CHANGED",
+    "COLUMN",
+    "COMPRESSED",
+    "COO",
+    "CSC",
+    "CSR",
+    "DISTINCT",
+    "ELEMENT",
+    "ENTRIES",
+    "FOUND",
+    "GLOBAL",
+    "GRADIENT",
+    "ID",
+    "NOT_FINITE",
+    "NO_FAULT",
+    "OFFSET",
+    "OVERFLOW",
+    "PROPAGATE",
+    "RAISE",
+    "ROW",
+    "ROWS",
+    "SEGMENTS",
+    "SKIP",
+    "TABLE",
+    "TASK",
+    "WEIGHT_NOT_FINITE",
+]
+
+ELEMENT, ROW, GLOBAL = 0, 1, 2  # count rules, as `step_counts` names them
+RAISE, SKIP, PROPAGATE = 0, 1, 2  # what becomes of numbers that are not finite, as `on_nonfinite` names it
+
+# Forms of a gradient, as it was given.
+ROWS, BAGS, CSR, CSC, COO = 0, 1, 2, 3, 4
+
+# What preparing has made of it: ids as they are, each once and in order; sorted ids in segments of one row
+# each; compressed rows as they are; sorted entries, row * dim + column each, in segments of one entry each.
+DISTINCT, SEGMENTS, COMPRESSED, ENTRIES = 0, 1, 2, 3
+
+# Faults, in the order in which they are told.
+NO_FAULT, ID, COLUMN, OFFSET, CHANGED, NOT_FINITE, WEIGHT_NOT_FINITE, OVERFLOW = 0, 1, 2, 3, 4, 5, 6, 7
+
+
+def _record(*fields: str, reals: tuple[str, ...] = ()) -> np.dtype[np.void]:
+    numbers = [(name, np.int64) for name in fields]
+    return np.dtype([*numbers, *((name, np.float64) for name in reals)], align=True)
+
+
+TABLE = _record(
+    # The user's parameters: row r begins at r * param_stride.
+    "param", "param_length", "param_stride", "rows", "dim",
+    # Moments: exp_avg of row r begins at r * state_stride, its exp_avg_sq exp_avg_sq_offset behind.
+    "state", "state_length", "state_stride", "exp_avg_sq_offset",
+    # Counts of active steps: those of row r begin at r * count_stride. One for the table: 0.
+    "counts", "counts_length", "count_stride",
+    # Bias corrections, see `corrections.Corrections`: pairs for k = 0..K. Complete: none changes beyond K.
+    "corrections", "corrections_length", "complete", "eps_hat",
+    "totals",  # address of (2,) int64, the table's: steps that were applied, rows that were skipped
+    # Hyper-parameters, rounded to the table's dtype; sign is -1 to maximize.
+    reals=("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "lr", "eps", "sign",
+           "log_beta1", "log_beta2"),
+)  # fmt: skip
+
+GRADIENT = _record(
+    "form",  # ROWS, BAGS, CSR, CSC or COO
+    "on_nonfinite",  # RAISE, SKIP or PROPAGATE
+    # Ids of rows, or, of CSR, columns; int32 or int64, and so many bytes each.
+    "ids", "ids_length", "ids_bytes",
+    "columns", "columns_bytes",  # of COO, as many
+    # BAGS: where bags begin, and perhaps the end of the last. CSR and CSC: the pointer of rows, of columns.
+    "offsets", "offsets_length", "offsets_bytes",
+    # Rows of values, values_stride elements from one to the next: (values_rows, dim), or, of entries, (n, 1).
+    "values", "values_rows", "values_stride", "values_dim", "values_bytes",
+    "weights",  # BAGS: of each id, or 0
+    "mean",  # BAGS: 1 if each row of values is divided by the number of its ids
+    "parts",  # into how many parts preparing is cut: 1 if one thread does it all
+    "first_part", "first_task",  # the first of its parts, and of its tasks, among those of the step
+    "tasks",  # how many tasks there may be
+    "scratch",  # address of as many bytes as `scratch.bytes_needed` says
+)  # fmt: skip
+
+FOUND = _record(
+    # The first fault, where it is, what is there and, of an offset, what is before it. Of OVERFLOW: the unit
+    # (segment, row or entry), its row, and how many ids it is the sum of.
+    "fault", "place", "got", "before",
+    "kind",  # DISTINCT, SEGMENTS, COMPRESSED or ENTRIES
+    "suspicious",  # 1 if a sum, or its square, might not be finite
+    "units",  # how many rows, segments, compressed rows or entries there are
+    "present",  # ENTRIES: how many rows these are of
+    # Addresses in the gradient's scratch. Lists are int32, or int64 if wide.
+    "wide",
+    "packed", "row_shift",  # sorted: id << row_shift | payload, int64, ids_length of them
+    "starts",  # list: where each segment begins, and the end of the last; of COMPRESSED, where rows do
+    "bag_of",  # list: the bag of each position, where weights make the payload a position
+    "present_rows",  # COMPRESSED, list: the row of each place; a gap between the parts of several threads
+    "row_starts",  # ENTRIES, list: the first entry of each row present, and the end of the last
+    "long", "long_length", "long_first",  # int64: segments longer than a block; the first block of each
+    "blocks", "block_sums",  # how many, and (blocks, values_dim) sums of them
+    "reciprocals",  # BAGS with mean: (values_rows,) one divided by the number of ids
+    "longest",  # ids of the longest segment
+    reals=("value", "largest"),  # what is not finite; the largest magnitude of a term
+)  # fmt: skip
+
+TASK = _record("gradient", "part", "parts", "first", "last", "skipped")
