@@ -175,11 +175,11 @@ def test_many_files_of_which_a_save_deletes_some_meanwhile_are_read_anew(tmp_pat
             saves.append(checkpoint.save(tmp_path, many(2.0), "new"))
 
     def made(*given, **options):
-        monkeypatch.setattr(checkpoint, "SparseAdam", SparseAdam)
+        monkeypatch.setattr(saving, "SparseAdam", SparseAdam)
         save_once()
         return SparseAdam(*given, **options)
 
-    monkeypatch.setattr(checkpoint, "SparseAdam", made)
+    monkeypatch.setattr(saving, "SparseAdam", made)
     loaded, extra = checkpoint.load(tmp_path)
     assert extra == "new"
     assert_same_bits(bits_of(loaded), bits_of(many(2.0)))
