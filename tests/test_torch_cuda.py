@@ -19,7 +19,7 @@ from nb_sparse_adam import errors
 torch = pytest.importorskip("torch")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate, backward  # noqa: E402
-from nb_sparse_adam.torch.held import Gpu  # noqa: E402
+from nb_sparse_adam.torch.tensors import Gpu  # noqa: E402
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 __test__ = SIMULATED or torch.cuda.is_available()  # else there is nothing to collect, and nothing to skip
@@ -70,7 +70,7 @@ class Place:
 
     def assert_same_state(self, optimizer, param, expected, other):
         __tracebackhide__ = True
-        assert (optimizer._held[param].on_gpu, expected._held[other].on_gpu) == (True, False)
+        assert (optimizer._param_states[param].on_gpu, expected._param_states[other].on_gpu) == (True, False)
         self.assert_same(param, other)
         entry, wanted = optimizer.state[param], expected.state[other]
         assert entry.keys() == wanted.keys()
@@ -261,7 +261,7 @@ def test_one_gpu_a_step(place):
     grads = [gradient(rng) for _ in params]
     step(optimizer, params, grads)
     before = snapshot(params, optimizer)
-    optimizer._held[params[1]].device = torch.device("cuda", 1)
+    optimizer._param_states[params[1]].device = torch.device("cuda", 1)
     with pytest.raises(errors.TableError, match=r"params'\]\[0\] on .* and .* on cuda:1, expected one GPU"):
         step(optimizer, params, grads)
     assert snapshot(params, optimizer) == before

@@ -452,7 +452,7 @@ def test_an_exchanged_weight_is_not_kept():
     for _ in range(4):
         ours.weight = torch.nn.Parameter(ours.weight.detach().clone())
         ours(torch.arange(3)).sum().backward()
-    assert list(ours.optimizer._held) == [ours.weight]
+    assert list(ours.optimizer._param_states) == [ours.weight]
     assert ours.optimizer.state[ours.weight]["step"] == 4
 
 

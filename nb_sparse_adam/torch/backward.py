@@ -18,8 +18,9 @@ from torch import Tensor
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import deferred, sharing
-from nb_sparse_adam.torch.held import Gpu, array_of
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam, in_turn, step_jobs
+from nb_sparse_adam.torch.optimizer import SparseAdam
+from nb_sparse_adam.torch.steps import Job, in_turn, step_jobs
+from nb_sparse_adam.torch.tensors import Gpu, array_of
 
 __all__ = [
     "Accumulating",
@@ -239,9 +240,9 @@ def _step(lookups: Found) -> None:
 
 
 def _step_in_turn(lookups: Found) -> None:
-    deferred.raise_what_is_known(held for layer in lookups for held in list(layer.optimizer._held.values()))
+    deferred.raise_what_is_known(each for layer in lookups for each in layer.optimizer.param_states)
     jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
-    sharing.refuse(list(lookups), [job.held for job in jobs])
+    sharing.refuse(list(lookups), [job.param_state for job in jobs])
     step_jobs(jobs)
 
 

@@ -12,40 +12,40 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.torch.held import Held
+from nb_sparse_adam.torch.param_state import ParamState
 
 __all__ = ["one_step", "raise_what_is_known", "settle"]
 
 
-def raise_what_is_known(helds: Iterable[Held]) -> None:
+def raise_what_is_known(param_states: Iterable[ParamState]) -> None:
     """Raise what a step of some time ago was refused for, if that is known by now; wait for nothing."""
-    concerned = _with_others(helds)
-    if any(held.has_refused for held in concerned):
+    concerned = _with_others(param_states)
+    if any(each.has_refused for each in concerned):
         settle(concerned)
 
 
-def settle(helds: Iterable[Held]) -> None:
+def settle(param_states: Iterable[ParamState]) -> None:
     """Wait for all steps on a GPU, and raise what one was refused for; the next one is a new beginning."""
     found: list[GradientError] = []
-    for held in _with_others(helds):
+    for param_state in _with_others(param_states):
         try:
-            held.engine.synchronize()
+            param_state.engine.synchronize()
         except GradientError as error:
             found.append(error)
-        held.recount()
+        param_state.recount()
     if found:
         raise found[0]
 
 
 @contextmanager
-def one_step(helds: list[Held | None]) -> Iterator[None]:
+def one_step(param_states: list[ParamState | None]) -> Iterator[None]:
     """Let the body make a step of these parameters; None stands for those on the CPU."""
-    on_gpu = [held for held in helds if held is not None]
-    if all(held.checks != "deferred" for held in on_gpu):
+    on_gpu = [each for each in param_states if each is not None]
+    if all(each.checks != "deferred" for each in on_gpu):
         yield
         return
     _join(on_gpu)
-    if len(on_gpu) < len(helds) or any(held.checks == "immediate" for held in on_gpu):
+    if len(on_gpu) < len(param_states) or any(each.checks == "immediate" for each in on_gpu):
         settle(on_gpu)  # the engine is going to wait, and must find errors of this step only
     try:
         yield
@@ -57,18 +57,18 @@ def one_step(helds: list[Held | None]) -> Iterator[None]:
         raise
 
 
-def _join(helds: list[Held]) -> None:
-    if all(held.together is helds[0].together for held in helds):
+def _join(param_states: list[ParamState]) -> None:
+    if all(each.together is param_states[0].together for each in param_states):
         return
-    together = weakref.WeakSet(_with_others(helds))
+    together = weakref.WeakSet(_with_others(param_states))
     # Those of this step come last: if an interrupt leaves one out, the next step joins them again.
-    for held in [*(together - set(helds)), *helds]:
-        held.together = together
+    for param_state in [*(together - set(param_states)), *param_states]:
+        param_state.together = together
 
 
-def _with_others(helds: Iterable[Held]) -> list[Held]:
+def _with_others(param_states: Iterable[ParamState]) -> list[ParamState]:
     """Those on a GPU, and all that were in a deferred step with one of them."""
-    found = dict.fromkeys(held for held in helds if held.on_gpu)
-    for together in {id(held.together): held.together for held in found}.values():
+    found = dict.fromkeys(each for each in param_states if each.on_gpu)
+    for together in {id(each.together): each.together for each in found}.values():
         found.update(dict.fromkeys(together))
     return list(found)

@@ -25,8 +25,10 @@ from nb_sparse_adam.errors import (
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import layer_state, sharing
 from nb_sparse_adam.torch.backward import Block, is_pending
-from nb_sparse_adam.torch.held import check_parameter, has_state
-from nb_sparse_adam.torch.optimizer import Job, SparseAdam
+from nb_sparse_adam.torch.optimizer import SparseAdam
+from nb_sparse_adam.torch.param_state import has_state
+from nb_sparse_adam.torch.steps import Job
+from nb_sparse_adam.torch.tensors import check_parameter
 
 __all__ = ["Fused"]
 
@@ -154,7 +156,8 @@ class Fused(_Module):
                 stacklevel=2,
             )
 
-    def _unscaled(self, grad_output: Tensor) -> Tensor:
+    def unscaled(self, grad_output: Tensor) -> Tensor:
+        """Divide the gradient of an output by what the loss has been scaled with."""
         grad_output = grad_output.resolve_neg()
         if self.grad_scaler is None:
             return grad_output
@@ -171,9 +174,9 @@ class Fused(_Module):
                 "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
             )
         _refuse_strides(type(self).__name__, weight)
-        held = self.optimizer.ready(weight, self._group(), name, 1)
+        param_state = self.optimizer.ready(weight, self._group(), name, 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
-        return Job(self.optimizer, weight, held, gradient)
+        return Job(self.optimizer, weight, param_state, gradient)
 
     def _group(self) -> dict[str, Any]:
         """The optimizer's group, with the Parameter that is there now; another one takes over the state."""
@@ -225,7 +228,7 @@ class Fused(_Module):
         tensor([1, 1, 0], dtype=torch.int32)
         """
         name = f"{type(self).__name__}.rearrange"
-        with self.optimizer._turn:
+        with self.optimizer.turn:
             old = self._parameters.get("weight")
             if old is None or not old.is_leaf:
                 raise TableError(f"{name}: the layer's weight is computed from others, expected a Parameter")
@@ -292,7 +295,7 @@ class Fused(_Module):
 
         It is a file of safetensors, with "exp_avg", "exp_avg_sq" and, if there are several counts, "step".
         """
-        with self.optimizer._turn:
+        with self.optimizer.turn:
             self.optimizer.synchronize()
             group = self.optimizer.param_groups[0]
             entry = self.optimizer.state.get(group["params"][0])

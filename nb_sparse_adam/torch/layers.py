@@ -31,7 +31,7 @@ from nb_sparse_adam.torch.bags import (
     without,
 )
 from nb_sparse_adam.torch.fused import Fused
-from nb_sparse_adam.torch.held import Gpu
+from nb_sparse_adam.torch.tensors import Gpu
 
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
 
@@ -294,7 +294,7 @@ class _Rows(torch.autograd.Function):
             (ids,) = ctx.saved_tensors
             layer = ctx.layer
             ids = ids.reshape(-1)
-            grads = layer._unscaled(grad_output).reshape(len(ids), layer.embedding_dim)
+            grads = layer.unscaled(grad_output).reshape(len(ids), layer.embedding_dim)
             if layer.padding_idx is not None:
                 kept = ids != layer.padding_idx
                 if not kept.all():
@@ -344,7 +344,7 @@ class _Bags(torch.autograd.Function):
             ).reshape(weights.shape)
         if _is_wanted(ctx):
             weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
-            grads = layer._unscaled(grad_output)
+            grads = layer.unscaled(grad_output)
             if layer.padding_idx is not None:
                 ids, starts, weights = without(layer.padding_idx, ids, starts, weights)
             collect(layer, BagLookup(ctx.weight, ids, starts, grads, weights, layer.mode))

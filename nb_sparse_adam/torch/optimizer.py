@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from multiprocessing.context import get_spawning_popen
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from nb_sparse_adam import options
 from nb_sparse_adam.engine import locks
-from nb_sparse_adam.errors import OptionError, StateError, TableError
-from nb_sparse_adam.gradients import BagGradient, RowGradient
-from nb_sparse_adam.optimizer import step_together
-from nb_sparse_adam.torch import deferred
-from nb_sparse_adam.torch.held import Gpu, Held, check_parameter, coo, has_state
-from nb_sparse_adam.torch.plain import plain_copy
+from nb_sparse_adam.errors import OptionError
+from nb_sparse_adam.torch import deferred, groups
+from nb_sparse_adam.torch.param_state import ParamState, has_state
+from nb_sparse_adam.torch.plain import copy_state, plain_copy, set_values
 from nb_sparse_adam.torch.rearranging import check_replacement, rearranged, source_of
+from nb_sparse_adam.torch.steps import Job, step_jobs
+from nb_sparse_adam.torch.tensors import Gpu, coo, is_in_shared_memory
 
-__all__ = ["Job", "SparseAdam", "in_turn", "step_jobs"]
-
-# What a step looks at.
-USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
-# What torch's has not: a state dict of torch's lacks them.
-OWN = {"step_counts": "global", "eps_hat": True, "on_nonfinite": "propagate"}
+__all__ = ["SparseAdam"]
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -120,16 +114,7 @@ class SparseAdam(torch.optim.Optimizer):
         on_nonfinite: str = "propagate",
         device_checks: str = "immediate",
     ) -> None:
-        # In torch's words, and order.
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise OptionError(f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}")
-        if not lr > 0:
-            raise OptionError(f"Invalid learning rate: {lr}, expected 0 < lr < inf")
-        if not eps > 0:
-            raise OptionError(f"Invalid epsilon value: {eps}, expected 0 < eps < inf")
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise OptionError(f"Invalid beta parameter at index {i}: {beta}, expected 0 <= beta < 1")
+        groups.check_defaults(lr, betas, eps)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -139,15 +124,15 @@ class SparseAdam(torch.optim.Optimizer):
             "eps_hat": eps_hat,
             "on_nonfinite": on_nonfinite,
         }
-        self._turn = locks.new_lock(self, "_turn", outer=True)
-        self._held: dict[Tensor, Held] = {}
+        self.turn = locks.new_lock(self, "turn", outer=True)
+        self._param_states: dict[Tensor, ParamState] = {}
         super().__init__(params, defaults)
         self._register_hooks()
         self.device_checks = device_checks
 
     def _register_hooks(self) -> None:
         self.register_state_dict_pre_hook(SparseAdam.synchronize)  # type: ignore[arg-type]
-        self.register_state_dict_post_hook(_copy_state)
+        self.register_state_dict_post_hook(copy_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it has them.
@@ -157,30 +142,14 @@ class SparseAdam(torch.optim.Optimizer):
         param_group : dict
             "params", and any of the options.
         """
-        with self._turn:
+        with self.turn:
             before = len(self.param_groups)
             try:
                 super().add_param_group(param_group)
-                self._check_group(before)
+                groups.check_group(self.param_groups[before], before)
             except BaseException:
                 del self.param_groups[before:]
                 raise
-
-    def _check_group(self, index: int) -> None:
-        group = self.param_groups[index]
-        params = group["params"]
-        for what, is_one, refusal in (
-            ("Sparse", _is_sparse, "requires dense parameter tensors"),
-            ("Complex", torch.is_complex, "does not support complex parameters"),
-        ):
-            found = [[index, i] for i, p in enumerate(params) if is_one(p)]
-            if found:
-                raise TableError(f"{what} params at indices {found}: SparseAdam {refusal}")
-        for i, p in enumerate(params):
-            check_parameter(_name(group, index, i), p)
-        if len(set(params)) != len(params):
-            raise TableError(f"param_groups[{index}] has a parameter twice, expected each of them once")
-        _options_of(group)
 
     @property
     def device_checks(self) -> str:
@@ -189,7 +158,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     @device_checks.setter
     def device_checks(self, value: str) -> None:
-        with self._turn:
+        with self.turn:
             before = self._device_checks
             try:
                 self.set_device_checks(value)
@@ -201,7 +170,7 @@ class SparseAdam(torch.optim.Optimizer):
     def set_device_checks(self, value: str) -> None:
         """Set `device_checks` for parameters that may yet be moved to a GPU."""
         value = options.choice("device_checks", value, options.DEVICE_CHECKS)
-        with self._turn:
+        with self.turn:
             self.synchronize()  # without "deferred" nobody would ask
             self._device_checks = value
 
@@ -221,8 +190,14 @@ class SparseAdam(torch.optim.Optimizer):
 
         It waits for the GPU where one is there.
         """
-        with self._turn:
-            return {param: held.table.skipped_rows for param, held in self._held.items() if held.is_shown}
+        with self.turn:
+            states = self._param_states.items()
+            return {param: param_state.skipped_rows for param, param_state in states if param_state.is_shown}
+
+    @property
+    def param_states(self) -> list[ParamState]:
+        """What the engine holds for the parameters that have been stepped or loaded; for fused layers."""
+        return list(self._param_states.values())
 
     # --- steps --------------------------------------------------------------------------------------------
 
@@ -251,11 +226,11 @@ class SparseAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._turn:
-            deferred.raise_what_is_known(list(self._held.values()))
+        with self.turn:
+            deferred.raise_what_is_known(self.param_states)
             step_jobs(
                 [
-                    self._job(param, group, _name(group, g, i))
+                    self._job(param, group, groups.name_of(group, g, i))
                     for g, group in enumerate(self.param_groups)
                     for i, param in enumerate(group["params"])
                     if param.grad is not None
@@ -272,59 +247,57 @@ class SparseAdam(torch.optim.Optimizer):
             With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
             after it, have changed nothing; the next one is a new beginning.
         """
-        with self._turn:
-            deferred.settle(list(self._held.values()))
+        with self.turn:
+            deferred.settle(self.param_states)
 
     def _job(self, param: Tensor, group: dict[str, Any], name: str) -> Job:
         assert param.grad is not None
         grad = coo(name, param.grad, param.device)
-        held = self.ready(param, group, name, grad.sparse_dim())
-        return Job(self, param, held, held.gradient(param, grad), grad)
+        param_state = self.ready(param, group, name, grad.sparse_dim())
+        return Job(self, param, param_state, param_state.gradient(param, grad), grad)
 
-    def ready(self, param: Tensor, group: dict[str, Any], name: str, sparse_dim: int) -> Held:
+    def ready(self, param: Tensor, group: dict[str, Any], name: str, sparse_dim: int) -> ParamState:
         """What the engine holds for a parameter, up to date with its memory, state and options."""
-        held = self._held_for(param, sparse_dim, group["step_counts"], name)
-        given = (self._device_checks, *(_numbers(group.get(key)) for key in USED))
-        if given != held.given:  # checked once, not in every step
-            options_now = _options_of(group)
-            held.given = None  # until all of them are in use
-            held.use(options_now, self._device_checks)
-            held.given = given
-        held.use_threads()
-        return held
+        param_state = self._state_of(param, sparse_dim, group["step_counts"], name)
+        given = (self._device_checks, *groups.used_options(group))
+        if given != param_state.given:  # checked once, not in every step
+            options_now = groups.options_of(group)
+            param_state.given = None  # until all of them are in use
+            param_state.use(options_now, self._device_checks)
+            param_state.given = given
+        param_state.use_threads()
+        return param_state
 
-    def has_stepped(self, param: Tensor, held: Held) -> None:
+    def has_stepped(self, param: Tensor, param_state: ParamState) -> None:
         """Show a parameter's new state."""
-        self._held[param] = held
+        self._param_states[param] = param_state
         entry = self.state.get(param)
         if not isinstance(entry, dict):
             entry = self.state[param] = {} if entry is None else dict(entry)
-        held.show(entry)
+        param_state.show(entry)
 
-    def _held_for(self, param: Tensor, sparse_dim: int, step_counts: str, name: str) -> Held:
+    def _state_of(self, param: Tensor, sparse_dim: int, step_counts: str, name: str) -> ParamState:
         """What the engine holds for a parameter, made anew where something has been exchanged since."""
-        held, entry = self._held.get(param), self.state.get(param)
-        if held is not None:
-            if held.step_counts != step_counts:
+        param_state, entry = self._param_states.get(param), self.state.get(param)
+        if param_state is not None:
+            if param_state.step_counts != step_counts:
                 raise OptionError(
                     f"step_counts of parameter {name} is {step_counts!r} now, expected "
-                    f"{held.step_counts!r}: it is fixed when the first step is taken"
+                    f"{param_state.step_counts!r}: it is fixed when the first step is taken"
                 )
-            if held.is_current(param, sparse_dim, entry):
-                return held
-            deferred.settle([held])
+            if param_state.is_current(param, sparse_dim, entry):
+                return param_state
+            deferred.settle([param_state])
         present = {p for group in self.param_groups for p in group["params"]}
-        for gone in [p for p in list(self._held) if p not in present]:
-            self._held.pop(gone, None)
-        renewed = Held(name, param, sparse_dim, step_counts)
-        if held is not None:
-            renewed.set_skipped_rows(held.table.skipped_rows)
+        for gone in [p for p in list(self._param_states) if p not in present]:
+            self._param_states.pop(gone, None)
+        renewed = ParamState(name, param, sparse_dim, step_counts, after=param_state)
         if has_state(entry):
             renewed.check_load(entry)()
-        if held is not None and self._held.get(param) is held:
-            self._held.pop(param, None)
+        if param_state is not None and self._param_states.get(param) is param_state:
+            self._param_states.pop(param, None)
         # Now: a step of a signal handler's that comes before this one's end is to find it, or was first.
-        return self._held.setdefault(param, renewed)
+        return self._param_states.setdefault(param, renewed)
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -337,7 +310,7 @@ class SparseAdam(torch.optim.Optimizer):
             As torch's: "state", by the parameters' numbers, and "param_groups". Tensors are contiguous, and
             NumPy's numbers are Python's, so that ``torch.load(..., weights_only=True)`` reads it.
         """
-        with self._turn:
+        with self.turn:
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,7 +325,7 @@ class SparseAdam(torch.optim.Optimizer):
         StateError
             If it does not fit; nothing has been changed then.
         """
-        with self._turn:
+        with self.turn:
             super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -411,20 +384,18 @@ class SparseAdam(torch.optim.Optimizer):
         >>> optimizer.state[new_means]["exp_avg"][:, 0]
         tensor([0.1000, 0.1000, 0.1000, 0.0000])
         """
-        with self._turn:
-            g, i = self._place_of(old_param, new_param)
+        with self.turn:
+            g, i = groups.place_of(self.param_groups, old_param, new_param)
             group = self.param_groups[g]
-            name = _name(group, g, i)
+            name = groups.name_of(group, g, i)
             check_replacement(name, old_param, new_param)
             self.synchronize()
-            entry, held = self.state.get(old_param), self._held.get(old_param)
-            renewed: Held | None = None
+            entry, param_state = self.state.get(old_param), self._param_states.get(old_param)
+            renewed: ParamState | None = None
             if has_state(entry):
                 arranged = rearranged(name, entry, source, new_param, group["step_counts"])
-                sparse_dim = 1 if held is None else held.sparse_dim
-                renewed = Held(name, new_param, sparse_dim, group["step_counts"])
-                if held is not None:
-                    renewed.set_skipped_rows(held.table.skipped_rows)
+                sparse_dim = 1 if param_state is None else param_state.sparse_dim
+                renewed = ParamState(name, new_param, sparse_dim, group["step_counts"], after=param_state)
                 renewed.check_load(arranged)()
             else:
                 source_of(name, source, len(new_param), len(old_param))
@@ -437,36 +408,17 @@ class SparseAdam(torch.optim.Optimizer):
                     self.has_stepped(new_param, renewed)
                 if new_param is not old_param:
                     self.state.pop(old_param, None)
-                    self._held.pop(old_param, None)
+                    self._param_states.pop(old_param, None)
 
             try:
                 exchange()
             finally:  # an interrupt that came in between is raised when all has been exchanged
                 exchange()
 
-    def _place_of(self, old_param: Tensor, new_param: Tensor) -> tuple[int, int]:
-        """Find a parameter in the groups, where the new one must not be."""
-        found = None
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param is old_param:
-                    found = g, i
-                elif param is new_param:
-                    raise TableError(
-                        f"rearrange: the new parameter is {_name(group, g, i)} of this optimizer, expected "
-                        "one that has no place in it yet"
-                    )
-        if found is None:
-            raise TableError(
-                "rearrange: the old parameter is in none of this optimizer's groups, expected one of theirs: "
-                "the very Parameter, for it may be another one after a call of rearrange"
-            )
-        return found
-
     def __copy__(self) -> SparseAdam:
         """Another optimizer of the same parameters."""
         made = type(self).__new__(type(self))
-        with self._turn:
+        with self.turn:
             made.__setstate__(self._state_now())
         return made
 
@@ -476,11 +428,12 @@ class SparseAdam(torch.optim.Optimizer):
         They all are given the values of the moment: a step may have come since they were copied.
         """
         made = memo[id(self)] = type(self).__new__(type(self))
-        with self._turn:
+        with self.turn:
             copied = {id(each) for each in memo.get(id(memo), ())}  # by copy.deepcopy, which keeps them alive
-            before = [param for param, held in self._held.items() if held.is_shown and id(param) in copied]
+            states = self._param_states.items()
+            before = [param for param, each in states if each.is_shown and id(param) in copied]
             made.__setstate__(copy.deepcopy(self._state_now(), memo))
-            _set_values({memo[id(param)]: param for param in before})
+            set_values({memo[id(param)]: param for param in before})
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -489,7 +442,7 @@ class SparseAdam(torch.optim.Optimizer):
         The parameters themselves are there to be the same ones as elsewhere in the pickle; they are written
         to it later, when they may have changed. So their values are there, too: it takes their size twice.
         """
-        with self._turn:
+        with self.turn:
             state, is_sent = self._state_now(), get_spawning_popen() is not None
             # A process that is being spawned is sent places in shared memory, which must last until it is
             # there.
@@ -497,8 +450,8 @@ class SparseAdam(torch.optim.Optimizer):
             if not is_sent:
                 state["_values"] = {
                     param: param.detach().clone()
-                    for param, held in self._held.items()
-                    if held.is_shown and not _is_in_shared_memory(param)
+                    for param, each in self._param_states.items()
+                    if each.is_shown and not is_in_shared_memory(param)
                 }
             return state
 
@@ -511,156 +464,35 @@ class SparseAdam(torch.optim.Optimizer):
         """Take over a state: what unpickling, `copy.deepcopy` and `load_state_dict` end in."""
         state = dict(state)
         values = state.pop("_values", {})
-        if "_turn" not in self.__dict__:
-            self._turn = locks.new_lock(self, "_turn", outer=True)
-        with self._turn:
+        if "turn" not in self.__dict__:
+            self.turn = locks.new_lock(self, "turn", outer=True)
+        with self.turn:
             self._take_over(state)
-            _set_values(values)
+            set_values(values)
 
     def _take_over(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
-        known: Mapping[Tensor, Held] = {} if before is None else self._held
+        known: Mapping[Tensor, ParamState] = {} if before is None else self._param_states
         if before is not None:
             self.synchronize()
-        helds: dict[Tensor, Held] = {}
+        param_states: dict[Tensor, ParamState] = {}
         loads: list[Callable[[], None]] = []
         for g, group in enumerate(state["param_groups"]):
-            own = OWN if before is None else before[g]
-            for key in OWN:
-                group.setdefault(key, own[key])
-            if before is not None and group["step_counts"] != own["step_counts"]:
-                raise StateError(
-                    f"state dict has step_counts {group['step_counts']!r} in group {g}, expected "
-                    f"{own['step_counts']!r}, which this optimizer was made with and cannot change"
-                )
-            _options_of(group)
+            groups.complete(group, g, None if before is None else before[g])
             for i, param in enumerate(group["params"]):
                 entry = state["state"].get(param)
                 if has_state(entry):
-                    sparse_dim = known[param].sparse_dim if param in known else 1
-                    name = _name(group, g, i)
-                    held = Held(name, param, min(sparse_dim, param.dim()), group["step_counts"])
-                    if param in known:
-                        held.set_skipped_rows(known[param].table.skipped_rows)
-                    loads.append(held.check_load(entry))
-                    helds[param] = held
+                    before_load = known.get(param)
+                    sparse_dim = min(1 if before_load is None else before_load.sparse_dim, param.dim())
+                    name = groups.name_of(group, g, i)
+                    param_state = ParamState(name, param, sparse_dim, group["step_counts"], after=before_load)
+                    loads.append(param_state.check_load(entry))
+                    param_states[param] = param_state
         # One assignment. What an interrupt leaves to be done after it, the next step does: entries that are
-        # not those of `_held` are taken over.
-        super().__setstate__({**state, "_held": helds})
-        for (param, held), load in zip(helds.items(), loads, strict=True):
+        # not those of `_param_states` are taken over.
+        super().__setstate__({**state, "_param_states": param_states})
+        for (param, param_state), load in zip(param_states.items(), loads, strict=True):
             load()
-            self.has_stepped(param, held)
+            self.has_stepped(param, param_state)
         if before is None:
             self._register_hooks()
-
-
-class Job(NamedTuple):
-    """A parameter's part of a step."""
-
-    optimizer: SparseAdam
-    param: Tensor
-    held: Held
-    gradient: RowGradient | BagGradient
-    grad: Tensor | None = None  # torch's, where there is one
-
-
-def in_turn(optimizers: Iterable[SparseAdam], work: Callable[[], None]) -> None:
-    """Do the work, of making jobs and steps, while no other Python thread steps these optimizers."""
-    turns = [optimizer._turn for optimizer in sorted(optimizers, key=id)]  # one order: no deadlock
-    locks.hold(turns, work)
-
-
-def step_jobs(jobs: Sequence[Job]) -> None:
-    """Update parameters of one optimizer or several, all or none of them. It must be their turn."""
-    helds = [job.held if job.held.on_gpu else None for job in jobs]
-    _refuse_several_gpus([held for held in helds if held is not None])
-    shown = [job.held.has_run for job in jobs]
-    try:
-        try:
-            with deferred.one_step(helds):
-                step_together([(job.held.engine, {job.held.name: job.gradient}) for job in jobs])
-        finally:  # an interrupt is raised when everything has been written
-            _show(jobs, shown)
-    finally:  # and shown: one that came just now has left the rest to this
-        _show(jobs, shown)
-
-
-def _show(jobs: Sequence[Job], shown: list[int]) -> None:
-    """Show what steps have changed since; ``shown`` is how many the engines had taken, and is brought up."""
-    for at, job in enumerate(jobs):
-        has_run = job.held.has_run
-        if has_run != shown[at]:
-            job.held.has_changed(job.param, job.grad)
-            job.optimizer.has_stepped(job.param, job.held)
-            shown[at] = has_run
-
-
-def _refuse_several_gpus(helds: Sequence[Held]) -> None:
-    for held in helds[1:]:
-        if held.device != helds[0].device:
-            raise TableError(
-                f"a step of parameters {helds[0].name} on {helds[0].device} and {held.name} on "
-                f"{held.device}, expected one GPU: make an optimizer, or a backward pass, for each"
-            )
-
-
-def _name(group: Mapping[str, Any], g: int, i: int) -> str:
-    names = group.get("param_names")
-    return names[i] if names is not None else f"param_groups[{g}]['params'][{i}]"
-
-
-def _is_in_shared_memory(param: Tensor) -> bool:
-    """Whether other processes may have it: what is unpickled is the very memory then, not a copy."""
-    return param.device.type == "cpu" and bool(param.untyped_storage().is_shared())
-
-
-def _is_sparse(param: Tensor) -> bool:
-    return param.is_sparse
-
-
-def _numbers(value: Any) -> Any:
-    """Give an option as what does not change: a list, an array and a tensor can be changed in place."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_number, value))
-    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.numel() != 1):
-        return str(value.tolist())
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a group's options, and give them as the engine takes them."""
-    dtypes = {np.dtype(str(p.dtype).removeprefix("torch.")) for p in group["params"]}
-    options.choice("step_counts", group["step_counts"], options.STEP_COUNTS)
-    beta1, beta2 = group["betas"]
-    lr = _number(group["lr"])
-    if isinstance(lr, float) and 0 < lr < 1 and any(dtype.type(lr) == 0 for dtype in dtypes):
-        lr = 0.0  # where a scheduler that halves it ends
-    return {
-        "lr": options.learning_rate(lr, dtypes, zero_allowed=True),
-        "betas": options.decay_rates((_number(beta1), _number(beta2)), dtypes),
-        "eps": options.epsilon(_number(group["eps"]), dtypes),
-        "maximize": options.flag("maximize", group.get("maximize", False)),
-        "eps_hat": options.flag("eps_hat", group["eps_hat"]),
-        "on_nonfinite": options.choice("on_nonfinite", group["on_nonfinite"], options.ON_NONFINITE),
-    }
-
-
-@torch.no_grad()
-def _set_values(values: Mapping[Tensor, Tensor]) -> None:
-    """Give parameters the values that they had when their state was copied."""
-    for param, value in values.items():
-        if param is not value and (param.shape, param.dtype) == (value.shape, value.dtype):
-            param.copy_(value)
-
-
-def _copy_state(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give a state dict values of its own: the live ones change with every step, and with schedulers."""
-    state_dict["state"] = {key: plain_copy(entry) for key, entry in state_dict["state"].items()}
-    groups = state_dict["param_groups"] = plain_copy(state_dict["param_groups"])
-    for group in groups:
-        if isinstance(group.get("betas"), np.ndarray):
-            group["betas"] = tuple(group["betas"].tolist())

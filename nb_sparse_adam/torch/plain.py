@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["plain_copy"]
+__all__ = ["copy_state", "plain_copy", "set_values"]
 
 
 def plain_copy(value: Any) -> Any:
@@ -34,3 +35,20 @@ def plain_copy(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(plain_copy, value))
     return value
+
+
+def copy_state(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give a state dict values of its own: the live ones change with every step, and with schedulers."""
+    state_dict["state"] = {key: plain_copy(entry) for key, entry in state_dict["state"].items()}
+    groups = state_dict["param_groups"] = plain_copy(state_dict["param_groups"])
+    for group in groups:
+        if isinstance(group.get("betas"), np.ndarray):
+            group["betas"] = tuple(group["betas"].tolist())
+
+
+@torch.no_grad()
+def set_values(values: Mapping[Tensor, Tensor]) -> None:
+    """Give parameters the values that they had when their state was copied."""
+    for param, value in values.items():
+        if param is not value and (param.shape, param.dtype) == (value.shape, value.dtype):
+            param.copy_(value)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nb_sparse_adam.engine.rearranging import checked_source
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
-from nb_sparse_adam.torch.held import ENTRIES, check_parameter
+from nb_sparse_adam.torch.param_state import ENTRIES
+from nb_sparse_adam.torch.tensors import check_parameter
 
 __all__ = ["check_replacement", "rearranged", "source_of"]
 
@@ -43,7 +44,7 @@ def source_of(name: str, given: Any, length: int, rows: int) -> NDArray[np.int64
 
 
 def rearranged(name: str, entry: Any, source: Any, new: Tensor, step_counts: str) -> dict[str, Any]:
-    """Make the state that a parameter is to go on with; it is for `Held.check_load` to check.
+    """Make the state that a parameter is to go on with; it is for `ParamState.check_load` to check.
 
     Parameters
     ----------

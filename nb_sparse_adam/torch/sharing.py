@@ -14,12 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.torch.held import Held, has_state
+from nb_sparse_adam.torch.param_state import ParamState, has_state
 
 __all__ = ["refuse", "register"]
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_known: weakref.WeakSet[Held] = weakref.WeakSet()  # found to share with nobody; made anew if memory changes
+# Those that were found to share memory with nobody. If the memory changes, they are made anew.
+_known: weakref.WeakSet[ParamState] = weakref.WeakSet()
 
 
 def register(layer: Any) -> None:
@@ -27,28 +28,28 @@ def register(layer: Any) -> None:
     _layers[id(layer)] = layer
 
 
-def refuse(layers: Sequence[Any], helds: Sequence[Held]) -> None:
+def refuse(layers: Sequence[Any], param_states: Sequence[ParamState]) -> None:
     """Refuse a step of layers if one shares its table with another of them, or with one that has stepped.
 
     Parameters
     ----------
     layers : sequence of layer
-    helds : sequence of Held
+    param_states : sequence of ParamState
         What the engine holds for each one's table.
     """
-    if len(helds) > 1:
-        seen = dict(zip(map(id, helds), layers, strict=True))
-        if len(seen) < len(helds):  # copies that share an optimizer
-            at = next(at for at, held in enumerate(helds) if seen[id(held)] is not layers[at])
-            raise _error(layers[at], seen[id(helds[at])])
-    if all(held in _known for held in helds):
+    if len(param_states) > 1:
+        seen = dict(zip(map(id, param_states), layers, strict=True))
+        if len(seen) < len(param_states):  # copies that share an optimizer
+            at = next(at for at, each in enumerate(param_states) if seen[id(each)] is not layers[at])
+            raise _error(layers[at], seen[id(param_states[at])])
+    if all(each in _known for each in param_states):
         return
     registered = (reference() for reference in _layers.valuerefs())
     others = [*layers, *(other for other in registered if other is not None and _has_stepped(other))]
     weights = [other._parameters["weight"] for other in others]
     begins, ends = np.array([_span(weight) for weight in weights], np.int64).T
-    for layer, held in zip(layers, helds, strict=True):
-        if held in _known:
+    for layer, param_state in zip(layers, param_states, strict=True):
+        if param_state in _known:
             continue
         begin, end = _span(layer.weight)
         for found in np.flatnonzero((begins < end) & (ends > begin)):
@@ -59,8 +60,8 @@ def refuse(layers: Sequence[Any], helds: Sequence[Held]) -> None:
                 and layer.weight.device == weights[found].device
             ):
                 raise _error(layer, other)
-        if held.is_shown:  # from now on others find that it has a state
-            _known.add(held)
+        if param_state.is_shown:  # from now on others find that it has a state
+            _known.add(param_state)
 
 
 def _has_stepped(layer: Any) -> bool:

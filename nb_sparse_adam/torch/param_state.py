@@ -10,95 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.engine.threads import max_threads, numba_threads
-from nb_sparse_adam.errors import (
-    DenseGradientError,
-    GradientError,
-    GradientIndexError,
-    StateError,
-    TableError,
-    TableTypeError,
-)
+from nb_sparse_adam.errors import GradientError, GradientIndexError, StateError
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.torch.tensors import (
+    Gpu,
+    array_of,
+    check_memory,
+    check_parameter,
+    contiguous_strides,
+    host_array,
+    identity_of,
+)
 
-__all__ = ["ENTRIES", "Gpu", "Held", "array_of", "check_parameter", "coo", "has_state"]
+__all__ = ["ENTRIES", "ParamState", "has_state"]
 
 ENTRIES = ("step", "exp_avg", "exp_avg_sq")
-
-
-class Gpu:
-    """What torch and the engine hand each other of a GPU's memory. Tests replace it to run without one."""
-
-    @staticmethod
-    def has(tensor: Tensor) -> bool:
-        """Whether a tensor is there."""
-        return tensor.device.type == "cuda"
-
-    @staticmethod
-    def for_engine(tensor: Tensor) -> Any:
-        """See a tensor that requires no gradient as the engine sees arrays: by its interface."""
-        return tensor
-
-    @staticmethod
-    def for_torch(array: Any, device: torch.device) -> Tensor:
-        """See an array of the engine's as a tensor, which keeps it alive."""
-        return torch.as_tensor(array, device=device)
-
-
-def check_parameter(name: str, param: Tensor) -> None:
-    """Refuse a parameter that the engine cannot update in place."""
-    if param.dtype not in (torch.float32, torch.float64):
-        raise TableTypeError(
-            f"parameter {name} has dtype {param.dtype}, expected torch.float32 or torch.float64; convert it "
-            "with .float(), or leave it to torch.optim.SparseAdam"
-        )
-    if param.device.type not in ("cpu", "cuda"):
-        raise TableError(
-            f"parameter {name} is on device {param.device}, expected the CPU or cuda: keep the embedding "
-            "there (module.cpu()) and move its output to the device, or use torch.optim.SparseAdam for it"
-        )
-    if _overlaps_itself(param):
-        raise TableError(
-            f"parameter {name} has strides {param.stride()}: several elements are one place in memory, "
-            "expected one for each; pass parameter.contiguous() as a Parameter of its own"
-        )
-    if param.is_inference() and not torch.is_inference_mode_enabled():
-        raise TableError(
-            f"parameter {name} was made under torch.inference_mode, and cannot be changed outside of it; "
-            "make it outside, or clone it"
-        )
-
-
-def array_of(tensor: Tensor, on_gpu: bool) -> Any:
-    """See a tensor that requires no gradient as an array where it is; what is an array is not copied."""
-    if not on_gpu:
-        return tensor.numpy()
-    return Gpu.for_engine(tensor.contiguous() if _is_expanded(tensor) else tensor)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one place in memory."""
-    return any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements are one place in memory; exact, and immediate for what is contiguous."""
-    if tensor.layout is not torch.strided or tensor.is_contiguous():
-        return False
-    # NumPy compares the places of two arrays exactly, by arithmetic on strides. No memory is touched.
-    places = as_strided(np.empty(1, np.uint8), tuple(tensor.shape), tensor.stride())
-    for _ in tensor.shape:
-        # Two elements that are one place differ in a first dimension: there one is at 0, say, the other not.
-        first = places[0, ...]  # an array, even where it is a single element
-        if np.shares_memory(first, places[1:]):
-            return True
-        places = first
-    return False
 
 
 def has_state(entry: Any) -> bool:
@@ -108,7 +39,7 @@ def has_state(entry: Any) -> bool:
     return any(key in entry for key in ENTRIES)
 
 
-class Held:
+class ParamState:
     """A parameter, seen as a table of rows, with an engine of its own.
 
     A gradient with `sparse_dim` sparse dimensions names places in the first `sparse_dim` dimensions of the
@@ -124,31 +55,35 @@ class Held:
         the rows that a gradient names go there and back in every step.
     sparse_dim : int
     step_counts : {"element", "row", "global"}
+    after : ParamState, optional
+        The one that it takes the place of: the number of skipped rows goes on from there.
 
     Attributes
     ----------
-    together : set of Held
+    together : set of ParamState
         Those that took part in deferred steps of this one, and this one (see `deferred`).
     """
 
     table: Any
 
-    def __init__(self, name: str, param: Tensor, sparse_dim: int, step_counts: str) -> None:
+    def __init__(
+        self, name: str, param: Tensor, sparse_dim: int, step_counts: str, *, after: ParamState | None = None
+    ) -> None:
         if step_counts == "row" and sparse_dim > 1:
             raise GradientError(
                 f"gradient of parameter {name} has {sparse_dim} sparse dimensions, with step_counts='row' "
                 "expected 1: it names entries, not rows; use step_counts='element' or 'global'"
             )
         check_parameter(name, param)
-        _check_memory(name, param)
+        check_memory(name, param)
         self.name, self.sparse_dim, self.step_counts = name, sparse_dim, step_counts
         self.shape = tuple(param.shape)
-        self.identity = _identity(param)
+        self.identity = identity_of(param)
         data = param.detach()
         self.shadow = None if data.is_contiguous() else data.clone(memory_format=torch.contiguous_format)
         self.rows, self.dim = math.prod(self.shape[:sparse_dim]), math.prod(self.shape[sparse_dim:])
         self.device, self.on_gpu = param.device, Gpu.has(param)
-        self.together: weakref.WeakSet[Held] = weakref.WeakSet([self])
+        self.together: weakref.WeakSet[ParamState] = weakref.WeakSet([self])
         matrix = (data if self.shadow is None else self.shadow).reshape(self.rows, self.dim)
         self.engine = SparseAdam({name: array_of(matrix, self.on_gpu)}, step_counts=step_counts)
         self.table = self.engine.state[name]
@@ -159,6 +94,8 @@ class Held:
         self._is_loaded = False  # with a state, which may not have been shown yet
         with torch.inference_mode(False):  # tensors made under it tell nobody when they are changed
             self._make_views()
+        if after is not None:
+            self.table._set_skipped_rows(after.skipped_rows)
 
     @property
     def checks(self) -> str | None:
@@ -178,7 +115,7 @@ class Held:
             counts = self._tensor(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
         views = (self.exp_avg, self.exp_avg_sq, self.counts)
-        self._views_at = [None if tensor is None else _identity(tensor) for tensor in views]
+        self._views_at = [None if tensor is None else identity_of(tensor) for tensor in views]
         self._counts_version = None if self.counts is None else self.counts._version
 
     def _tensor(self, array: Any) -> Tensor:
@@ -187,7 +124,7 @@ class Held:
     def _view(self, flat: Tensor, stride: int, offset: int) -> Tensor:
         """A part of every row's record, in the parameter's shape."""
         outer, inner = self.shape[: self.sparse_dim], self.shape[self.sparse_dim :]
-        strides = [stride * step for step in _strides(outer)] + _strides(inner)
+        strides = [stride * step for step in contiguous_strides(outer)] + contiguous_strides(inner)
         return flat.as_strided(self.shape, strides, offset)
 
     @property
@@ -219,9 +156,10 @@ class Held:
         guard = self.engine._guard
         return guard is not None and bool(guard.seen[0] != 0)
 
-    def set_skipped_rows(self, number: int) -> None:
-        """Go on from the number of another one."""
-        self.table._set_skipped_rows(number)
+    @property
+    def skipped_rows(self) -> int:
+        """How often ``on_nonfinite="skip"`` has left out a row; it waits for the GPU."""
+        return int(self.table.skipped_rows)
 
     def _note_count(self, number: int) -> None:
         self._counted, self._counted_at = number, int(self.table.launched)
@@ -254,7 +192,7 @@ class Held:
         StateError
             For a count that is negative, or larger than any number of steps. Nothing has been changed then.
         """
-        if sparse_dim != self.sparse_dim or self.identity != _identity(param):
+        if sparse_dim != self.sparse_dim or self.identity != identity_of(param):
             return False
         shown = entry if isinstance(entry, dict) else {}
         exp_avg, exp_avg_sq, step = shown.get("exp_avg"), shown.get("exp_avg_sq"), shown.get("step")
@@ -263,10 +201,10 @@ class Held:
             return not self.is_shown and not self._is_loaded and not has_state(entry)
         # The same tensors, and their memory has not been exchanged either.
         at = self._views_at
-        if _identity(exp_avg) != at[0] or _identity(exp_avg_sq) != at[1]:
+        if identity_of(exp_avg) != at[0] or identity_of(exp_avg_sq) != at[1]:
             return False
         if self.counts is not None:
-            if step is not self.counts or _identity(step) != at[2]:
+            if step is not self.counts or identity_of(step) != at[2]:
                 return False
             if step._version != self._counts_version:
                 self._check_counts(step)
@@ -315,7 +253,7 @@ class Held:
                     f"{where}: {key} is {kind}, expected a tensor of shape {self.shape}; a parameter that "
                     "has another shape now starts anew after del optimizer.state[parameter]"
                 )
-            given[key] = _array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
+            given[key] = host_array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
         given["steps"] = self._given_counts(where, entry["step"])
         load: Callable[[], None] = self.table.check_load(given)
 
@@ -349,7 +287,7 @@ class Held:
                 f"{where}: step is {got}, with step_counts={self.step_counts!r} expected counts of shape "
                 f"{expected}: a checkpoint of torch.optim.SparseAdam goes on with step_counts='global'"
             )
-        return _whole(where, _array(step)).reshape(as_loaded)
+        return _whole(where, host_array(step)).reshape(as_loaded)
 
     def use(self, options: Mapping[str, Any], device_checks: str) -> None:
         """Set the engine's options."""
@@ -395,7 +333,9 @@ class Held:
         outer = self.shape[: self.sparse_dim]
         # torch's indexing, which a shadow needs, leaves a GPU unusable when a place is out of range.
         waits = self.checks in (None, "immediate") or self.shadow is not None
-        for d, (index, length, stride) in enumerate(zip(indices, outer, _strides(outer), strict=True)):
+        for d, (index, length, stride) in enumerate(
+            zip(indices, outer, contiguous_strides(outer), strict=True)
+        ):
             wrong = (index < 0) | (index >= length)
             if waits:
                 found = torch.nonzero(wrong)
@@ -417,48 +357,6 @@ class Held:
             param.detach()[places] = self.shadow[places]
         else:
             torch.autograd.graph.increment_version(param)
-
-
-def _check_memory(name: str, param: Tensor) -> None:
-    """Refuse a parameter whose memory has been taken from under it."""
-    if param.numel() == 0:
-        return
-    last = sum((length - 1) * step for length, step in zip(param.shape, param.stride(), strict=True))
-    needed = (param.storage_offset() + last + 1) * param.element_size()
-    if param.untyped_storage().nbytes() < needed:
-        raise TableError(
-            f"parameter {name} of shape {tuple(param.shape)} has {param.untyped_storage().nbytes()} bytes of "
-            f"memory, expected {needed}: its storage has been resized; give it back before the step"
-        )
-
-
-def coo(name: str, grad: Tensor, device: torch.device) -> Tensor:
-    """Refuse a gradient that is not sparse, or elsewhere."""
-    if grad.layout is not torch.sparse_coo:
-        raise DenseGradientError(
-            f"SparseAdam does not support dense gradients, please consider Adam instead: parameter {name} "
-            f"has a gradient of layout {grad.layout}, expected torch.sparse_coo, as nn.Embedding and "
-            "nn.EmbeddingBag with sparse=True give"
-        )
-    if grad.device != device:
-        raise GradientError(
-            f"gradient of parameter {name} is on device {grad.device}, expected {device}, where the "
-            "parameter is"
-        )
-    return grad.detach()
-
-
-def _identity(param: Tensor) -> tuple[Any, ...]:
-    return param.data_ptr(), param.dtype, tuple(param.shape), param.stride(), param.device
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    """Of a contiguous array."""
-    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().numpy()
 
 
 def _one_count(where: str, step: Any) -> int:
