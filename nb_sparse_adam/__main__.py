@@ -241,7 +241,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error("--test and --format need INTERACTIONS: generated data come with a hold-out")
     values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
     options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
-    folder = report.prepare(arguments.out)
+    folder = report.prepare_output(arguments.out)
     split, data = _load(arguments, options)
     popularity = popularity_quality(split, options.top)
     model = BPRModel(split, options)

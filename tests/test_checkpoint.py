@@ -74,7 +74,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("how", ["load", "mmap", "restore"])
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 def test_training_goes_on_with_the_same_bits(step_counts, how, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "PIECE", 100)  # many pieces
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 100)  # many pieces
     opt = trained(step_counts=step_counts, betas=(0.8, 0.95), eps=1e-5, eps_hat=True, maximize=True)
     opt.lr = 0.0  # a scheduler may end there
     checkpoint.save(tmp_path / "new" / "folder", opt, EXTRA)
@@ -98,7 +98,7 @@ def test_training_goes_on_with_the_same_bits(step_counts, how, tmp_path, monkeyp
 @pytest.mark.parametrize(("of", "to"), [(CPU, CUDA), (CUDA, CPU), (CUDA, CUDA)], ids=["to", "from", "on"])
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 def test_so_it_does_on_a_gpu_and_from_a_host_to_a_gpu_and_back(step_counts, of, to, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "PIECE", 100)
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 100)
     opt = trained(3, of, step_counts=step_counts, betas=(0.8, 0.95), maximize=True)
     checkpoint.save(tmp_path, opt, EXTRA)
     other = SparseAdam(to.table(tables()), step_counts=step_counts)
@@ -187,7 +187,7 @@ def test_mapped_parameters_are_copied_when_they_are_changed(saved):
 
 @pytest.mark.jit
 def test_pieces_are_all_the_memory_that_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "PIECE", 1 << 20)
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 1 << 20)
     opt = SparseAdam(np.ones((100_000, 32), np.float32))  # 13 MB, and four times that with its state
     opt.step(RowGradient(np.arange(100), np.ones((100, 32))))
     peaks = []

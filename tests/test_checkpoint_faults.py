@@ -252,7 +252,7 @@ def restored_in_part(saved, monkeypatch):
     monkeypatch.setattr(
         saving, "_reached", lambda point: flip(path, -1, True) if point == "verified" else None
     )
-    monkeypatch.setattr(tensor_files, "PIECE", 8)
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 8)
     with pytest.raises(CheckpointError, match="has been changed since it was verified") as caught:
         checkpoint.restore(folder, other)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ def content_of(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("prepare", [files.prepare_folder, report.prepare])
+@pytest.mark.parametrize("prepare", [files.prepare_folder, report.prepare_output])
 def test_a_folder_is_tried_without_touching_what_is_in_it(prepare, tmp_path):
     for name in (".writable", f".writable.{os.getpid()}", f"..writable.{os.getpid()}"):
         (tmp_path / name).write_bytes(b"mine")

@@ -57,8 +57,8 @@ def reading(folder: Path, work: Callable[[dict[str, Any], list[TableFile]], _T])
         try:
             with ExitStack() as stack:
                 files = [TableFile(folder, record, step_counts) for record in manifest["tables"]]
-                for at, file in enumerate(files):
-                    file.open(stack if at < keep else None)
+                for i, file in enumerate(files):
+                    file.open(stack if i < keep else None)
                 return work(manifest, files)
         except _CannotOpenError as caught:
             error = caught.error

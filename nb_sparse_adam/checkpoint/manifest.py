@@ -76,8 +76,8 @@ def _check_extra(given: Any, where: str) -> None:
             _check_text(key, f"{where} has the key")
             _check_extra(value, f"{where}[{key!r}]")
     elif isinstance(given, (list, tuple)):
-        for at, value in enumerate(given):
-            _check_extra(value, f"{where}[{at}]")
+        for i, value in enumerate(given):
+            _check_extra(value, f"{where}[{i}]")
     elif isinstance(given, float):
         if not math.isfinite(given):
             raise CheckpointError(

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Entry",
     "Header",
+    "StoredArray",
     "TensorFileError",
     "array_size",
     "begins_as_written",
@@ -28,7 +28,7 @@ __all__ = [
     "write_tensors",
 ]
 
-PIECE = 32 << 20  # bytes read, hashed or written at a time
+PIECE_BYTES = 32 << 20  # bytes read, hashed or written at a time
 ALIGNMENT = 64  # of the first array in the file, so that it can be mapped; the format allows spaces in front
 MOST_HEADER = 100 << 20  # as the package has it
 _NAMES: dict[str, np.dtype[Any]] = {
@@ -46,7 +46,7 @@ class TensorFileError(Exception):
     """What is wrong with a file; whoever opened it says which."""
 
 
-class Entry(NamedTuple):
+class StoredArray(NamedTuple):
     """An array in a file."""
 
     dtype: np.dtype[Any]
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 class Header(NamedTuple):
     """What a file holds."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, StoredArray]
     size: int  # of the file
 
 
@@ -107,7 +107,7 @@ def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
     """Cut an array into runs of rows of a piece each; without elements, there are none."""
     if not array_size(dtype, shape):
         return
-    at_once = max(1, PIECE // max(1, array_size(dtype, shape[1:])))
+    at_once = max(1, PIECE_BYTES // max(1, array_size(dtype, shape[1:])))
     for first in range(0, shape[0], at_once):
         yield slice(first, min(first + at_once, shape[0]))
 
@@ -135,7 +135,7 @@ def check_header(file: BinaryIO, size: int) -> Header:
             end += array_size(dtype, shape)
             if min(shape, default=0) < 0 or end > size or entry["data_offsets"] != [start, end]:
                 raise ValueError(f"{name} is at {entry['data_offsets']}, with shape {shape}")
-            entries[name] = Entry(dtype, shape, 8 + length + start)
+            entries[name] = StoredArray(dtype, shape, 8 + length + start)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
     if 8 + length + end != size:

@@ -89,13 +89,13 @@ def sample_worker(
     n = len(order)
     negatives = len(items) // n - 1
     for t in range(begin, end):
-        at = order[t]
-        user = source.users[at]
+        interaction = order[t]
+        user = source.users[interaction]
         batch = t // size * size  # the place of the batch's first interaction
         n_batch = min(size, n - batch)
         place = batch * (1 + negatives) + (t - batch)
         users[t] = user
-        items[place] = source.indices[at]
+        items[place] = source.indices[interaction]
         place += n_batch + (t - batch) * (negatives - 1)
         low, high = source.indptr[user], source.indptr[user + 1]
         free = np.uint64(source.n_items - (high - low))

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from nb_sparse_adam.errors import InteractionsError
-from nb_sparse_adam.recommender.lines import Block, records_of
+from nb_sparse_adam.recommender.lines import Lines, records_of
 
 __all__ = ["SEPARATORS", "Layout", "find_layout", "named_columns"]
 
@@ -40,7 +40,7 @@ class Layout:
 
 def find_layout(name: str, number: int, text: str, file_format: str) -> Layout:
     """Find out from its first lines how a file is laid out."""
-    lines = [(at, line) for at, line in enumerate(text.split("\n"), number) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), number) if line.strip()]
     if lines[0][1].startswith(('{"', '[{"')):
         raise InteractionsError(
             f"{name}: is JSON; expected delimited text: convert it, for example with: "
@@ -75,7 +75,8 @@ def find_layout(name: str, number: int, text: str, file_format: str) -> Layout:
     others = [fields for _, fields in rows[1:]]
     header = bool(others) and not any(re.fullmatch(_NUMBER, field) for field in first)
     header = header and any(
-        all(re.fullmatch(_NUMBER, fields[at]) for fields in others if len(fields) > at) for at in (0, 1)
+        all(re.fullmatch(_NUMBER, fields[column]) for fields in others if len(fields) > column)
+        for column in (0, 1)
     )
     return Layout("delimited", below if header else begin, comments, separator, header)
 
@@ -87,12 +88,12 @@ def _cleaned(fields: list[str]) -> list[str]:
 def named_columns(header: list[str]) -> tuple[int, int] | None:
     """Return the columns of users and of items if names in the header say both."""
     names = [re.sub(r"[^a-z]", "", name.partition(":")[0].lower()) for name in header]
-    users = [at for at, name in enumerate(names) if name in _USER_NAMES]
-    items = [at for at, name in enumerate(names) if name in _ITEM_NAMES]
+    users = [column for column, name in enumerate(names) if name in _USER_NAMES]
+    items = [column for column, name in enumerate(names) if name in _ITEM_NAMES]
     return (users[0], items[0]) if users and items else None
 
 
-def _separator(name: str, lines: list[Block], file_format: str) -> str:
+def _separator(name: str, lines: list[Lines], file_format: str) -> str:
     if file_format == "adjacency":
         return " "
     counts = {separator: sum(separator in line for _, line in lines) for separator in SEPARATORS}

@@ -13,7 +13,7 @@ from typing import Any
 
 from nb_sparse_adam.errors import InteractionsError
 
-__all__ = ["CARRIAGE_RETURN", "Block", "blocks_of", "decoded", "records_of"]
+__all__ = ["CARRIAGE_RETURN", "Lines", "blocks_of", "decoded", "records_of"]
 
 CARRIAGE_RETURN = "\udc0d"  # stands for one within a line, where csv would take it for a line end
 
@@ -23,7 +23,7 @@ _LONGEST_LINE = 1 << 24
 _RECORDS = 1 << 10  # with quotes in them that are passed on at a time
 _LIMIT = threading.Lock()
 
-Block = tuple[int, str]  # the number of the first line, and lines without the last one's end
+Lines = tuple[int, str]  # the number of the first line, and lines without the last one's end
 
 
 def decoded(name: str, stream: Any) -> io.TextIOWrapper:
@@ -36,7 +36,7 @@ def decoded(name: str, stream: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def blocks_of(name: str, decoder: io.TextIOWrapper) -> Iterator[Block]:
+def blocks_of(name: str, decoder: io.TextIOWrapper) -> Iterator[Lines]:
     """Yield blocks of whole lines; the first has two at least, if there are: one does not show a format."""
     number, rest = 1, ""
     while block := decoder.read(_BLOCK):
@@ -76,7 +76,7 @@ def _as_text(name: str, number: int, text: str) -> str:
 
 
 def records_of(
-    name: str, blocks: Iterator[Block], separator: str, splits: int = -1
+    name: str, blocks: Iterator[Lines], separator: str, splits: int = -1
 ) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """Yield the fields of records, and the numbers of their first lines and of the line below the last."""
     for number, text in blocks:
@@ -89,10 +89,10 @@ def records_of(
 
 
 def _quoted_records(
-    name: str, blocks: Iterator[Block], separator: str, splits: int
+    name: str, blocks: Iterator[Lines], separator: str, splits: int
 ) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
     """Yield the same where fields may be in quotes, and then have separators and line ends in them."""
-    lines = ((at, line) for number, text in blocks for at, line in enumerate(text.split("\n"), number))
+    lines = ((n, line) for first, text in blocks for n, line in enumerate(text.split("\n"), first))
     numbers: list[int] = []
     rows: list[list[str]] = []
     below = 0

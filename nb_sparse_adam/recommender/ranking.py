@@ -148,21 +148,21 @@ def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_sc
     top = best.shape[1]
     for row in range(len(users)):
         user = users[row]
-        for at in range(indptr[user], indptr[user + 1]):
-            scores[row, indices[at]] = -np.inf
+        for k in range(indptr[user], indptr[user + 1]):
+            scores[row, indices[k]] = -np.inf
         found = 0
         for item in range(scores.shape[1]):
             score = scores[row, item]
             # Items come in ascending order, so a strict comparison keeps the lower one of equals first.
             if not score > -np.inf or (found == top and not score > best_scores[row, top - 1]):
                 continue
-            at = min(found, top - 1)
-            while at > 0 and score > best_scores[row, at - 1]:
-                best_scores[row, at] = best_scores[row, at - 1]
-                best[row, at] = best[row, at - 1]
-                at -= 1
-            best_scores[row, at] = score
-            best[row, at] = item
+            place = min(found, top - 1)
+            while place > 0 and score > best_scores[row, place - 1]:
+                best_scores[row, place] = best_scores[row, place - 1]
+                best[row, place] = best[row, place - 1]
+                place -= 1
+            best_scores[row, place] = score
+            best[row, place] = item
             found = min(found + 1, top)
 
 

@@ -163,7 +163,7 @@ def _read_parquet(pl: Any, name: str, shown: str, stream: Any, users: Ids, items
     names = list(pl.read_parquet_schema(source))
     if len(names) < 2:
         raise InteractionsError(f"{name}: has the columns {names}; expected one of users and one of items")
-    user, item = (names[at] for at in named_columns(names) or (0, 1))
+    user, item = (names[column] for column in named_columns(names) or (0, 1))
     source.seek(0)
     frame = pl.read_parquet(source, columns=[user, item])
     if not frame.height:

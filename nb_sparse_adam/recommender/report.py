@@ -23,7 +23,7 @@ from nb_sparse_adam.info import versions
 from nb_sparse_adam.recommender import BPRModel
 from nb_sparse_adam.recommender.ranking import Quality
 
-__all__ = ["FILES", "prepare", "refuse_others", "save_metrics", "save_model"]
+__all__ = ["FILES", "prepare_output", "refuse_others", "save_metrics", "save_model"]
 
 FILES = {
     "embeddings.safetensors": 'the vectors: "user" and "item", float32',
@@ -45,7 +45,7 @@ _BEGINNINGS = {
 }
 
 
-def prepare(folder: str | os.PathLike[str]) -> Path:
+def prepare_output(folder: str | os.PathLike[str]) -> Path:
     """Create the folder of a run and check that all that is needed to write its files is there.
 
     Parameters

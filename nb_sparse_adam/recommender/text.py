@@ -11,7 +11,7 @@ import numpy as np
 from nb_sparse_adam.errors import InteractionsError
 from nb_sparse_adam.recommender.codes import Codes, Ids, Pairs, distinct_pairs
 from nb_sparse_adam.recommender.layout import SEPARATORS, Layout, find_layout
-from nb_sparse_adam.recommender.lines import CARRIAGE_RETURN, Block, blocks_of, decoded, records_of
+from nb_sparse_adam.recommender.lines import CARRIAGE_RETURN, Lines, blocks_of, decoded, records_of
 
 __all__ = ["read_text"]
 
@@ -43,15 +43,15 @@ def read_text(name: str, shown: str, stream: Any, file_format: str, users: Ids, 
             header = "with header" if layout.header else "no header"
             what = f"{shown}, delimited text ({SEPARATORS[layout.separator]}, {header})"
             if (layout.user_column, layout.item_column) != (0, 1):
-                at = layout.user_column + 1, layout.item_column + 1
-                notes.append(f"users in column {at[0]} and items in column {at[1]} by their names")
+                user, item = layout.user_column + 1, layout.item_column + 1
+                notes.append(f"users in column {user} and items in column {item} by their names")
             pairs = distinct_pairs(_delimited(name, blocks, layout, users, items, notes))
     if layout.comments:
         notes.append(f"comments above: {layout.comments:,} lines")
     return Pairs(*pairs, ", ".join([what, *notes]))
 
 
-def _adjacency(name: str, blocks: Iterable[Block], users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
+def _adjacency(name: str, blocks: Iterable[Lines], users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
     for number, text in blocks:
         if CARRIAGE_RETURN in text:
             raise _stray_line_end(name, number + text.count("\n", 0, text.index(CARRIAGE_RETURN)))
@@ -62,12 +62,12 @@ def _adjacency(name: str, blocks: Iterable[Block], users: Ids, items: Ids) -> It
 
 
 def _delimited(
-    name: str, blocks: Iterator[Block], layout: Layout, users: Ids, items: Ids, notes: list[str]
+    name: str, blocks: Iterator[Lines], layout: Layout, users: Ids, items: Ids, notes: list[str]
 ) -> Iterator[tuple[Codes, Codes]]:
     wanted = layout.user_column, layout.item_column
     inside, where = 0, 0
     for numbers, rows in records_of(name, blocks, layout.separator, max(wanted) + 1):
-        who, what = ([fields[at].strip() if len(fields) > at else "" for fields in rows] for at in wanted)
+        who, what = ([fields[c].strip() if len(fields) > c else "" for fields in rows] for c in wanted)
         pairs = "\0".join(chain(who, what))
         if "\n" in pairs or CARRIAGE_RETURN in pairs:
             raise next(
@@ -82,7 +82,7 @@ def _delimited(
             who, what = list(filter(None, who)), list(filter(None, what))  # lines with neither are blank
         between = numbers[-1] - numbers[0] - len(rows)
         if between and not inside:
-            where = next(at for at, below in pairwise(numbers) if below > at + 1)
+            where = next(number for number, below in pairwise(numbers) if below > number + 1)
         inside += between
         yield users.codes(who), items.codes(what)
     if inside:

@@ -85,16 +85,18 @@ def _error(name: str, offsets: NDArray[np.int64], n: int, include_last: bool) ->
     wrong[0] |= offsets[0] != 0
     wrong[1:] |= offsets[1:] < offsets[:-1]
     wrong[-1] |= include_last and offsets[-1] != n
-    at = int(np.flatnonzero(wrong)[0])
-    if at == 0 and offsets[0] != 0:
+    place = int(np.flatnonzero(wrong)[0])
+    if place == 0 and offsets[0] != 0:
         why = "expected 0"
-    elif at and offsets[at] < offsets[at - 1]:
-        why = f"less than offsets[{at - 1}] = {offsets[at - 1]}; expected a sequence that never decreases"
-    elif include_last and at == len(offsets) - 1:
+    elif place and offsets[place] < offsets[place - 1]:
+        why = (
+            f"less than offsets[{place - 1}] = {offsets[place - 1]}; expected a sequence that never decreases"
+        )
+    elif include_last and place == len(offsets) - 1:
         why = f"expected the number of ids, {n}, as include_last_offset=True says"
     else:
         why = f"expected at most {n}, the number of ids"
-    return GradientIndexError(f"{name}: offsets[{at}] is {offsets[at]}, {why}")
+    return GradientIndexError(f"{name}: offsets[{place}] is {offsets[place]}, {why}")
 
 
 def marked(offsets: Tensor, n: int, include_last: bool) -> Tensor:

@@ -324,7 +324,7 @@ class Fused(_Module):
             given = layer_state.unpack(where, given)
             if given is None:
                 return
-        state = layer_state.check(where, given)
+        state = layer_state.check_state_dict(where, given)
         self._group()
         try:
             self.optimizer.load_state_dict(state)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from nb_sparse_adam.errors import SparseAdamWarning, StateError
 
-__all__ = ["check", "pack", "unpack"]
+__all__ = ["check_state_dict", "pack", "unpack"]
 
-FORMAT = "nb_sparse_adam.torch, version 1"
+LAYER_FORMAT = "nb_sparse_adam.torch, version 1"
 HEADER = 1024  # bytes, or a multiple of them: it is as long whatever digits its numbers have
 _DTYPES = {
     "F64": torch.float64,
@@ -60,7 +60,7 @@ def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapp
         k: v for k, v in given.items() if isinstance(k, str) and isinstance(v, Tensor) and v.dtype in _CODES
     }
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so all are aligned
-    metadata = {"format": FORMAT, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
+    metadata = {"format": LAYER_FORMAT, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
     if entry is not None:
         metadata.update(entry=json.dumps(_all_plain(entry, tensors)), crc32="0" * 8)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -89,8 +89,8 @@ def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapp
                 part = packed[len(head) + start : len(head) + end].view(value.dtype)
                 part.view(value.shape).copy_(value)
         crc = torch.frombuffer(bytearray(_crc(packed[len(head) :]).encode()), dtype=torch.uint8)
-        at = text.index(b'"crc32": "') + len(b'"crc32": "') + 8
-        packed[at : at + 8] = crc
+        place = text.index(b'"crc32": "') + len(b'"crc32": "') + 8
+        packed[place : place + 8] = crc
     return packed
 
 
@@ -141,8 +141,8 @@ def unpack(where: str, packed: Tensor) -> dict[str, Any] | None:
     try:
         header = json.loads(bytes(packed[8 : 8 + length].cpu().numpy()))
         metadata = header.pop("__metadata__")
-        if metadata["format"] != FORMAT:
-            raise _damaged(where, f"its format is {metadata['format']!r}, expected {FORMAT!r}")
+        if metadata["format"] != LAYER_FORMAT:
+            raise _damaged(where, f"its format is {metadata['format']!r}, expected {LAYER_FORMAT!r}")
         group = json.loads(metadata["group"])
         group["betas"] = tuple(group["betas"])
         entry = json.loads(metadata["entry"]) if "entry" in metadata else None
@@ -175,7 +175,7 @@ def _damaged(where: str, why: str) -> StateError:
     )
 
 
-def check(where: str, given: Any) -> dict[str, Any]:
+def check_state_dict(where: str, given: Any) -> dict[str, Any]:
     """Refuse what is no state dict of the optimizer of one table."""
     if not isinstance(given, Mapping):
         raise StateError(

@@ -27,16 +27,16 @@ from nb_sparse_adam.torch.tensors import (
     identity_of,
 )
 
-__all__ = ["ENTRIES", "ParamState", "has_state"]
+__all__ = ["STATE_KEYS", "ParamState", "has_state"]
 
-ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def has_state(entry: Any) -> bool:
     """Whether a parameter's entry holds state: it may be none, or have the user's own keys alone."""
     if not isinstance(entry, Mapping):
         return entry is not None
-    return any(key in entry for key in ENTRIES)
+    return any(key in entry for key in STATE_KEYS)
 
 
 class ParamState:
@@ -115,7 +115,7 @@ class ParamState:
             counts = self._tensor(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
         views = (self.exp_avg, self.exp_avg_sq, self.counts)
-        self._views_at = [None if tensor is None else identity_of(tensor) for tensor in views]
+        self._view_identities = [None if tensor is None else identity_of(tensor) for tensor in views]
         self._counts_version = None if self.counts is None else self.counts._version
 
     def _tensor(self, array: Any) -> Tensor:
@@ -200,11 +200,11 @@ class ParamState:
             # Nothing has been shown yet. If it has, and is there no more, the user begins anew.
             return not self.is_shown and not self._is_loaded and not has_state(entry)
         # The same tensors, and their memory has not been exchanged either.
-        at = self._views_at
-        if identity_of(exp_avg) != at[0] or identity_of(exp_avg_sq) != at[1]:
+        noted = self._view_identities
+        if identity_of(exp_avg) != noted[0] or identity_of(exp_avg_sq) != noted[1]:
             return False
         if self.counts is not None:
-            if step is not self.counts or identity_of(step) != at[2]:
+            if step is not self.counts or identity_of(step) != noted[2]:
                 return False
             if step._version != self._counts_version:
                 self._check_counts(step)
@@ -218,10 +218,10 @@ class ParamState:
         if counts.numel():
             lowest, highest = (int(count) for count in torch.aminmax(counts))
             if lowest < 0 or highest > MAX_COUNT:
-                at = torch.nonzero((counts < 0) | (counts.long() > MAX_COUNT))[0].tolist()
+                place = torch.nonzero((counts < 0) | (counts.long() > MAX_COUNT))[0].tolist()
                 raise StateError(
-                    f"state of parameter {self.name}: step{at} is {int(counts[tuple(at)])}, expected 0 <= "
-                    f"step <= 2**62; set it to 0 for what begins anew, or del optimizer.state[parameter]"
+                    f"state of parameter {self.name}: step{place} is {int(counts[tuple(place)])}, expected 0 "
+                    f"<= step <= 2**62; set it to 0 for what begins anew, or del optimizer.state[parameter]"
                 )
             self.table.counts_have_changed()  # one may be at the end of its type now
         self._counts_version = version
@@ -241,7 +241,7 @@ class ParamState:
     def check_load(self, entry: Any) -> Callable[[], None]:
         """Check a parameter's entry of a state; return what loads it, and cannot fail."""
         where = f"state of parameter {self.name}"
-        if not isinstance(entry, Mapping) or any(key not in entry for key in ENTRIES):
+        if not isinstance(entry, Mapping) or any(key not in entry for key in STATE_KEYS):
             got = sorted(map(str, entry)) if isinstance(entry, Mapping) else type(entry).__name__
             raise StateError(f"{where}: got {got}, expected step, exp_avg and exp_avg_sq")
         given: dict[str, Any] = {"skipped_rows": self.table.skipped_rows}
@@ -340,9 +340,9 @@ class ParamState:
             if waits:
                 found = torch.nonzero(wrong)
                 if len(found):
-                    at = int(found[0])
+                    place = int(found[0])
                     raise GradientIndexError(
-                        f"gradient of parameter {self.name}: indices[{d}, {at}] is {int(index[at])}, "
+                        f"gradient of parameter {self.name}: indices[{d}, {place}] is {int(index[place])}, "
                         f"expected 0 <= index < {length}"
                     )
                 rows += index * stride

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nb_sparse_adam.engine.rearranging import checked_source
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
-from nb_sparse_adam.torch.param_state import ENTRIES
+from nb_sparse_adam.torch.param_state import STATE_KEYS
 from nb_sparse_adam.torch.tensors import check_parameter
 
 __all__ = ["check_replacement", "rearranged", "source_of"]
@@ -57,7 +57,7 @@ def rearranged(name: str, entry: Any, source: Any, new: Tensor, step_counts: str
     step_counts : {"element", "row", "global"}
     """
     where = f"state of parameter {name}"
-    given = {key: entry.get(key) if isinstance(entry, Mapping) else None for key in ENTRIES}
+    given = {key: entry.get(key) if isinstance(entry, Mapping) else None for key in STATE_KEYS}
     rows = None
     for key in ("exp_avg", "exp_avg_sq"):
         moment = given[key]

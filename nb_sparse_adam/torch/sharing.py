@@ -40,8 +40,8 @@ def refuse(layers: Sequence[Any], param_states: Sequence[ParamState]) -> None:
     if len(param_states) > 1:
         seen = dict(zip(map(id, param_states), layers, strict=True))
         if len(seen) < len(param_states):  # copies that share an optimizer
-            at = next(at for at, each in enumerate(param_states) if seen[id(each)] is not layers[at])
-            raise _error(layers[at], seen[id(param_states[at])])
+            i = next(i for i, each in enumerate(param_states) if seen[id(each)] is not layers[i])
+            raise _error(layers[i], seen[id(param_states[i])])
     if all(each in _known for each in param_states):
         return
     registered = (reference() for reference in _layers.valuerefs())

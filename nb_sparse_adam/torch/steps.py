@@ -55,12 +55,12 @@ def step_jobs(jobs: Sequence[Job]) -> None:
 
 def _show(jobs: Sequence[Job], shown: list[int]) -> None:
     """Show what steps have changed since; ``shown`` is how many the engines had taken, and is brought up."""
-    for at, job in enumerate(jobs):
+    for i, job in enumerate(jobs):
         has_run = job.param_state.has_run
-        if has_run != shown[at]:
+        if has_run != shown[i]:
             job.param_state.has_changed(job.param, job.grad)
             job.optimizer.has_stepped(job.param, job.param_state)
-            shown[at] = has_run
+            shown[i] = has_run
 
 
 def _refuse_several_gpus(param_states: Sequence[ParamState]) -> None:
