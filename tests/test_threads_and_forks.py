@@ -1,5 +1,6 @@
 """Python threads, forks and new processes beside steps, on every threading layer that numba has."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,18 +24,17 @@ LAYERS = [
 ]
 
 
+@functools.cache
+def tbb_loads():
+    command = [sys.executable, "-c", "from numba.np.ufunc import tbbpool"]
+    return not subprocess.run(command, env=worker._environment("tbb"), capture_output=True).returncode
+
+
 def run(program, layer, *arguments, folder=None):
     """Run a program with two threads of a layer; it is to end with status 0, and without a signal."""
     env = worker._environment(layer)
-    if layer == "tbb":
-        loads = subprocess.run(
-            [sys.executable, "-c", "from numba.np.ufunc import tbbpool"],
-            env=env,
-            capture_output=True,
-            check=False,
-        )
-        if loads.returncode:
-            pytest.skip("TBB cannot be loaded: pip install tbb")
+    if layer == "tbb" and not tbb_loads():
+        pytest.skip("TBB cannot be loaded: pip install tbb")
     command = ["-c", program]
     if folder is not None:  # new processes import the program
         (folder / "program.py").write_text(program, encoding="utf-8")
