@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _any_text(stream: Any) -> Iterator[None]:
-    """Have a stream escape what its encoding lacks: a name that cannot be shown is no reason to stop."""
+    """Make a stream escape characters that its encoding lacks: such a name must not end the run."""
     if getattr(stream, "errors", None) != "strict" or not hasattr(stream, "reconfigure"):
         yield
         return

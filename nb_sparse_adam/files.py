@@ -41,12 +41,12 @@ def prepare_folder(folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):  # has a name that is nobody's, or none at all
+    with tempfile.TemporaryFile(dir=path):  # has a name that no other file has, or none at all
         return path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put a file in its place, whole: written beside it under a name that is nobody's, then moved there."""
+    """Write a file as a whole: beside its place, under a name that is not in use, then move it there."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as opened:
@@ -70,7 +70,7 @@ def descriptor(path: str | os.PathLike[str], flags: int) -> Iterator[int]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file to read, without waiting for anybody, as opening a pipe would.
+    """Open a file to read, without waiting, as opening a pipe would, for a writer.
 
     Raises
     ------

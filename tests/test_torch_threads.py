@@ -46,7 +46,8 @@ def own_step(_):
 
 def train(context, workers):
     torch.manual_seed(0)
-    fused, bag = EmbeddingBag(ROWS, DIM, mode="sum"), torch.nn.EmbeddingBag(ROWS, DIM, mode="sum", sparse=True)
+    fused = EmbeddingBag(ROWS, DIM, mode="sum")
+    bag = torch.nn.EmbeddingBag(ROWS, DIM, mode="sum", sparse=True)
     tops = [torch.nn.Linear(DIM, 1), torch.nn.Linear(DIM, 1)]
     optimizer = SparseAdam(bag.parameters())
     dense = torch.optim.AdamW([param for top in tops for param in top.parameters()])

@@ -41,7 +41,7 @@ class Figure(NamedTuple):
     at_least, at_most : float or None
         The target: one of them, or none.
     unit : {"", "s"}
-        Of its value: a ratio or a count, or seconds.
+        Unit of its value: a ratio or a count ("") or seconds.
     difference : bool
         Whether `under` is subtracted.
     """

@@ -188,7 +188,7 @@ class FbgemmBag(Contender):
     Parameters
     ----------
     case : Case
-        Of bags.
+        A case of bags.
     threads : int
     optimizer : {"EXACT_SGD", "EXACT_ADAGRAD"}
         On the CPU it has no Adam.

@@ -45,7 +45,7 @@ class _CannotOpenError(Exception):
 
 
 def reading(folder: Path, work: Callable[[dict[str, Any], list[TableFile]], _T]) -> _T:
-    """Do something with a manifest and its files, headers checked; again, if a save replaces them meanwhile.
+    """Call `work` with a manifest and its files, headers checked; again, if a save replaces them meanwhile.
 
     Some files are kept open, and read to their end whatever a save deletes; others, should there be many,
     are opened again by their names, which no later checkpoint has.
@@ -173,7 +173,7 @@ def _check_piece(check: Callable[[bytes], None], name: str, piece: NDArray[Any],
 
 
 def same_as(seen: list[bytes]) -> Callable[[bytes], None]:
-    """Make what holds a second reading to the first, piece by piece."""
+    """Return a check that compares a second reading with the first, piece by piece."""
     expected = iter(seen)
 
     def check(so_far: bytes) -> None:

@@ -53,7 +53,7 @@ __all__ = ["load", "restore", "save"]
 
 
 def _reached(point: str) -> None:
-    """Do nothing: tests put something in its place that dies here."""
+    """Do nothing: tests replace it by something that ends the process here."""
 
 
 # --- saving -----------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def _is_ours(file: Path) -> bool:
 
 
 def _names(folder: Path, token: str) -> bool:
-    """Whether the manifest that is there is of this save; if that cannot be known, it may be."""
+    """Whether the manifest that is there was written by this save; True also if it cannot be read."""
     try:
         return token.encode() in (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -220,7 +220,7 @@ def _check_optimizer(given: Any) -> None:
 
 @contextmanager
 def _only_saver(folder: Path) -> Iterator[None]:
-    """Keep two savers apart: each deletes files that are not its own. The system ends it with the process."""
+    """Allow one save here at a time: it deletes the files of others. The lock ends with the process."""
     if os.name != "posix":
         yield
         return
@@ -247,7 +247,7 @@ def _write_synced(file: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the system keep the names in a folder; there is no such thing on Windows."""
+    """Sync the names in a folder to the disk; Windows has no such call."""
     if os.name == "posix":
         with descriptor(folder, os.O_RDONLY) as opened:
             os.fsync(opened)

@@ -43,7 +43,7 @@ Progress = Callable[[int], None]  # is told the number of bytes done since the l
 
 
 class TensorFileError(Exception):
-    """What is wrong with a file; whoever opened it says which."""
+    """Something is wrong with a file; the caller, who opened it, names the file."""
 
 
 class StoredArray(NamedTuple):

@@ -56,7 +56,7 @@ def evaluate(
     user_table : float array, shape (n_users, dim)
     item_table : float array, shape (n_items, dim)
     split : Split
-        Items of ``split.train`` are masked, those of ``split.test`` are to be found.
+        Items of ``split.train`` are masked, those of ``split.test`` are the ones to find.
     top : int, default 20
         k, the length of the list that is looked at.
 
@@ -106,7 +106,8 @@ def rank_items(
     Returns
     -------
     int32 array, shape (n, top)
-        Item rows, best first. Of equal scores the lower row comes first; a score that is NaN never comes.
+        Item rows, best first. If scores are equal, the lower row comes first; an item whose score is NaN is
+        left out.
         Places for which there is no item hold -1.
 
     Raises

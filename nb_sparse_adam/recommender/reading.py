@@ -88,7 +88,7 @@ def read_split(
     train, test : path
         As in `read_interactions`.
     file_format : {"auto", "delimited", "adjacency", "parquet"}
-        Of both files, as in `read_interactions`.
+        The format of both files, as in `read_interactions`.
 
     Returns
     -------

@@ -119,7 +119,7 @@ def save_model(folder: Path, model: BPRModel) -> None:
     folder : pathlib.Path
         As `prepare` returns it.
     model : BPRModel
-        Of which the tables are saved, and the ids of their rows.
+        Its tables and the ids of their rows are saved.
     """
     safetensors = require("safetensors.numpy", "train", "saving the vectors")
     tables = {"user": model.user_table, "item": model.item_table}
@@ -143,11 +143,11 @@ def save_metrics(
     folder : pathlib.Path
         As `prepare` returns it.
     model : BPRModel
-        Of which the history is saved.
+        Its history is saved.
     quality : Quality
-        Of the tables as they are.
+        That of the tables as they are.
     popularity : Quality
-        Of the popularity ranking.
+        That of the popularity ranking.
     data : dict
         What the model was trained on, for people.
     interrupted : bool

@@ -90,7 +90,7 @@ class BPROptions:
     init_std : float
         Standard deviation of the initial vectors, which are normal with mean 0.
     seed : int
-        Of the initial vectors, the order of the interactions and the samples.
+        Seed of the initial vectors, the order of the interactions and the samples.
     top : int
         k of recall@k and NDCG@k.
     eval_every : int
@@ -143,7 +143,7 @@ class EpochRecord:
     interactions : int
         Interactions trained on.
     quality : Quality or None
-        Of the ranking after the epoch, if it was evaluated.
+        Quality of the ranking after the epoch, if it was evaluated.
     """
 
     epoch: int
@@ -196,9 +196,9 @@ def epoch_batches(split: Split, options: BPROptions, epoch: int) -> Iterator[Bat
     Parameters
     ----------
     split : Split
-        Of which ``train`` is used.
+        Its ``train`` is used.
     options : BPROptions
-        Of which ``seed``, ``batch_size``, ``negatives`` and ``threads`` are used.
+        ``seed``, ``batch_size``, ``negatives`` and ``threads`` are used.
     epoch : int
         Counted from 1.
 
@@ -248,7 +248,7 @@ class BPRModel:
         The vectors; the score of item i for user u is ``user_table[u] @ item_table[i]``. A user or an item
         without training interactions keeps the initial vector, unless it is sampled.
     optimizer : SparseAdam
-        Of the tables ``"user"`` and ``"item"``.
+        It has the tables ``"user"`` and ``"item"``.
     history : list of EpochRecord
         One of each epoch that was finished.
 
@@ -388,7 +388,7 @@ def train(data: Interactions | Split, options: BPROptions | None = None) -> BPRM
     Parameters
     ----------
     data : Interactions or Split
-        Of interactions, a fifth of every user's items is held out with the seed of the options.
+        If it is interactions, a fifth of every user's items is held out, with the seed of the options.
     options : BPROptions, optional
         The defaults, if None.
 

@@ -1,4 +1,4 @@
-"""From the backward pass of a lookup to a step: what a pass has met is collected, and applied at its end.
+"""From the backward pass of a lookup to a step: a pass collects its lookups, and applies them at its end.
 
 All lookups of one pass make one step, as with ``loss.backward(); optimizer.step()``: a table that was looked
 up twice gets one step with the sum, no table is changed while the pass still needs it, and all tables are
@@ -259,7 +259,7 @@ def _refuse_other_weights(layer: Any, found: list[Any]) -> None:
 
 
 def _wait_for(lookup: RowLookup | BagLookup) -> None:
-    """Let the stream of the step come after the one on which a lookup was collected.
+    """Make the stream of the step wait for the one on which a lookup was collected.
 
     Autograd runs a node on the stream of its forward pass. What was queued for the end of the pass it runs
     on the streams that are current where `backward` was called, when it has made these wait for the leaves'

@@ -1,8 +1,8 @@
 """Ids in bags: where each bag starts, and whether that can be.
 
 On the CPU, and with ``device_checks="immediate"``, wrong offsets are refused before anything is read. With
-"deferred" nobody may wait for the GPU to say what it holds: `marked` makes each wrong offset one that the
-step refuses, wherever the lookup comes to lie among others, and `within` makes them harmless for reading.
+"deferred" the host does not wait for the GPU: `marked` makes each wrong offset one that the step refuses,
+wherever the lookup ends up among others, and `within` makes wrong offsets harmless for reading.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def are_offsets(ids: Tensor, offsets: Tensor | None) -> bool:
 
 
 def check_number(name: str, offsets: Tensor, n: int, include_last: bool) -> None:
-    """Refuse to leave out all of n ids; this waits for nothing."""
+    """Refuse offsets without a bag for the n ids; the host does not wait for a GPU."""
     if len(offsets) == include_last and n:
         raise GradientIndexError(f"{name}: offsets name no bag, expected one for the {n} ids")
 
 
 def check_offsets(name: str, offsets: Tensor, n: int, include_last: bool) -> None:
-    """Refuse offsets that leave out an id, or name one that there is not.
+    """Refuse offsets that leave out an id, or point past the last one.
 
     Parameters
     ----------
@@ -100,9 +100,9 @@ def _error(name: str, offsets: NDArray[np.int64], n: int, include_last: bool) ->
 
 
 def marked(offsets: Tensor, n: int, include_last: bool) -> Tensor:
-    """Replace each wrong offset by the smallest number, which no sum with another makes a right one.
+    """Replace each wrong offset by the smallest number: whatever is added to it, it stays wrong.
 
-    A wrong end of the last bag, which a step is not told, makes the first offset wrong.
+    The step does not see where the last bag ends. If that is wrong, the first offset is marked.
     """
     if offsets.dtype not in (torch.int32, torch.int64):
         offsets = offsets.long()
@@ -115,7 +115,7 @@ def marked(offsets: Tensor, n: int, include_last: bool) -> Tensor:
 
 
 def within(offsets: Tensor, n: int) -> Tensor:
-    """Make of any offsets such as can be read with."""
+    """Turn any offsets into ones that stay within the n ids."""
     return offsets.clamp(0, n).cummax(0).values
 
 
@@ -137,7 +137,7 @@ def bags_of(ids: Tensor, starts: Tensor) -> Tensor:
 def without(
     padding: int, ids: Tensor, starts: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Leave out the ids that only fill up; `marked` starts stay marked."""
+    """Leave out the ids that are padding; `marked` starts stay marked."""
     kept = ids != padding
     if kept.all():
         return ids, starts, weights

@@ -1,8 +1,8 @@
-"""Deferred steps on a GPU: what one of them was refused for is raised later, for all that it concerns.
+"""Deferred steps on a GPU: the reason why one was refused is raised later, for all parameters concerned.
 
-Each parameter has an engine of its own. What one engine refuses in a step, all that take part in it refuse;
-but only that one can say why, and each refuses all further steps until it has been asked. So those that have
-been in a step together are asked together, even if the next step is one of a few of them.
+Each parameter has an engine of its own. If one engine refuses a step, all engines that take part in the step
+refuse it; but only that one knows the reason, and each refuses all further steps until it has been asked. So
+engines that have taken a step together are asked together, even if the next step is of only a few of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["one_step", "raise_what_is_known", "settle"]
 
 
 def raise_what_is_known(param_states: Iterable[ParamState]) -> None:
-    """Raise what a step of some time ago was refused for, if that is known by now; wait for nothing."""
+    """Raise the error of an earlier step, if it is known by now; wait for nothing."""
     concerned = _with_others(param_states)
     if any(each.has_refused for each in concerned):
         settle(concerned)
 
 
 def settle(param_states: Iterable[ParamState]) -> None:
-    """Wait for all steps on a GPU, and raise what one was refused for; the next one is a new beginning."""
+    """Wait for all steps on a GPU, and raise the error of one that was refused; the next starts afresh."""
     found: list[GradientError] = []
     for param_state in _with_others(param_states):
         try:
@@ -39,7 +39,7 @@ def settle(param_states: Iterable[ParamState]) -> None:
 
 @contextmanager
 def one_step(param_states: list[ParamState | None]) -> Iterator[None]:
-    """Let the body make a step of these parameters; None stands for those on the CPU."""
+    """Take a step of these parameters in the body; None stands for those on the CPU."""
     on_gpu = [each for each in param_states if each is not None]
     if all(each.checks != "deferred" for each in on_gpu):
         yield
@@ -67,7 +67,7 @@ def _join(param_states: list[ParamState]) -> None:
 
 
 def _with_others(param_states: Iterable[ParamState]) -> list[ParamState]:
-    """Those on a GPU, and all that were in a deferred step with one of them."""
+    """Return those on a GPU, and all that took part in a deferred step with one of them."""
     found = dict.fromkeys(each for each in param_states if each.on_gpu)
     for together in {id(each.together): each.together for each in found}.values():
         found.update(dict.fromkeys(together))

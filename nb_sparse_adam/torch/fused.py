@@ -214,7 +214,7 @@ class Fused(_Module):
         Notes
         -----
         Lookups in the old weight cannot go backward any more: `backward` refuses them. An optimizer of other
-        parameters that was given the old one is to be told.
+        parameters that was given the old one has to be told.
 
         Examples
         --------

@@ -1,10 +1,10 @@
 """The optimizer of a fused layer as one tensor of bytes, which a module's state dict holds.
 
-Whatever goes over all tensors of a state dict (`safetensors`, ``.cpu()``, averages of weights) finds a tensor
-here, and whoever averages what is floating leaves it alone: neither counts nor options have a mean. The bytes
-are a file of safetensors (``safetensors.torch.load(bytes(tensor.numpy()))`` reads it): moments and counts,
-and as its metadata, in JSON, options and numbers. A layer that may be trained has as many bytes before its
-first step as after it, for those who go over two state dicts at once.
+Code that goes over all tensors of a state dict (`safetensors`, ``.cpu()``, averages of weights) finds a
+tensor here, and code that averages floating-point tensors leaves it alone: neither counts nor options have a
+mean. The bytes are a file of safetensors (``safetensors.torch.load(bytes(tensor.numpy()))`` reads it):
+moments and counts, and as its metadata, in JSON, options and numbers. A layer that may be trained has as many
+bytes before its first step as after it, for code that goes over two state dicts at once.
 """
 
 from __future__ import annotations

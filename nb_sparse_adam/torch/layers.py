@@ -52,7 +52,7 @@ class Embedding(Fused, torch.nn.Embedding):
     Attributes
     ----------
     optimizer : SparseAdam
-        Of this table, for its ``state`` and for schedulers. Do not call its ``step``.
+        The optimizer of this table, for its ``state`` and for schedulers. Do not call its ``step``.
     lr : float
         Learning rate, settable.
     grad_scaler : torch.amp.GradScaler or float, optional
@@ -364,7 +364,7 @@ def _is_wanted(ctx: Any) -> bool:
 
 
 def _is_there(tensor: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a tensor's numbers are in memory for Python to look at, and nobody records what is done."""
+    """Whether Python can look at a tensor's numbers: they are in memory, and no operation is traced."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) is Tensor

@@ -53,7 +53,7 @@ class SparseAdam(torch.optim.Optimizer):
         Recommended: "raise", which refuses the step before anything is written. "skip" leaves out the rows
         that receive one, and counts them in `skipped_rows`.
     device_checks : {"immediate", "deferred", "off"}, default "immediate"
-        For parameters on a GPU, as of `nb_sparse_adam.SparseAdam`. "immediate": the host waits for the checks
+        For parameters on a GPU, as in `nb_sparse_adam.SparseAdam`. "immediate": the host waits for the checks
         of each step, and errors are raised at once. "deferred": it waits for nothing; a step that is refused,
         and all after it, change nothing, until a later `step`, `synchronize` or `state_dict` raises the
         error. "off": ids are not checked, at the caller's risk. No part of a state dict.
@@ -171,7 +171,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Set `device_checks` for parameters that may yet be moved to a GPU."""
         value = options.choice("device_checks", value, options.DEVICE_CHECKS)
         with self.turn:
-            self.synchronize()  # without "deferred" nobody would ask
+            self.synchronize()  # without "deferred", nothing would ask for an earlier error
             self._device_checks = value
 
     def check_device_checks(self) -> None:
@@ -296,7 +296,7 @@ class SparseAdam(torch.optim.Optimizer):
             renewed.check_load(entry)()
         if param_state is not None and self._param_states.get(param) is param_state:
             self._param_states.pop(param, None)
-        # Now: a step of a signal handler's that comes before this one's end is to find it, or was first.
+        # Before this step ends: a signal handler may take a step in its middle, and both must use one state.
         return self._param_states.setdefault(param, renewed)
 
     # --- state --------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rearrange(self, old_param: Tensor, new_param: Tensor, source: Any) -> None:
-        """Let another parameter take a parameter's place, its rows taking moments and counts of old rows.
+        """Put another parameter in the place of one; its rows take the moments and counts of old rows.
 
         For rows that come, go or change places: Gaussians that are split and pruned, a vocabulary that grows,
         users that are dropped. To append, prune, reorder and reset rows are all this one thing.
@@ -340,9 +340,9 @@ class SparseAdam(torch.optim.Optimizer):
         old_param : Tensor
             A parameter of this optimizer.
         new_param : Tensor
-            Takes its place in its group; its values are yours, and are not touched. Of the old one's dtype,
-            and of its shape but for the first dimension. It may be the same Parameter, with other memory or
-            not, but no other one of this optimizer.
+            Takes its place in its group; its values are yours, and are not touched. It has the dtype of the
+            old one, and its shape but for the first dimension. It may be the same Parameter, with other
+            memory or not, but no other one of this optimizer.
         source : (rows,) integer Tensor or array
             For each row of `new_param` (place in its first dimension) the row of the old one whose moments
             and counts it takes, -1 for a fresh row: moments and counts are 0. A row that is named more than
@@ -437,15 +437,16 @@ class SparseAdam(torch.optim.Optimizer):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give what is to be pickled, parameters and state of one moment, whoever steps meanwhile.
+        """Return what pickle writes: parameters and state of one moment, even if another thread steps.
 
-        The parameters themselves are there to be the same ones as elsewhere in the pickle; they are written
-        to it later, when they may have changed. So their values are there, too: it takes their size twice.
+        The parameters are part of it, so that they stay the same objects as elsewhere in the pickle. But
+        pickle writes them later, when a step may have changed them; so their values are part of it too, which
+        takes their size twice.
         """
         with self.turn:
             state, is_sent = self._state_now(), get_spawning_popen() is not None
-            # A process that is being spawned is sent places in shared memory, which must last until it is
-            # there.
+            # A process that is being spawned receives handles to shared memory, which must last until it has
+            # started.
             self._sent = state["state"] if is_sent else None
             if not is_sent:
                 state["_values"] = {

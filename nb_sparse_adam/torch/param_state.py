@@ -1,4 +1,4 @@
-"""One parameter of torch's and what the engine holds for it; neither is copied."""
+"""One of torch's parameters, and what the engine holds for it; neither is copied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def has_state(entry: Any) -> bool:
-    """Whether a parameter's entry holds state: it may be none, or have the user's own keys alone."""
+    """Whether a parameter's entry holds state: it may be None, or have only keys of the user's own."""
     if not isinstance(entry, Mapping):
         return entry is not None
     return any(key in entry for key in STATE_KEYS)
@@ -51,7 +51,7 @@ class ParamState:
     name : str
         What errors call it.
     param : Tensor
-        Of float32 or float64, on the CPU or a GPU. If it is not contiguous, a contiguous copy is kept, and
+        float32 or float64, on the CPU or a GPU. If it is not contiguous, a contiguous copy is kept, and
         the rows that a gradient names go there and back in every step.
     sparse_dim : int
     step_counts : {"element", "row", "global"}
@@ -92,7 +92,9 @@ class ParamState:
         self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
         self._shown_step: Any = None  # what is called step there
         self._is_loaded = False  # with a state, which may not have been shown yet
-        with torch.inference_mode(False):  # tensors made under it tell nobody when they are changed
+        with torch.inference_mode(
+            False
+        ):  # tensors made under it have no version, which says when they change
             self._make_views()
         if after is not None:
             self.table._set_skipped_rows(after.skipped_rows)
@@ -351,7 +353,7 @@ class ParamState:
         return rows
 
     def has_changed(self, param: Tensor, grad: Tensor | None) -> None:
-        """Let torch know that the parameter has been changed in place."""
+        """Tell torch that the parameter has been changed in place."""
         if self.shadow is not None and grad is not None:
             places = tuple(grad._indices())
             param.detach()[places] = self.shadow[places]

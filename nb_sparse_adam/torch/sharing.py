@@ -1,7 +1,7 @@
 """Which fused layers share memory: each has an optimizer of its own, and two would update one table.
 
-A layer that has a state for its table has stepped it, or goes on from one that has. When another one is
-about to, with a table that shares memory, it is refused.
+A layer that has a state for its table has stepped it, or continues one that has. When another layer is about
+to step a table in the same memory, it is refused.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nb_sparse_adam.torch.param_state import ParamState, has_state
 __all__ = ["refuse", "register"]
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-# Those that were found to share memory with nobody. If the memory changes, they are made anew.
+# States whose table shares its memory with no other layer's. If the memory changes, the state is made anew.
 _known: weakref.WeakSet[ParamState] = weakref.WeakSet()
 
 
 def register(layer: Any) -> None:
-    """Let a layer be known to the others."""
+    """Make a layer known to the others."""
     _layers[id(layer)] = layer
 
 

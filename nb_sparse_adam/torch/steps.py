@@ -31,13 +31,13 @@ class Job(NamedTuple):
 
 
 def in_turn(optimizers: Iterable[SparseAdam], work: Callable[[], None]) -> None:
-    """Do the work, of making jobs and steps, while no other Python thread steps these optimizers."""
+    """Call `work`, which makes jobs and steps, while no other Python thread steps these optimizers."""
     turns = [optimizer.turn for optimizer in sorted(optimizers, key=id)]  # one order: no deadlock
     locks.hold(turns, work)
 
 
 def step_jobs(jobs: Sequence[Job]) -> None:
-    """Update parameters of one optimizer or several, all or none of them. It must be their turn."""
+    """Update parameters of one optimizer or several, all or none of them; the caller has their turn."""
     on_gpu = [job.param_state if job.param_state.on_gpu else None for job in jobs]
     _refuse_several_gpus([each for each in on_gpu if each is not None])
     shown = [job.param_state.has_run for job in jobs]
@@ -54,7 +54,7 @@ def step_jobs(jobs: Sequence[Job]) -> None:
 
 
 def _show(jobs: Sequence[Job], shown: list[int]) -> None:
-    """Show what steps have changed since; ``shown`` is how many the engines had taken, and is brought up."""
+    """Show what steps have changed since; ``shown``, the steps that each engine had taken, is updated."""
     for i, job in enumerate(jobs):
         has_run = job.param_state.has_run
         if has_run != shown[i]:
