@@ -1,6 +1,6 @@
 """Kernels of the recommender: negative sampling, and the BPR loss with its gradients.
 
-The formulas are in the docstring of `recommender`. A driver (``*_serial``, ``*_parallel``) goes over blocks
+The formulas are in the docstring of `training`. A driver (``*_serial``, ``*_parallel``) goes over blocks
 of a fixed size and calls a worker for each, so that every sum has the same order on any number of threads.
 Nothing is validated here, and nothing allocated.
 """
