@@ -102,7 +102,7 @@ def table_on_gpu(rows: int, dim: int) -> Any:
     """Make a float32 table that need not be copied there."""
     from nb_sparse_adam.cuda import copies
     from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
-    from nb_sparse_adam.cuda.layout import THREADS
+    from nb_sparse_adam.cuda.records import THREADS
 
     flat = empty(rows * dim, SINGLE)
     launch(copies.fill, blocks_for(rows * dim, THREADS), THREADS, Stream(DEFAULT), flat, SINGLE(0.1))
@@ -474,7 +474,7 @@ def gb_per_s(moved: int, ms: float) -> float:
 def copy(sizes: Sizes, found: Figures) -> None:
     """How fast the GPU's memory is copied, reads and writes counted; the driver's copy, and a kernel's."""
     from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
-    from nb_sparse_adam.cuda.layout import THREADS
+    from nb_sparse_adam.cuda.records import THREADS
 
     clock, stream, n = Clock(sizes), Stream(DEFAULT), sizes.rows * sizes.dim
     given, out = empty(n, SINGLE), empty(n, SINGLE)
@@ -508,29 +508,35 @@ class Stages:
     """
 
     def __init__(self, optimizer: SparseAdam, gradients: list[Any]) -> None:
-        from nb_sparse_adam.engine.runs import prepare
+        from nb_sparse_adam.cuda.ring import Ring
+        from nb_sparse_adam.optimizer import tables_of
+        from nb_sparse_adam.stepping import prepare
 
-        self._prepared = [prepare(optimizer._parts(gradient))[0].prepared for gradient in gradients]
-        self._turns = itertools.cycle(self._prepared)
+        self._batches = []
+        for gradient in gradients:
+            tables_of(optimizer)[
+                "table"
+            ].backend.guard.ring = Ring()  # or records would be given to the next gradient
+            self._batches.append(prepare(optimizer._requests(gradient))[0].batches[0])
+        self._turns = itertools.cycle(self._batches)
 
     def check(self) -> None:
         """Look at what the first gradient holds."""
-        self._prepared[0].check()
+        self._batches[0].check()
 
     def settle(self) -> None:
         """Refuse it if something is wrong."""
-        self._prepared[0].settle()
+        self._batches[0].settle()
 
     def group(self) -> None:
         """Sort its ids and cut them into segments; where they are in order, kernels return at once."""
-        self._prepared[0].group()
+        self._batches[0].group()
 
     def update(self) -> None:
-        """Write to the table; a kernel does nothing for a step that has been done, so this is the next."""
-        prepared = next(self._turns)
-        prepared.table.launched += 1
-        prepared.goal = prepared.table.launched
-        prepared.update()
+        """Write to the table, after the few words that say that it has been done are copied back to 0."""
+        batch = next(self._turns)
+        batch.begin_again()
+        batch.update()
 
 
 class SameBytes:
@@ -538,14 +544,15 @@ class SameBytes:
 
     def __init__(self, optimizer: SparseAdam, gradients: list[Any]) -> None:
         from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for
-        from nb_sparse_adam.cuda.layout import THREADS
+        from nb_sparse_adam.cuda.records import THREADS
+        from nb_sparse_adam.optimizer import tables_of
 
-        table = optimizer.state["table"]
+        table = tables_of(optimizer)["table"]
         n, dim = gradients[0].values.shape
         lanes = min(THREADS, 16)
         self._shape, self._stream = (lanes, THREADS // lanes), Stream(DEFAULT)
         self._blocks = blocks_for(n, self._shape[1])
-        self._kernel, self._memory = same_bytes_kernel(), (table.arrays.param, table.arrays.moments)
+        self._kernel, self._memory = same_bytes_kernel(), (table.matrix, table.arrays.words)
         self._dim = np.int64(dim)
         self._turns = itertools.cycle([(one.rows, one.values.reshape(n * dim)) for one in gradients])
 

@@ -1,8 +1,8 @@
 """Sparse Adam in Numba: an optimizer that reads and writes only what a sparse gradient touches."""
 
 from nb_sparse_adam import errors
-from nb_sparse_adam.engine.kernels import apply_row_gradient
 from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam.kernels import apply_row_gradient
 from nb_sparse_adam.optimizer import SparseAdam
 
 __all__ = [

@@ -14,9 +14,9 @@ import numba
 import numpy as np
 
 from nb_sparse_adam.engine import cpu_limits, threads
+from nb_sparse_adam.engine.rearranging import take_rows
 from nb_sparse_adam.errors import MissingExtraError
 from nb_sparse_adam.extras import EXTRAS, install_command, require
-from nb_sparse_adam.recommender import bpr
 
 __all__ = ["report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
 
@@ -87,7 +87,7 @@ def usable_cores() -> int:
 
 
 def _cache_folder() -> str:
-    stats = getattr(bpr.sample_serial, "stats", None)
+    stats = getattr(take_rows, "stats", None)
     folder = getattr(stats, "cache_path", None)
     return str(folder) if folder else "none: kernels are compiled in every process (set NUMBA_CACHE_DIR)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,19 @@ DEVICE_CHECKS = ("immediate", "deferred", "off")
 SAVED = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite")
 
 Dtypes = Iterable[np.dtype[Any]]
+
+
+class Options(NamedTuple):
+    """Every option that may be set between steps; another one is another object."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    eps_hat: bool
+    maximize: bool
+    on_nonfinite: str
+    num_threads: int | None
+    device_checks: str
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
@@ -115,7 +128,7 @@ def threads(value: Any) -> int | None:
 
 
 def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
-    """Check the options of a state dict; return them by the names of SparseAdam's attributes."""
+    """Check the options of a state dict; return those of `Options`."""
     if not isinstance(given, Mapping):
         raise StateTypeError(f"state dict's options are a {type(given).__name__}, expected a mapping")
     if set(given) != set(SAVED):
@@ -128,12 +141,12 @@ def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
         )
     try:
         return {
-            "_lr": learning_rate(given["lr"], dtypes, zero_allowed=True),
-            "_betas": decay_rates(given["betas"], dtypes),
-            "_eps": epsilon(given["eps"], dtypes),
-            "_eps_hat": flag("eps_hat", given["eps_hat"]),
-            "_maximize": flag("maximize", given["maximize"]),
-            "_on_nonfinite": choice("on_nonfinite", given["on_nonfinite"], ON_NONFINITE),
+            "lr": learning_rate(given["lr"], dtypes, zero_allowed=True),
+            "betas": decay_rates(given["betas"], dtypes),
+            "eps": epsilon(given["eps"], dtypes),
+            "eps_hat": flag("eps_hat", given["eps_hat"]),
+            "maximize": flag("maximize", given["maximize"]),
+            "on_nonfinite": choice("on_nonfinite", given["on_nonfinite"], ON_NONFINITE),
         }
     except OptionError as error:
         raise StateError(f"state dict: {error}") from error

@@ -22,6 +22,8 @@ from numba.cuda.types import Array
 from numba.cuda.typing.typeof import typeof
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam.engine.codecs import Codec
+from nb_sparse_adam.optimizer import tables_of
 
 
 class OnHost:
@@ -46,6 +48,24 @@ class OnHost:
 
     def copy_to_device(self, *arguments, **keywords):
         pass
+
+
+class Fixed(Codec):
+    """A state of numbers of 16 bits."""
+
+    name = "fixed"
+
+    @staticmethod
+    def storage(real):  # noqa: ARG004
+        return np.dtype(np.int16)
+
+    @staticmethod
+    def load(word):
+        return word / 1024
+
+    @staticmethod
+    def store(number):
+        return number * 1024
 
 
 class Compiled:
@@ -88,7 +108,7 @@ def pretend(capability):
     )
 
     class Stream:
-        handle, numba = 0, 0
+        handle, numba, others = 0, 0, ()
 
         def __init__(self, handle=0):
             pass
@@ -112,6 +132,9 @@ def pretend(capability):
     device.copy_to_device = lambda values, stream: OnHost(np.ravel(values))
     device.pinned = lambda length, dtype: np.zeros(length, dtype)
     device.copy_later = lambda array, into, stream: None
+    device.upload = lambda given, array, stream: None
+    device.strided = lambda array, first, shape, strides: array
+    device.synchronize = lambda: None
     device.ordinal_of = lambda array: 0
     device.using = lambda ordinal: contextlib.nullcontext()
     return compiled
@@ -145,10 +168,12 @@ def steps():
             optimizer.step(RowGradient(*put(ids, values)))
         optimizer.state_dict()
         optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.state["table"]._widen()
+        tables_of(optimizer)["table"]._widen()
     optimizer.step(RowGradient(*put(ids, values)))
     optimizer = SparseAdam(OnHost(np.zeros((1000, 64), np.float32)))
     optimizer.step(RowGradient(*put(ids.astype(np.int32), np.zeros((n, 64), np.float32))))
+    tables_of(optimizer)["table"].codec = Fixed()
+    optimizer.step(RowGradient(*put(ids, np.zeros((n, 64), np.float32))))
 
 
 def main():
@@ -156,17 +181,16 @@ def main():
     steps()
     from nb_sparse_adam.cuda import checks
 
-    one = OnHost(np.zeros(1, np.int64))  # of steps of several optimizers
-    compiled.launch(checks.join, 1, 1, None, one, one)
+    compiled.launch(checks.join, 1, 1, None, 0)  # of steps of very many ids
     report = [
         {
             "kernel": function.py_func.__name__,
             "types": str(signature),
-            "float32": "float32" in str(signature),
             "capability": compiled.capability,
             "fused": len(re.findall(r"\bfma\.rn\.f32", found["ptx"])),
             "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.[fu]", found["ptx"])),
             "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.[fu]", found["ptx"])),
+            "bytes_loaded": len(re.findall(r"ld\.global\.u8", found["ptx"])),
             "size": found["size"],
             **found["used"],
         }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("backends", "checks", "oracle")
+pytest.register_assert_rewrite("backends", "checks", "oracle", "preparing")
 
 # The first example of a test compiles kernels for seconds: no deadline, and slowness says nothing.
 shared = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

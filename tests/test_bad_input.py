@@ -393,7 +393,6 @@ OTHERWISE_ON_A_GPU = {
     "rows that are no array": (GradientTypeError, ["rows is a str in the memory of the host"]),
     "object values": None,
     "values that are no array": (GradientTypeError, ["values is a NoneType in the memory of the host"]),
-    "indptr before the end": (GradientIndexError, ["indptr[10] is 28, expected len(indices) = 30"]),
     "matrix of another height": (GradientTypeError, ["CSC", "not offered on a GPU", "tocsr()"]),
     "transposed matrix": (GradientTypeError, ["COO", "not offered on a GPU", "tocsr()"]),
     "complex matrix": None,

@@ -17,8 +17,11 @@ import textwrap
 import numba
 import numpy as np
 import pytest
+import records
 
-from nb_sparse_adam.engine.grouping import scan_ids
+from nb_sparse_adam.engine.apply import apply_for
+from nb_sparse_adam.engine.codecs import PLAIN
+from nb_sparse_adam.engine.records import ELEMENT, ROW
 
 pytestmark = pytest.mark.jit
 
@@ -82,7 +85,38 @@ if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         assert namespace["caught"]([0, 4])
         assert not namespace["caught"]([0, 3])
 
-    def test_the_kernels_of_the_package_check_bounds():
-        """A real kernel, compiled here or read from the disk cache, as the library never calls it."""
+    TOO_SHORT = {
+        "parameters": ("tables", "param_length", -1),
+        "state": ("tables", "state_length", -1),
+        "counts": ("tables", "counts_length", -1),
+        "corrections": ("tables", "corrections_length", -1 << 20),
+        "ids": ("gradients", "ids_length", -1),
+        "values": ("gradients", "values_rows", -1),
+        "scratch": ("scratch", None, None),
+    }
+
+    @pytest.mark.parametrize("what", TOO_SHORT)
+    @pytest.mark.parametrize("form", ["distinct", "segments"])
+    @pytest.mark.parametrize("rule", [ELEMENT, ROW])
+    def test_an_offset_one_too_large_is_caught_in_the_kernels_that_update(rule, form, what):
+        """Records say that a table, a gradient or scratch memory is one element shorter than its rows are."""
+        table = records.Table(np.zeros((3, 4), np.float32), rule)
+        table.state.steps[...] = np.arange(table.state.steps.size).reshape(table.state.steps.shape)
+        ids = np.array([0, 2]) if form == "distinct" else np.array([2, 0, 2])
+        gradient = getattr(records, form)(ids, np.ones((len(ids), 4), np.float32))
+        drivers = apply_for(np.dtype(np.float32), PLAIN, np.dtype(np.int32), rule)
+        drivers.serial(1, records.job_of([table], [gradient]))
+        job = list(records.job_of([table], [gradient]))
+        place, name, by = TOO_SHORT[what]
+        if place == "scratch":
+            if rule == ROW and form == "distinct":
+                pytest.skip("uses no scratch memory")
+            job[6] = np.zeros((1, 1), np.float32)
+        else:
+            record = job[0 if place == "tables" else 1]
+            used = record[name][0]
+            if name == "state_length":  # counts may lie after the last word of the moments
+                used = 2 * record["state_stride"][0] + record["exp_avg_sq_offset"][0] + 4
+            record[name] = max(used + by, 0)
         with pytest.raises(IndexError):
-            scan_ids(np.arange(1)[:0])  # it begins at ids[0], which is there, just out of bounds
+            drivers.serial(1, tuple(job))

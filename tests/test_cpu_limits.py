@@ -18,9 +18,9 @@ from nb_sparse_adam.engine import cpu_limits
 from nb_sparse_adam.engine.pacing import Paces
 if len(sys.argv) > 1:
     cpu_limits.CGROUPS, cpu_limits.OWN_CGROUPS = Path(sys.argv[1], "mount"), Path(sys.argv[1], "own")
-crew, _ = Paces().crew_for("Rows", 1 << 20, None)
-asked_for, _ = Paces().crew_for("Rows", 1 << 20, 2)
-print(crew.parts, asked_for.parts)
+partition, _ = Paces().partition_for("Rows", 1 << 20, None)
+asked_for, _ = Paces().partition_for("Rows", 1 << 20, 2)
+print(partition.parts, asked_for.parts)
 """
 
 

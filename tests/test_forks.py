@@ -16,7 +16,7 @@ START = """
 import os, signal, sys, threading, time, traceback, warnings
 import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.optimizer import step_together
+from nb_sparse_adam.stepping import step_together
 from nb_sparse_adam.errors import StateError
 warnings.simplefilter("ignore")
 

@@ -1,4 +1,4 @@
-"""Grouping: sorted ids, segments, fair cuts, and the memory that is kept for it."""
+"""Grouping: its pieces, where the whole (`test_prepare`) would not show a difference."""
 
 import itertools
 
@@ -6,59 +6,54 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from preparing import Given, Prepared
 
-from nb_sparse_adam.engine.grouping import Buffers, cut_evenly, group_ids
-from nb_sparse_adam.engine.threads import Crew, max_threads
+from nb_sparse_adam.engine.grouping import digits_of
+from nb_sparse_adam.engine.prepare import group
+from nb_sparse_adam.engine.records import ROWS
+from nb_sparse_adam.engine.scratch import BLOCK, DIGIT_BITS
+from nb_sparse_adam.engine.threads import max_threads
+
+plain_digits_of = getattr(digits_of, "py_func", digits_of)
 
 
 @given(
-    ids=st.lists(st.integers(0, 300), min_size=1, max_size=200), threads=st.integers(1, min(2, max_threads()))
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), long=st.booleans(), tasks=st.integers(1, 5)
 )
-def test_groups_are_those_of_a_stable_sort(ids, threads):
-    ids = np.array(ids)
-    memory = np.full((2, len(ids) + 5), -1)
-    got = group_ids(ids, 300, False, crew=Crew(threads, threads), memory=memory)
-    order = np.argsort(ids, kind="stable")
-    np.testing.assert_array_equal(got.packed >> got.row_shift, ids[order])
-    np.testing.assert_array_equal(got.packed & got.payload_mask, order)
-    _, first = np.unique(ids[order], return_index=True)
-    np.testing.assert_array_equal(got.starts, [*first, len(ids)])
-
-
-@pytest.mark.parametrize("any_long", [False, True])
-@given(
-    lengths=st.lists(st.integers(1, 40), max_size=60),
-    chunks=st.integers(1, 5),
-    row_cost=st.integers(0, 9),
-)
-def test_cuts_cover_everything_once_and_are_even(any_long, lengths, chunks, row_cost):
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    bounds = np.full(chunks + 1, -1)
-    cut_evenly(starts, row_cost, 40, any_long, bounds)
-    assert bounds[0] == 0
+def test_cuts_cover_everything_once_and_are_even(lengths, long, tasks):
+    lengths = np.array([*lengths, BLOCK + 40] if long else lengths)
+    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(len(lengths)), lengths))
+    prepared = Prepared([Given(ROWS, len(lengths), 1, ids, np.ones((len(ids), 1)), tasks=tasks)])
+    if (lengths == 1).all() and (np.diff(ids) > 0).all():
+        return  # nothing is summed: rows are cut evenly
+    bounds = [0, *prepared.tasks["last"].tolist()]
+    assert prepared.tasks["first"].tolist() == bounds[:-1]
     assert bounds[-1] == len(lengths)
     assert (np.diff(bounds) >= 0).all()
-    cost = np.array(lengths, int) + row_cost
-    share = cost.sum() / chunks
+    cost = 4 + np.where(lengths > BLOCK, -(-lengths // BLOCK), lengths)
     for lo, hi in itertools.pairwise(bounds):
-        assert cost[lo:hi].sum() <= share + 2 * max(cost, default=0)
+        assert cost[lo:hi].sum() <= cost.sum() / tasks + 2 * cost.max()
 
 
-def test_memory_is_lent_to_one_at_a_time():
-    buffers = Buffers()
-    first = buffers.take(10)
-    second = buffers.take(10)
-    assert not np.shares_memory(first, second)
-    buffers.give_back(first)
-    assert buffers.take(7) is first
-    buffers.give_back(first)
-    assert buffers.take(11).shape == (2, 11)
+@pytest.mark.parametrize("bits", [0, 1, 8, 12, 13, 21, 24, 40, 62])
+@pytest.mark.parametrize("n", [1, 50, 2048, 100_000])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_digits_cover_all_bits_and_fit_into_the_counters(bits, n, parts):
+    digits, digit_bits = plain_digits_of(np.int64(bits), np.int64(n), np.int64(parts))
+    assert digits * digit_bits >= bits
+    assert 1 <= digit_bits <= DIGIT_BITS
+    assert (digits - 1) * digit_bits < max(bits, 1)
 
 
-def test_memory_that_is_far_too_large_is_given_up():
-    buffers = Buffers()
-    large = buffers.take(1_000_000)
-    buffers.give_back(large)
-    assert buffers.take(100_000) is large
-    buffers.give_back(large)
-    assert buffers.take(10) is not large
+def test_few_ids_are_sorted_by_short_digits():
+    assert plain_digits_of(np.int64(21), np.int64(100_000), np.int64(1)) == (2, 11)
+    _, bits = plain_digits_of(np.int64(21), np.int64(100), np.int64(1))
+    assert bits < 9
+
+
+def test_memory_that_is_too_small_is_not_used():
+    ids = np.array([5, 1, 5])
+    memory = np.full(4, -1)
+    packed, _, _ = group(ids, 9, min(2, max_threads()), memory)
+    assert not np.shares_memory(packed, memory)
+    assert (memory == -1).all()

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 from nb_sparse_adam.errors import SparseAdamError
+from nb_sparse_adam.optimizer import tables_of
 
 ROWS, DIM, PAD = 20, 4, 64
 CALLS = 1000  # for each example of hypothesis
@@ -26,8 +27,8 @@ class Padded:
         self.opt.step(RowGradient(np.arange(5), np.ones((5, DIM))))
 
     def bits(self):
-        arrays = self.opt.state["table"].arrays
-        return self.memory.tobytes() + arrays.moments.tobytes() + arrays.counts.tobytes()
+        arrays = tables_of(self.opt)["table"].arrays
+        return self.memory.tobytes() + arrays.words.tobytes() + arrays.counts.tobytes()
 
     def padding_is_whole(self):
         return bool((self.memory[:PAD] == 7).all() and (self.memory[-PAD:] == 7).all())

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.engine import runs
+from nb_sparse_adam import RowGradient, SparseAdam, stepping
 
 
 def two_tables(**options):
@@ -26,22 +25,22 @@ GRADIENTS = {
 
 
 class Interrupting:
-    """Stands for a run's work, and raises before or after its kernel, as a signal handler would."""
+    """Stands for a run, and raises before or after its kernel, as a signal handler would."""
 
     calls = 0
 
-    def __init__(self, work, places):
-        self._work, self._places = work, places
+    def __init__(self, run, places):
+        self._run, self._places = run, places
 
     def __getattr__(self, name):
-        return getattr(self._work, name)  # rehearsals are not disturbed
+        return getattr(self._run, name)  # rehearsals are not disturbed
 
-    def run(self, table):
+    def __call__(self):
         Interrupting.calls += 1
         call = Interrupting.calls
         if (call, "before") in self._places:
             raise KeyboardInterrupt
-        self._work.run(table)
+        self._run()
         if (call, "after") in self._places:
             raise KeyboardInterrupt
 
@@ -49,12 +48,10 @@ class Interrupting:
 def step_interrupted(opt, places):
     """Step with an interrupt at each of the places: (number of the kernel's call, "before" or "after" it)."""
     Interrupting.calls = 0
-    prepared = runs.prepare(opt._parts(GRADIENTS))
+    prepared = stepping.prepare(opt._requests(GRADIENTS))
     assert len(prepared) == 2
-    for run in prepared:
-        run.work = Interrupting(run.work, places)
     with pytest.raises(KeyboardInterrupt):
-        runs.run_all(prepared)
+        stepping.run_all([Interrupting(run, places) for run in prepared])
 
 
 @pytest.mark.parametrize(
@@ -73,12 +70,11 @@ def test_an_interrupt_after_the_first_write_is_raised_when_every_table_is_done(p
 def test_a_batch_of_tables_is_one_native_call(when, steps):
     tables = {f"t{i}": np.ones((50, 4), np.float32) for i in range(5)}
     opt = SparseAdam(tables, num_threads=1)
-    prepared = runs.prepare(opt._parts(dict.fromkeys(tables, GRADIENTS["user"])))
+    prepared = stepping.prepare(opt._requests(dict.fromkeys(tables, GRADIENTS["user"])))
     assert len(prepared) == 1
     Interrupting.calls = 0
-    prepared[0].work = Interrupting(prepared[0].work, {(1, when)})
     with pytest.raises(KeyboardInterrupt):
-        runs.run_all(prepared)
+        stepping.run_all([Interrupting(prepared[0], {(1, when)})])
     for state in opt.state.values():
         assert state.steps.max() == steps
 
@@ -97,7 +93,7 @@ def test_an_interrupt_before_the_first_write_changes_nothing():
 CTRL_C = """
 import signal, time
 import numpy as np
-from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam import RowGradient, SparseAdam, stepping
 
 armed = [False]
 

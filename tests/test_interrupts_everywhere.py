@@ -15,7 +15,7 @@ from interrupts import interrupted
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, apply_row_gradient, checkpoint
 from nb_sparse_adam.bench import worker
-from nb_sparse_adam.optimizer import step_together
+from nb_sparse_adam.stepping import step_together
 
 pytestmark = pytest.mark.jit
 

@@ -52,6 +52,7 @@ dispatchers = [
     for found in gc.get_objects()
     if isinstance(found, Dispatcher) and found.overloads
     if found.py_func.__module__.startswith("nb_sparse_adam")
+    if not found.targetoptions.get("no_cpython_wrapper")  # what compiled code alone calls is not kept
 ]
 stats = [dispatcher.stats for dispatcher in dispatchers]
 print(json.dumps({
@@ -116,7 +117,7 @@ import numba
 import numpy as np
 from nb_sparse_adam.engine.compile import jit
 
-@jit
+@jit(entry=True)
 def take(x, i):
     return x[i]
 
@@ -130,7 +131,7 @@ def make(k):
         for i in numba.prange(len(out)):
             out[i] = times(x)
 
-    @jit(allocates=True)
+    @jit(entry=True, allocates=True)
     def filled(x):  # what is parallel is not inlined, but linked by its name
         out = np.empty(2)
         fill(x, out)
@@ -144,7 +145,7 @@ def called(function, *args):
 
 numba.set_num_threads(1)  # starts them: numba 0.59 forgets to for a function that was found and calls `fill`
 
-copies = [jit(take.py_func) for _ in range(4)]
+copies = [jit(entry=True)(take.py_func) for _ in range(4)]
 
 def taken(i=1, values=(5, 7)):
     # Each by a function of its own: nothing of the call before is in its memory.
@@ -382,10 +383,10 @@ def test_closures_of_a_factory_are_found_by_what_they_hold(small, install):
 
 def test_what_cannot_be_described_is_not_kept(small, install):
     code = """
-    out = [called(f, 1) for f in (*lambdas, jit(holding(np.array([2.0]))))]
+    out = [called(f, 1) for f in (*lambdas, jit(entry=True)(holding(np.array([2.0]))))]
     """
     with open(install / "small.py", "a", encoding="utf-8") as file:
-        file.write("lambdas = [jit(lambda x: x + 1), jit(lambda x: x + 3)]\n")
+        file.write("lambdas = [jit(entry=True)(lambda x: x + 1), jit(entry=True)(lambda x: x + 3)]\n")
         file.write("def holding(k):\n    def f(x): return x * k[0]\n    return f\n")
     for _ in range(2):
         out, said = small(code)
@@ -406,7 +407,9 @@ def test_processes_that_compile_at_the_same_time(small, install):
     ]
     for one, calls in zip(running, (4, 4, 3, 2), strict=True):
         assert one.communicate()[0].split() == ["1", "1", "1.0", "1.0"][4 - calls :]
-    code = "out = [called(jit(take.py_func), np.ones(2, d), 1)[1] for d in ('i4', 'i8', 'f4', 'f8')]"
+    code = (
+        "out = [called(jit(entry=True)(take.py_func), np.ones(2, d), 1)[1] for d in ('i4', 'i8', 'f4', 'f8')]"
+    )
     assert small(code, NUMBA_CACHE_DIR=env["NUMBA_CACHE_DIR"]) == [["found"] * 4, []]
     assert [path for path in (install / "cache").rglob("*") if path.is_file() and path.suffix != ".nbc"] == []
 
@@ -433,7 +436,7 @@ print(json.dumps([value, sum(pull.stats.cache_hits.values())]))
 def test_a_users_cached_function_is_compiled_anew_after_an_upgrade(tmp_path):
     installs = [copy_package(tmp_path.resolve() / name) for name in ("old", "new")]
     edit(
-        installs[1] / "nb_sparse_adam" / "engine" / "kernels.py",
+        installs[1] / "nb_sparse_adam" / "engine" / "formula.py",
         "return p - product(step_size,",
         "return p + product(step_size,",
     )
@@ -459,6 +462,7 @@ ON_A_GPU = """
 import json, numba, numba.cuda.dispatcher, numpy as np
 from numba.cuda.dispatcher import CUDACache
 from nb_sparse_adam.cuda import checks, kernels
+from nb_sparse_adam.engine.codecs import PLAIN
 
 class Compiled:
     def magic_tuple(self):
@@ -473,8 +477,11 @@ class Compiled:
 CUDACache._impl_class.rebuild = lambda self, context, payload: payload["number"]
 
 found = []
-made = [kernels.kernels_for(0, np.dtype(dtype), 1, True)[2] for dtype in ("f4", "f8")]
-for number, kernel in enumerate([checks.begin, checks.settle, *made]):
+made = [
+    kernels.kernels_for(kernels.Variant(np.dtype(dtype), PLAIN, np.dtype("i4"), 0, 1, True, False))[3]
+    for dtype in ("f4", "f8")
+]
+for number, kernel in enumerate([checks.check_ids, checks.settle, *made]):
     cache, kind = kernel._cache, Compiled()
     assert isinstance(cache, CUDACache)
     found.append(cache.load_overload((numba.types.int64,), kind))
@@ -503,7 +510,7 @@ def test_kernels_of_a_gpu_are_kept_in_the_same_way(install):
 
     assert run() == [None] * 4
     assert run() == [0, 1, 2, 3]
-    with open(install / "nb_sparse_adam" / "cuda" / "layout.py", "a", encoding="utf-8") as file:
+    with open(install / "nb_sparse_adam" / "cuda" / "records.py", "a", encoding="utf-8") as file:
         file.write("# edited")
     assert run() == [None] * 4
 
@@ -526,7 +533,7 @@ def test_damaged_files_are_compiled_anew_and_replaced(small, install):
     whole = file.read_bytes()
     at = whole.index(b"\x7fELF") if b"\x7fELF" in whole else len(whole) // 2  # in the machine code
     flipped = [whole[:i] + bytes([whole[i] ^ 64]) + whole[i + 1 :] for i in (0, at, len(whole) - 1)]
-    other = files_of(install, "times")[0].read_bytes()
+    other = files_of(install, "fill")[0].read_bytes()
     damages = [b"", whole[:10], whole[:-1], whole + b"x", bytes(len(whole)), other, *flipped]
     for damaged in damages:
         file.write_bytes(damaged)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from oracle import TOLERANCES, OracleSparseAdam
 from strategies import Gradient, gradients, hyper_parameters, shapes, tables
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine import runs
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, stepping
 
 DTYPES = (np.float32, np.float64)
 
@@ -232,9 +231,9 @@ def test_a_step_within_a_step_loses_none():
     """As of a signal handler that steps."""
     opt = SparseAdam(np.zeros((4, 2)), step_counts="row", num_threads=1)
     gradient = RowGradient([1], np.ones((1, 2)))
-    prepared = runs.prepare(opt._parts(gradient))
+    prepared = stepping.prepare(opt._requests(gradient))
     opt.step(gradient)
-    runs.finish(prepared)
+    stepping.finish(prepared)
     assert opt.state["table"].steps[1] == 2
 
 

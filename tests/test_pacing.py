@@ -7,7 +7,7 @@ import pytest
 from nb_sparse_adam import RowGradient, SparseAdam
 from nb_sparse_adam.engine.pacing import PARALLEL_ELEMENTS, Pace, Paces, choices_up_to
 from nb_sparse_adam.engine.threads import ALONE as ONE_PART
-from nb_sparse_adam.engine.threads import Crew, max_threads
+from nb_sparse_adam.engine.threads import Partition, max_threads
 
 ALONE = {1: 2.0, 2: 1.2, 4: 0.7}
 CROWDED = {1: 2.5, 2: 9.0, 4: 40.0}
@@ -72,26 +72,26 @@ needs_threads = pytest.mark.skipif(max_threads() == 1, reason="there is one thre
 @needs_threads
 def test_a_number_that_was_asked_for_is_obeyed():
     paces = Paces()
-    assert paces.crew_for("Rows", PARALLEL_ELEMENTS, 2) == (Crew(2, 2), None)
-    assert paces.crew_for("Rows", PARALLEL_ELEMENTS, 1) == (ONE_PART, None)
-    assert paces.crew_for("Rows", PARALLEL_ELEMENTS - 1, 2) == (ONE_PART, None)
-    assert paces.crew_for("Rows", PARALLEL_ELEMENTS - 1, None) == (ONE_PART, None)
+    assert paces.partition_for("Rows", PARALLEL_ELEMENTS, 2) == (Partition(2, 2), None)
+    assert paces.partition_for("Rows", PARALLEL_ELEMENTS, 1) == (ONE_PART, None)
+    assert paces.partition_for("Rows", PARALLEL_ELEMENTS - 1, 2) == (ONE_PART, None)
+    assert paces.partition_for("Rows", PARALLEL_ELEMENTS - 1, None) == (ONE_PART, None)
 
 
 @needs_threads
 def test_steps_of_a_kind_share_a_pace_and_are_cut_alike_however_many_threads_it_asks_for():
     paces = Paces()
     most = numba.get_num_threads()
-    crew, pace = paces.crew_for("Rows", 100_000, None)
-    assert crew == (most, most)
-    assert paces.crew_for("Rows", 110_000, None)[1] is pace
-    assert paces.crew_for("Rows", 1_000_000, None)[1] is not pace
-    assert paces.crew_for("Compressed", 100_000, None)[1] is not pace
+    partition, pace = paces.partition_for("Rows", 100_000, None)
+    assert partition == (most, most)
+    assert paces.partition_for("Rows", 110_000, None)[1] is pace
+    assert paces.partition_for("Rows", 1_000_000, None)[1] is not pace
+    assert paces.partition_for("Compressed", 100_000, None)[1] is not pace
     for _ in range(200):
-        crew, pace = paces.crew_for("Rows", 100_000, None)
-        assert crew.parts == most
-        pace.took(1.0 if crew.threads == 1 else 9.0)
-    assert crew == (most, 1)
+        partition, pace = paces.partition_for("Rows", 100_000, None)
+        assert partition.parts == most
+        pace.took(1.0 if partition.threads == 1 else 9.0)
+    assert partition == (most, 1)
 
 
 @needs_threads

@@ -17,6 +17,7 @@ from strategies import ID_DTYPES, hyper_parameters
 import nb_sparse_adam
 from nb_sparse_adam import RowGradient, SparseAdam
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.optimizer import tables_of
 
 DTYPES = [np.float32, np.float64]
 # 1-D; rows whose counts lie in their records, and rows whose counts lie elsewhere; rows of no columns.
@@ -295,7 +296,7 @@ def test_the_old_array_and_its_state_are_let_go(step_counts):
     step([opt], np.random.default_rng(0))
     with opt.kernel_table():
         pass
-    kept = weakref.ref(table), weakref.ref(opt.state["table"])
+    kept = weakref.ref(table), weakref.ref(tables_of(opt)["table"])
     opt.rearrange(table.copy(), np.arange(5))
     del table
     assert [ref() for ref in kept] == [None, None]

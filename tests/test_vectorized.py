@@ -9,10 +9,14 @@ import re
 import numba
 import numpy as np
 import pytest
+import records
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine import kernels, runs
-from nb_sparse_adam.engine import screening as finite
+from nb_sparse_adam.engine import screening
+from nb_sparse_adam.engine.apply import apply_for
+from nb_sparse_adam.engine.codecs import PLAIN
+from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, ROW
+from nb_sparse_adam.engine.rows import updates
+from nb_sparse_adam.engine.view import open_table
 
 pytestmark = [
     pytest.mark.jit,
@@ -46,56 +50,46 @@ def intermediate_code(function, *arguments):
     return code
 
 
-def step_arguments(monkeypatch, gradient, dtype):
-    """What a step hands to its driver: the table, and the driver's other arguments."""
-    prepared = []
-    monkeypatch.setattr(runs, "run_all", prepared.extend)
-    SparseAdam(np.zeros((ROWS, DIM), dtype), num_threads=1).step(gradient)
-    return prepared[0].table, prepared[0].work.arguments
-
-
-def gradients(dtype):
-    values = np.ones((3, DIM), dtype)
-    return {
-        "rows": (kernels.rows_worker, RowGradient(np.array([1, 2, 3]), values)),
-        "bags": (kernels.segments_worker, BagGradient(np.array([1, 2, 1]), np.arange(4), values)),
-        "csr": (
-            kernels.csr_worker,
-            CSRGradient(np.arange(ROWS + 1), np.zeros(ROWS, np.int64), np.ones(ROWS, dtype)),
-        ),
-    }
+def job(dtype, rule):
+    """What a driver is given, and the gradient and the table, which keep its memory."""
+    table = records.Table(np.zeros((ROWS, DIM), dtype), rule)
+    gradient = records.distinct(np.array([1, 2, 3]), np.ones((3, DIM), dtype))
+    return records.job_of([table], [gradient]), gradient, table
 
 
 def count(code, dtype, what):
     return len(re.findall(PACKED[dtype, what], code))
 
 
-def loops_over_a_row(monkeypatch, dtype, get=machine_code):
-    """Machine code of the three loops that update a row, each with what a worker knows of its table."""
-    table, (_, values, scratch) = step_arguments(monkeypatch, gradients(dtype)["rows"][1], dtype)
+def loops_over_a_row(dtype, get=machine_code):
+    """Machine code of the three loops that update a row, each with what a kernel knows of its table."""
     one, k, dim = dtype(1), np.int32(1), np.int64(DIM)
-    view = kernels.view
+    real, int32 = np.dtype(dtype), np.dtype(np.int32)
+    by_element, by_row = (open_table(real, real, int32, rule) for rule in (ELEMENT, ROW))
+    loops = updates(PLAIN)
+    all_of_it, active, active_each = loops.all, loops.active, loops.active_each
 
-    def update_all(table, g, dim):
-        kernels.update_all(view(table), 0, g, 0, one, one, one, 0, dim)
+    def update_all(tables, g, dim):
+        all_of_it(by_row(tables[0]), 0, g, 0, one, one, one, 0, dim)
 
-    def update_active(table, g, dim):
-        kernels.update_active(view(table), 0, g, 0, one, k, one, one, 0, dim)
+    def update_active(tables, g, dim):
+        active(by_element(tables[0]), 0, g, 0, one, k, one, one, 0, dim)
 
-    def update_active_each(table, g, scratch, dim):
-        kernels.update_active_each(view(table), 0, g, 0, one, scratch, dim, 0, dim)
+    def update_active_each(tables, g, scratch, dim):
+        active_each(by_element(tables[0]), 0, g, 0, one, scratch, dim, 0, dim)
 
+    tables, g, scratch = job(dtype, ELEMENT)[0][0], np.ones(DIM, dtype), np.ones(3 * DIM, dtype)
     return {
-        "update_all": get(numba.njit(update_all), table, values, dim),
-        "update_active": get(numba.njit(update_active), table, values, dim),
-        "update_active_each": get(numba.njit(update_active_each), table, values, scratch, dim),
+        "update_all": get(numba.njit(update_all), tables, g, dim),
+        "update_active": get(numba.njit(update_active), tables, g, dim),
+        "update_active_each": get(numba.njit(update_active_each), tables, g, scratch, dim),
     }
 
 
 @pytest.mark.parametrize("what", ["square roots", "divisions"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_each_loop_over_a_row(monkeypatch, dtype, what):
-    for name, code in loops_over_a_row(monkeypatch, dtype).items():
+def test_each_loop_over_a_row(dtype, what):
+    for name, code in loops_over_a_row(dtype).items():
         assert count(code, dtype, what) > 0, name
 
 
@@ -103,9 +97,9 @@ CHECK = "vector.memcheck"  # what LLVM calls the comparison of addresses before 
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_no_loop_over_a_row_compares_addresses_first(monkeypatch, dtype):
+def test_no_loop_over_a_row_compares_addresses_first(dtype):
     """The compiler has been told what does not overlap."""
-    for name, code in loops_over_a_row(monkeypatch, dtype, intermediate_code).items():
+    for name, code in loops_over_a_row(dtype, intermediate_code).items():
         assert "vector.body" in code, name
         assert CHECK not in code, name
 
@@ -118,25 +112,22 @@ def test_a_loop_that_compares_addresses_would_be_seen():
     assert CHECK in intermediate_code(numba.njit(add), np.ones(3), np.ones(3))
 
 
-@pytest.mark.parametrize("what", ["square roots", "divisions"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("form", ["rows", "bags", "csr"])
-def test_the_loops_once_they_are_inlined_into_a_worker(monkeypatch, form, dtype, what):
-    """A loop over more arrays can stop being vectorized: the whole worker has what its parts have."""
-    worker, gradient = gradients(dtype)[form]
-    table, arguments = step_arguments(monkeypatch, gradient, dtype)
-    loops = {name: count(code, dtype, what) for name, code in loops_over_a_row(monkeypatch, dtype).items()}
-    code = machine_code(worker, table, *arguments, 0, 0, 1)
-    if form == "csr":  # by elements it goes from entry to entry
-        assert count(code, dtype, what) >= loops["update_all"]
-        return
-    copies = {"rows": 1, "bags": 2}[form]  # bags: for rows of one id, and for sums
-    pieces = 3  # besides the loops: each of them over a piece, of which no loop is left
-    assert count(code, dtype, what) >= copies * (sum(loops.values()) + pieces)
+@pytest.mark.parametrize("rule", [ELEMENT, ROW, GLOBAL])
+def test_the_loops_once_they_are_inlined_into_a_driver(rule, dtype):
+    """A loop over more arrays can stop being vectorized: the whole driver has what its parts have."""
+    alone = loops_over_a_row(dtype)
+    names = ["update_active", "update_active_each"] if rule == ELEMENT else ["update_all"]
+    given = job(dtype, rule)
+    counts = given[2].state.counts.dtype
+    zero = np.int64(0)
+    code = machine_code(apply_for(np.dtype(dtype), PLAIN, counts, rule)._work, zero, zero, zero, given[0])
+    for what in ("square roots", "divisions"):
+        pieces = len(names)  # besides the loops: each of them over a piece, of which no loop is left
+        assert count(code, dtype, what) >= sum(count(alone[name], dtype, what) for name in names) + pieces
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_the_screen_for_values_that_are_not_finite(dtype):
-    code = machine_code(finite.largest_bits_worker, np.zeros(9, dtype), dtype(1), 0, 9)
-    width = {np.int32: "d", np.int64: "q"}[dtype]
+@pytest.mark.parametrize("width", ["d", "q"])
+def test_the_screen_for_values_that_are_not_finite(width):
+    code = machine_code(screening.largest_bits, *np.arange(6))
     assert re.search(rf"\bv?pmaxs{width}\b|\bvpcmpgt{width}\b|\bsmax\b|\bcmgt\b", code)

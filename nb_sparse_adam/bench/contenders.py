@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 from nb_sparse_adam.bench.cases import CSR, Arrays, Bag, Case, Rows
-from nb_sparse_adam.engine.grouping import group_ids
-from nb_sparse_adam.engine.threads import Crew
+from nb_sparse_adam.engine.prepare import group
+from nb_sparse_adam.optimizer import tables_of
 
 __all__ = ["HYPER", "Contender", "Grouping", "NumpyUnique", "Ours", "WithOptimizer", "gradient"]
 
@@ -83,9 +83,8 @@ class WithOptimizer(Contender):
         Where the system has put a table is worth up to a third of a step's time: a limit at other addresses
         would be none.
         """
-        (mine,), (theirs,) = self.optimizer.state.values(), other.optimizer.state.values()
-        mine.param, mine.arrays = theirs.param, theirs.arrays
-        mine.note_place()
+        (mine,), (theirs,) = tables_of(self.optimizer).values(), tables_of(other.optimizer).values()
+        mine.use_memory_of(theirs)
 
 
 class Ours(WithOptimizer):
@@ -141,12 +140,13 @@ class Grouping(_OfIds):
 
     def __init__(self, case: Case, *, threads: int) -> None:
         super().__init__(case)
-        self._crew = Crew(threads, threads)
-        self._memory = np.empty((2, max(len(self._ids(arrays)) for arrays in case.arrays()) + 1), np.int64)
+        self._threads = threads
+        longest = max(len(self._ids(arrays)) for arrays in case.arrays())
+        self._memory = np.empty(4 * longest + (threads << 16), np.int64)
 
     def step(self) -> None:
         """Group them."""
-        group_ids(self._given, self._highest, False, crew=self._crew, memory=self._memory)
+        group(self._given, self._highest, self._threads, self._memory)
 
 
 class NumpyUnique(_OfIds):

@@ -16,6 +16,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,8 @@ def _peak(entry: Entry, case: Case, arrays: Arrays, settings: Settings) -> int:
     given = gradient(arrays)
     tracemalloc.start()
     try:
-        contender.optimizer.step(given)
+        with ThreadPoolExecutor(1) as thread:  # a Python thread keeps what its steps have worked in
+            thread.submit(contender.optimizer.step, given).result()
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -47,7 +47,7 @@ from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
 from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
-from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.optimizer import SparseAdam, tables_of
 
 __all__ = ["load", "restore", "save"]
 
@@ -114,7 +114,7 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
     refuse_foreign(folder)
     optimizer._check_whole()
     optimizer.synchronize()
-    tables = optimizer.state
+    tables = tables_of(optimizer)
     total = sum(array.nbytes for table in tables.values() for array in table.arrays_to_save().values())
     written: list[Path] = []
     try:
@@ -127,7 +127,7 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "options": optimizer._options(),
+            "options": optimizer._saved(),
             "tables": records,
             "extra": extra,
         }
@@ -307,13 +307,13 @@ def _load(
     optimizer = _new_optimizer(folder, manifest, files, mmap)
 
     def target(file: TableFile) -> dict[str, NDArray[Any]]:
-        table = optimizer._tables[file.name]
+        table = tables_of(optimizer)[file.name]
         into = table.room_to_load(file.header.entries["steps"].dtype)()
         return into if mmap else {"param": table.param, **into}
 
     read_all(files, target, progress, "loading", verify)
     for file in files:
-        optimizer._tables[file.name].loaded(file.record["skipped_rows"])
+        tables_of(optimizer)[file.name].loaded(file.record["skipped_rows"])
     return optimizer, manifest["extra"]
 
 
@@ -400,7 +400,7 @@ def _restore(
     with optimizer._lock:
         optimizer.synchronize()
         _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
-        tables = [optimizer._tables[file.name] for file in files]
+        tables = [tables_of(optimizer)[file.name] for file in files]
         for table in tables:
             table.check_writeable()
         with nullcontext() if optimizer._folder is None else optimizer._folder.removed_on_error():

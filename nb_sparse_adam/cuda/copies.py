@@ -38,18 +38,18 @@ def convert_matrix(given: Any, out: Any) -> None:
 
 
 @kernel
-def gather_rows(flat: Any, first: Any, apart: Any, columns: Any, out: Any) -> None:
-    """``out`` ← rows of ``columns`` elements, ``apart`` elements from one to the next, from ``first`` on."""
+def gather_rows(flat: Any, first: Any, row_stride: Any, columns: Any, out: Any) -> None:
+    """``out`` ← rows of ``columns`` elements, ``row_stride`` from one to the next, from ``first`` on."""
     start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     for i in range(start, out.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
         row = i // columns
-        out[i] = flat[first + row * apart + (i - row * columns)]
+        out[i] = flat[first + row * row_stride + (i - row * columns)]
 
 
 @kernel
-def scatter_rows(flat: Any, first: Any, apart: Any, columns: Any, given: Any) -> None:
+def scatter_rows(flat: Any, first: Any, row_stride: Any, columns: Any, given: Any) -> None:
     """Do the opposite of `gather_rows`."""
     start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     for i in range(start, given.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
         row = i // columns
-        flat[first + row * apart + (i - row * columns)] = given[i]
+        flat[first + row * row_stride + (i - row * columns)] = given[i]

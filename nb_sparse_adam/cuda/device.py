@@ -5,10 +5,12 @@ Everything that differs between a GPU and the simulator (``NUMBA_ENABLE_CUDASIM=
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numba
@@ -25,6 +27,7 @@ __all__ = [
     "Stream",
     "address_of",
     "array_from",
+    "arrays_at",
     "as_one_row",
     "blocks_for",
     "copy_later",
@@ -32,6 +35,7 @@ __all__ = [
     "copy_to_host",
     "device_function",
     "empty",
+    "gpu",
     "is_aligned",
     "kernel",
     "launch",
@@ -42,6 +46,8 @@ __all__ = [
     "store_piece",
     "stream_of",
     "strided",
+    "synchronize",
+    "upload",
     "using",
 ]
 
@@ -58,7 +64,7 @@ Function = Callable[..., Any]
 
 
 def kernel(function: Function) -> Any:
-    """Compile a kernel at its first launch, and keep the code on disk as `jit.jit` does."""
+    """Compile a kernel at its first launch, and keep the code on disk as `engine.compile.jit` does."""
     compiled = cuda.jit(function)
     if not SIMULATED:
         version = getattr(sys.modules.get("numba_cuda"), "__version__", "")
@@ -67,12 +73,37 @@ def kernel(function: Function) -> Any:
 
 
 def device_function(function: Function) -> Any:
-    """Compile a function that kernels of the same module call."""
+    """Compile a function that kernels call; what is compiled for a CPU already is compiled once more."""
+    function = getattr(function, "py_func", function)
     return function if SIMULATED else cuda.jit(function, device=True)
 
 
+gpu: Any = cuda  # in kernels, and in functions that those of other modules call
 if SIMULATED:
+    from numba.cuda.simulator import kernel as running
+
+    class _Running:
+        """What the simulator puts in the place of ``cuda`` in the module of a kernel, and there alone."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(running._get_kernel_context(), name)
+
+    gpu = _Running()
     product = operator.mul
+
+    @cache
+    def arrays_at(dtype: Any) -> Function:
+        """Make ``array_at(address, length)``: the 1-D array of that dtype and length which begins there."""
+        kind = np.dtype(dtype)
+
+        @lru_cache(maxsize=1 << 14)
+        def array_at(address: int, length: int) -> NDArray[Any]:
+            if length <= 0:
+                return np.empty(0, kind)
+            memory = (ctypes.c_ubyte * (int(length) * kind.itemsize)).from_address(int(address))
+            return np.frombuffer(memory, kind)
+
+        return array_at
 
     def load_piece(width: int) -> Function:
         """Make ``load(array, at, into)``: ``into[:width]`` ← ``array[at:at + width]``."""
@@ -94,8 +125,10 @@ if SIMULATED:
 
 else:
     from llvmlite import ir
-    from numba.cuda import types
+    from numba.cuda import cgutils, types
     from numba.cuda.extending import intrinsic
+    from numba.cuda.np.arrayobj import make_array, populate_array
+    from numba.cuda.np.numpy_support import from_dtype
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def product(typingctx: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 (numba fixes the signature)
@@ -117,6 +150,34 @@ else:
         if a != b or a not in (types.float32, types.float64):
             raise TypeError(f"product of {a} and {b}: expected two numbers of one floating-point type")
         return a(a, b), codegen
+
+    @cache
+    def arrays_at(dtype: Any) -> Function:
+        """Make ``array_at(address, length)``: the 1-D array of that dtype and length which begins there."""
+        size, element = np.dtype(dtype).itemsize, from_dtype(np.dtype(dtype))
+        kind = types.Array(element, 1, "C")
+
+        @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+        def array_at(typingctx: Any, address: Any, length: Any) -> Any:  # noqa: ARG001
+            def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+                words = context.get_data_type(element)
+                # Said to be global memory, for which there are instructions of its own.
+                place = builder.inttoptr(args[0], words.as_pointer(1))
+                array = make_array(kind)(context, builder)
+                itemsize = context.get_constant(types.intp, size)
+                populate_array(
+                    array,
+                    data=builder.addrspacecast(place, words.as_pointer()),
+                    shape=cgutils.pack_array(builder, [args[1]]),
+                    strides=cgutils.pack_array(builder, [itemsize]),
+                    itemsize=itemsize,
+                    meminfo=None,
+                )
+                return array._getvalue()
+
+            return kind(types.int64, types.int64), codegen
+
+        return array_at  # type: ignore[no-any-return]
 
     def _place(context: Any, builder: Any, array: Any, value: Any, at: Any, width: int) -> Any:
         """Pointer to ``width`` elements of an array as one vector, and its alignment in bytes."""
@@ -177,6 +238,16 @@ class Mark(NamedTuple):
 
     handle: int
     event: Any
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether everything before it is done."""
+        return self.event is None or bool(self.event.query())
+
+    def wait(self) -> None:
+        """Let the host wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
 
 
 class Stream:
@@ -382,12 +453,23 @@ def copy_later(array: Any, into: Any, stream: Stream) -> None:
     array.copy_to_host(into, stream=stream.numba)
 
 
+def upload(given: Any, array: Any, stream: Stream) -> None:
+    """Copy from `pinned` memory, which is not to be written to before the stream has done so."""
+    array.copy_to_device(given, stream=stream.numba)
+
+
 def copy_to_device(values: NDArray[Any], stream: Stream) -> Any:
     """Copy an array of the host to the device."""
     array = empty(values.size, values.dtype)
     array.copy_to_device(np.ascontiguousarray(values).reshape(-1), stream=stream.numba)
     stream.synchronize()  # memory of the host may be changed once this returns
     return array
+
+
+def synchronize() -> None:
+    """Wait until the GPU is done with everything."""
+    if not SIMULATED:
+        cuda.synchronize()
 
 
 def ordinal_of(array: Any) -> int:

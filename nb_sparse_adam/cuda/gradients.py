@@ -1,12 +1,12 @@
 """What a user passed as a gradient of a table on a GPU -> arrays there.
 
-The checks of shapes, dtypes and options are those of `nb_sparse_adam.gradients`. What the arrays hold is
-looked at by kernels (`steps`), for the host does not see it.
+Shapes, dtypes and options are checked by `nb_sparse_adam.gradients`, which asks `DeviceReader` for arrays.
+What these hold is looked at by kernels (`steps`), for the host does not see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,39 +22,13 @@ from nb_sparse_adam.cuda.device import (
     launch,
     ordinal_of,
 )
-from nb_sparse_adam.cuda.layout import THREADS
+from nb_sparse_adam.cuda.records import THREADS
 from nb_sparse_adam.cuda.table import extent
 from nb_sparse_adam.errors import GradientError, GradientTypeError
-from nb_sparse_adam.gradients import (
-    BagGradient,
-    CSRGradient,
-    RowGradient,
-    Target,
-    check_mode,
-    integers_of,
-    offsets_of,
-    on_gpu,
-    shares_memory,
-    values_of,
-)
+from nb_sparse_adam.faults import shares_memory
+from nb_sparse_adam.gradients import Given, Target, on_gpu, read
 
-__all__ = ["DeviceArrays", "Form", "Given", "Matrix", "arrays_of", "check"]
-
-FORMS = "a RowGradient, a BagGradient, a CSRGradient or a CSR matrix on the GPU, as CuPy has them"
-
-
-class Form(NamedTuple):
-    """What errors call the parts of a gradient."""
-
-    ids: str
-    values: str
-    offsets: str = ""
-    weights: str = ""
-    of: str = "row"
-
-
-ROWS = Form("RowGradient.rows", "RowGradient.values")
-BAGS = Form("BagGradient.indices", "BagGradient.grad_output", "BagGradient.offsets", "BagGradient.weights")
+__all__ = ["DeviceReader", "Matrix", "check"]
 
 
 class Matrix(NamedTuple):
@@ -63,37 +37,32 @@ class Matrix(NamedTuple):
     flat: Any  # 1-D
     rows: int
     columns: int
-    apart: int
+    stride: int  # elements from one row to the next
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.columns
 
 
-class Given(NamedTuple):
-    """A gradient whose shapes and dtypes have been checked."""
-
-    form: Form
-    ids: Any  # (n,) int32 or int64; of entries, their columns
-    values: Matrix
-    offsets: Any = None  # (bags,) or (bags + 1,); of entries, the row pointer
-    closed: bool = False  # whether the last offset must be n
-    weights: Any = None
-    mean: bool = False
-    entries: bool = False
-
-
-class DeviceArrays:
+class DeviceReader:
     """Reads a gradient's arrays, which are on a GPU.
 
     Parameters
     ----------
-    memory : sequence of array
-        What no gradient may share memory with.
+    taken : (list of int, list of int)
+        Where the memory that no gradient may share begins, and where it ends, in order.
     ordinal : int
         The table's GPU.
     stream : Stream
         On which copies are made.
     """
 
-    def __init__(self, memory: Sequence[Any], ordinal: int, stream: Stream) -> None:
-        self._taken, self._ordinal, self._stream = list(map(extent, memory)), ordinal, stream
+    forms = "a RowGradient, a BagGradient, a CSRGradient or a CSR matrix on the GPU, as CuPy has them"
+    layouts: tuple[str, ...] = ("csr",)
+
+    def __init__(self, taken: tuple[list[int], list[int]], ordinal: int, stream: Stream) -> None:
+        self._taken, self._ordinal, self._stream = taken, ordinal, stream
 
     def read(self, what: str, given: Any, target: Target) -> Any:
         """See what was given as a device array; nothing is copied."""
@@ -119,7 +88,9 @@ class DeviceArrays:
                 GradientError, f"{what} is not aligned, expected elements at multiples of their size"
             )
         start, end = extent(array)
-        if any(start < stop and begin < end for begin, stop in self._taken):
+        starts, ends = self._taken
+        behind = bisect_right(ends, start)  # the first that ends behind its start
+        if start < end and behind < len(starts) and starts[behind] < end:
             raise shares_memory(what, target)
         return array
 
@@ -129,9 +100,20 @@ class DeviceArrays:
             array = self._converted(array, array.dtype)
         return array.reshape(array.shape[0], 1)
 
-    def ready(self, array: Any, dtype: np.dtype[Any], rows_apart: bool = False) -> Any:
-        """Give a contiguous vector of a dtype; or, with ``rows_apart``, a `Matrix`."""
-        if not rows_apart:
+    def stored(self, pointer: Any) -> int | None:  # noqa: ARG002
+        """Return None: to read how many entries a row pointer says are stored would be to wait."""
+        return None
+
+    def ready(
+        self,
+        what: str,  # noqa: ARG002
+        array: Any,
+        dtype: np.dtype[Any],
+        target: Target,  # noqa: ARG002
+        matrix: bool,
+    ) -> Any:
+        """Give a contiguous vector of a dtype; or, of a matrix, a `Matrix`."""
+        if not matrix:
             if array.dtype == np.uint64:  # what does not fit is negative, and refused as an id
                 array = array.view(np.int64)
             if array.dtype == dtype and (array.size == 0 or array.strides[0] == array.dtype.itemsize):
@@ -140,10 +122,10 @@ class DeviceArrays:
         rows, columns = array.shape
         size = array.dtype.itemsize
         if array.dtype == dtype and array.size:
-            apart, within = (columns * size if rows == 1 else array.strides[0]), array.strides[1]
-            if (within == size or columns == 1) and apart > 0 and apart % size == 0:
-                flat = as_one_row(array, (rows - 1) * (apart // size) + columns)
-                return Matrix(flat, rows, columns, apart // size)
+            stride, within = (columns * size if rows == 1 else array.strides[0]), array.strides[1]
+            if (within == size or columns == 1) and stride > 0 and stride % size == 0:
+                flat = as_one_row(array, (rows - 1) * (stride // size) + columns)
+                return Matrix(flat, rows, columns, stride // size)
         out = empty(rows * columns, dtype)
         if array.size:
             shape = (1, THREADS) if columns == 1 else (min(THREADS, 32), max(THREADS // 32, 1))
@@ -157,82 +139,9 @@ class DeviceArrays:
         return out
 
 
-def arrays_of(gradient: object) -> list[Any]:
-    """Give what a gradient is made of, as the caller gave it; nothing is checked."""
-    names: Sequence[str] = ("rows", "values")
-    if not isinstance(gradient, RowGradient):
-        names = ("indices", "offsets", "grad_output", "weights", "indptr", "data")
-    found = [getattr(gradient, name, None) for name in names]
-    return [array for array in found if array is not None and on_gpu(array)]
-
-
 def check(gradient: object, target: Target) -> Given:
-    """Turn what a user passed into arrays on the GPU, or raise a `GradientError`."""
-    if isinstance(gradient, RowGradient):
-        ids = integers_of(ROWS.ids, gradient.rows, target)
-        values = values_of(ROWS.values, gradient.values, target, len(ids), "for each of RowGradient.rows")
-        return Given(ROWS, ids, _matrix(values))
-    if isinstance(gradient, BagGradient):
-        return _check_bags(gradient, target)
-    if isinstance(gradient, CSRGradient):
-        return _check_csr("CSRGradient.", gradient, target)
-    layout = getattr(gradient, "format", None)
-    if isinstance(layout, str) and hasattr(gradient, "shape"):
-        what = f"sparse {layout.upper()}"
-        if layout != "csr":
-            raise target.refuse(
-                GradientTypeError,
-                f"got a {what} matrix, which is not offered on a GPU, expected CSR; convert it with .tocsr()",
-            )
-        for attribute in ("indptr", "indices", "data"):
-            if getattr(gradient, attribute, None) is None:
-                raise target.refuse(
-                    GradientTypeError,
-                    f"got a {type(gradient).__name__} that calls itself {layout!r} but has no {attribute}, "
-                    f"expected {FORMS}",
-                )
-        shape: Any = gradient.shape
-        if tuple(shape) != (target.rows, target.dim):
-            raise target.refuse(
-                GradientError, f"{what} has shape {tuple(shape)}, expected {(target.rows, target.dim)}"
-            )
-        return _check_csr(what + " ", gradient, target)
-    if on_gpu(gradient):
-        raise target.refuse(
-            GradientTypeError,
-            f"got a dense {type(gradient).__name__}, expected {FORMS}; for a dense gradient g pass "
-            "RowGradient with the rows 0..len(g) - 1",
-        )
-    raise target.refuse(GradientTypeError, f"got {type(gradient).__name__}, expected {FORMS}")
-
-
-def _matrix(values: Any) -> Matrix:
-    assert isinstance(values, Matrix)
-    return values
-
-
-def _check_bags(gradient: BagGradient, target: Target) -> Given:
-    check_mode(gradient, target)
-    ids = integers_of(BAGS.ids, gradient.indices, target)
-    values = _matrix(values_of(BAGS.values, gradient.grad_output, target, None, "for each bag"))
-    offsets = offsets_of(gradient, target, values.rows, len(ids))
-    weights = None
-    if gradient.weights is not None:
-        weights = values_of(
-            BAGS.weights, gradient.weights, target, len(ids), "for each of indices", matrix=False
-        )
-    closed = len(offsets) == values.rows + 1
-    return Given(BAGS, ids, values, offsets, closed, weights, gradient.mode == "mean")
-
-
-def _check_csr(what: str, gradient: Any, target: Target) -> Given:
-    form = Form(f"{what}indices", f"{what}data", f"{what}indptr", of="column")
-    indptr = integers_of(form.offsets, gradient.indptr, target, target.rows + 1)
-    indices = integers_of(form.ids, gradient.indices, target)
-    data = values_of(form.values, gradient.data, target, None, "for each entry", matrix=False)
-    n = len(indices)
-    if len(data) != n:
-        raise target.refuse(
-            GradientError, f"{form.values} has {len(data)} entries, expected {n}, one for each of indices"
-        )
-    return Given(form, indices, Matrix(data, n, 1, 1), indptr, closed=True, entries=True)
+    """Turn what a user passed into arrays on the GPU, values into a `Matrix`; or raise a `GradientError`."""
+    given = read(gradient, target)
+    if given.entries:
+        return given._replace(values=Matrix(given.values, int(given.ids.shape[0]), 1, 1))
+    return given

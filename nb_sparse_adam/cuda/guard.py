@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nb_sparse_adam.cuda.device import Stream, copy_later, copy_to_device, copy_to_host, pinned, using
-from nb_sparse_adam.cuda.gradients import Form
-from nb_sparse_adam.cuda.layout import (
-    AT_ID,
-    AT_OFFSET,
-    AT_SUM,
-    AT_VALUE,
-    AT_WEIGHT,
-    BEFORE_OFFSET,
-    FORM,
-    GOT_ID,
-    GOT_IDS,
-    GOT_OFFSET,
-    GOT_ROW,
-    IDS,
-    NOWHERE,
+from nb_sparse_adam.cuda.device import (
+    Mark,
+    Stream,
+    address_of,
+    copy_later,
+    copy_to_device,
+    copy_to_host,
+    pinned,
+    using,
 )
-from nb_sparse_adam.cuda.table import DeviceTable
+from nb_sparse_adam.cuda.records import REFUSAL, STEP
+from nb_sparse_adam.cuda.ring import Ring, Scratch
+from nb_sparse_adam.cuda.table import DeviceTable, extent
 from nb_sparse_adam.engine.corrections import Corrections
-from nb_sparse_adam.engine.planning import nonfinite_error, overflow_error
-from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.gradients import Target, id_error, offset_error
+from nb_sparse_adam.engine.records import CSR
+from nb_sparse_adam.faults import fault_error
+from nb_sparse_adam.gradients import Names, Target
 
-__all__ = ["FORMS", "Guard"]
+__all__ = ["KINDS", "Guard", "Kind"]
+
+WORDS = REFUSAL.itemsize // 8
 
 
 class Guard:
@@ -45,15 +42,46 @@ class Guard:
     def __init__(self, ordinal: int) -> None:
         self.ordinal = ordinal
         with using(ordinal):
-            stream = Stream(0)
-            # The number, from 1 on, of the table that a step was refused for; −1: another optimizer's.
-            self.flags = copy_to_device(np.zeros(1, np.int64), stream)
-            # The flags of a guard under which nothing is written.
-            self.refused = copy_to_device(np.ones(1, np.int64), stream)
-            self.seen = pinned(1, np.int64)  # what `flags` was some time ago
-        self.tables: list[DeviceTable] = []
+            # A REFUSAL, and what the host knows of it.
+            self.refusal = copy_to_device(np.zeros(WORDS, np.int64), Stream(0))
+            self.seen = pinned(WORDS, np.int64)
+            refused = np.zeros(1, STEP)
+            refused["refused"] = 1
+            self._refused = copy_to_device(refused.view(np.int64), Stream(0))
+        self._tables: list[weakref.ref[DeviceTable]] = []  # they know this one
         self.targets: dict[str, Target] = {}
+        self.scratch, self.ring = Scratch(), Ring()  # of the steps that begin with a table of this optimizer
         self._corrections: dict[Any, Any] = {}
+        self._numbers: dict[int, int] = {}
+        self._taken: tuple[Any, tuple[list[int], list[int]]] = None, ([], [])
+
+    @property
+    def refused(self) -> int:
+        """Address of a STEP that has been refused: kernels do nothing."""
+        return address_of(self._refused)
+
+    @property
+    def tables(self) -> list[DeviceTable]:
+        """Its tables, in the order in which they were given."""
+        return [table for reference in self._tables if (table := reference()) is not None]
+
+    def add(self, table: DeviceTable) -> None:
+        """Take in a table."""
+        self._tables.append(weakref.ref(table))
+
+    def number_of(self, table: DeviceTable) -> int:
+        """Return the number of a table, from 1 on."""
+        if len(self._numbers) != len(self._tables):
+            self._numbers = {id(each): place + 1 for place, each in enumerate(self.tables)}
+        return self._numbers[id(table)]
+
+    def taken(self) -> tuple[list[int], list[int]]:
+        """Where the memory of its tables begins, and where it ends, in order."""
+        key = len(self._tables), DeviceTable.changes
+        if self._taken[0] != key:
+            places = sorted(extent(array) for table in self.tables for array in table.memory if array.size)
+            self._taken = key, ([start for start, _ in places], [end for _, end in places])
+        return self._taken[1]
 
     def corrections(self, known: Corrections) -> Any:
         """Return a table of corrections, copied to the GPU once."""
@@ -62,9 +90,14 @@ class Guard:
             self._corrections[key] = known, copy_to_device(known.pairs, Stream(0))
         return self._corrections[key][1]
 
+    def marks(self) -> list[Mark]:
+        """Behind what its tables were used for last."""
+        marks = {id(table.last): table.last for table in self.tables if table.last is not None}
+        return list(marks.values())
+
     def tell(self, stream: Stream) -> None:
         """Have the host told, some time later."""
-        copy_later(self.flags, self.seen, stream)
+        copy_later(self.refusal, self.seen, stream)
 
     def raise_what_is_known(self) -> None:
         """Raise what a step of some time ago was refused for, if the host knows by now."""
@@ -74,81 +107,43 @@ class Guard:
     def raise_what_is_wrong(self) -> None:
         """Wait for all steps, and raise what one of them was refused for, if one was."""
         with using(self.ordinal):
-            for table in self.tables:
-                table.synchronize()
             stream = Stream(0)
-            number = int(copy_to_host(self.flags, stream)[0])
-            if number == 0:
-                self.seen[0] = 0
-                return
-            error = self._error_of(self.tables[number - 1]) if number > 0 else None
-            self.flags.copy_to_device(np.zeros(1, np.int64), stream=stream.numba)
-            stream.synchronize()
+            for mark in self.marks():
+                stream.wait_for(mark)
+            refusal = copy_to_host(self.refusal, stream).view(REFUSAL)[0]
+            if refusal["number"] != 0:
+                self.refusal.copy_to_device(np.zeros(WORDS, np.int64), stream=stream.numba)
+                stream.synchronize()
             self.seen[0] = 0
-        if error is not None:  # else it was another optimizer's table, which reports it
-            raise error
-
-    def _error_of(self, table: DeviceTable) -> GradientError | None:
-        words = [int(word) for word in table._read(table.info)]
-        target = self.targets.get(table.name)
-        if target is None:
-            return None
-        form = FORMS.known[words[FORM]]
-        errors: list[tuple[int, Callable[[int], GradientError]]] = [
-            (AT_OFFSET, lambda at: _offset_error(form, at, words, target)),
-            (
-                AT_ID,
-                lambda at: id_error(
-                    form.ids,
-                    at,
-                    words[GOT_ID],
-                    target.rows if form.of == "row" else target.dim,
-                    form.of,
-                    target,
-                ),
-            ),
-            (AT_VALUE, lambda at: self._nonfinite(table, form, at, target)),
-            (
-                AT_WEIGHT,
-                lambda at: nonfinite_error(form.weights, (at,), float(table._read(table.got)[1]), target),
-            ),
-            (AT_SUM, lambda _: _overflow(form, words, target)),
-        ]
-        if form.offsets.startswith("Bag"):
-            errors[:2] = errors[1::-1]  # ids first, as on a CPU
-        for word, make in errors:
-            if words[word] != NOWHERE:
-                return make(words[word])
-        return None
-
-    def _nonfinite(self, table: DeviceTable, form: Form, at: int, target: Target) -> GradientError:
-        got = float(table._read(table.got)[0])
-        if form.of == "column":
-            return nonfinite_error("data", (at,), got, target)
-        return nonfinite_error(form.values, divmod(at, target.dim), got, target)
+        if refusal["number"] > 0:  # else it was another optimizer's table, which reports it
+            target = self.targets.get(self.tables[refusal["number"] - 1].name)
+            if target is not None:
+                raise fault_error(refusal, KINDS.known[refusal["kind"]], int(refusal["ids"]), target)
 
 
-def _offset_error(form: Form, at: int, words: list[int], target: Target) -> GradientError:
-    got, n = words[GOT_OFFSET], words[IDS]
-    return offset_error(form.offsets, at, got, words[BEFORE_OFFSET], n, 0 <= got <= n, target)
+class Kind(NamedTuple):
+    """A gradient as far as errors speak of it."""
+
+    form: int
+    names: Names
+
+    @property
+    def entries(self) -> bool:
+        """Whether it is one of entries, else of rows."""
+        return self.form == CSR
 
 
-def _overflow(form: Form, words: list[int], target: Target) -> GradientError:
-    if form.of == "column":
-        return overflow_error(target, words[GOT_ROW] // max(target.dim, 1), 1)
-    return overflow_error(target, words[GOT_ROW], words[GOT_IDS])
-
-
-class _Forms:
-    """Numbers of forms, for the words that kernels keep."""
+class _Kinds:
+    """Numbers of kinds, for the records that kernels keep."""
 
     def __init__(self) -> None:
-        self.known: list[Form] = []
+        self.known: list[Kind] = []
 
-    def number(self, form: Form) -> int:
-        if form not in self.known:
-            self.known.append(form)
-        return self.known.index(form)
+    def number(self, form: int, names: Names) -> int:
+        kind = Kind(form, names)
+        if kind not in self.known:
+            self.known.append(kind)
+        return self.known.index(kind)
 
 
-FORMS = _Forms()
+KINDS = _Kinds()

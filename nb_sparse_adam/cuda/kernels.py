@@ -1,448 +1,370 @@
-"""The formula on a GPU, and the loops that apply it.
+"""The loops that apply the formula on a GPU, for each kind of table.
 
-`adam` and `late_correction` are those of `nb_sparse_adam.engine.kernels`, compiled for the device. What is
-around them is not: on a CPU a thread walks along a row; here the lanes of a group, ``threadIdx.x``, take the
-elements of a row side by side, and groups, ``threadIdx.y``, take rows in turn, each its own. Neither sums nor
-updates need atomic operations, and no result depends on scheduling.
+`adam` and `late_correction` are those of `nb_sparse_adam.engine.formula`, compiled for the device, as are the
+offsets of `nb_sparse_adam.engine.layout`. What is around them is not: on a CPU a thread walks along a row;
+here the lanes of a group, ``threadIdx.x``, take the elements of a row side by side, and groups,
+``threadIdx.y``, take rows in turn, each its own. Neither sums nor updates need atomic operations, and no
+result depends on scheduling.
 
 A CPU rounds each product and each sum; `product` makes a GPU do so, and sums are made in a CPU's order.
+
+Kernels have two arguments, the address of a STEP and the number of a VARIANT.
 """
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cuda, int64
+from numba import int32, int64, uint64
 
-from nb_sparse_adam.cuda.device import device_function, kernel, load_piece, product, store_piece
-from nb_sparse_adam.cuda.layout import (
-    AT_SUM,
-    BLOCKS_DONE,
-    DONE,
-    GOT_IDS,
-    GOT_ROW,
-    NOWHERE,
-    PER_ID,
-    PER_ROW,
-    PRESENT,
-    REPEATS,
-    SEGMENTS,
-    SKIPPED,
-    SUSPICIOUS,
+from nb_sparse_adam.cuda.device import (
+    arrays_at,
+    device_function,
+    gpu,
+    kernel,
+    load_piece,
+    product,
+    store_piece,
 )
-from nb_sparse_adam.engine.kernels import BLOCK, ELEMENT, GLOBAL, ROW, formula, late_correction
+from nb_sparse_adam.cuda.opening import (
+    find_packed,
+    ids_of,
+    integer,
+    lists_of,
+    longs_at,
+    steps_at,
+    variants_at,
+)
+from nb_sparse_adam.cuda.sums import (
+    find_in_order,
+    first_row,
+    first_segment,
+    ids_in_order,
+    is_skipped,
+    key_of,
+    open_terms,
+    open_work,
+    sums_for,
+)
+from nb_sparse_adam.engine.codecs import Codec
+from nb_sparse_adam.engine.formula import formula, late_correction
+from nb_sparse_adam.engine.layout import count_offset, exp_avg_offset, exp_avg_sq_offset, param_offset
+from nb_sparse_adam.engine.records import DISTINCT, ELEMENT, GLOBAL, ROW
 
-__all__ = ["Kernels", "kernels_for", "settle_sums"]
+__all__ = ["Kernels", "Variant", "kernels_for"]
 
 adam = device_function(formula(product))
-late = device_function(getattr(late_correction, "py_func", late_correction))
+late = device_function(late_correction)
+param_start, count_start = device_function(param_offset), device_function(count_offset)
+exp_avg_start, exp_avg_sq_start = device_function(exp_avg_offset), device_function(exp_avg_sq_offset)
 
 
-@device_function
-def _in_order(g: Any) -> Any:
-    """Whether each id is a segment of its own, as it is."""
-    return g.info[REPEATS] == 0 and g.whole == 0
+class Variant(NamedTuple):
+    """A kind of table and gradient that kernels are made for."""
 
-
-@device_function
-def _units(g: Any) -> Any:
-    """How many segments there are."""
-    return int64(g.ids.shape[0]) if _in_order(g) else g.info[SEGMENTS]
-
-
-@device_function
-def _row(g: Any, s: Any) -> Any:
-    """The row of segment s; of entries, row * dim + column."""
-    return int64(g.ids[s]) if _in_order(g) else g.packed[g.starts[s]] >> g.row_shift
-
-
-@device_function
-def _slot(start: Any, x: Any) -> Any:
-    """Where the sum of the block that begins at place x is kept, of a long segment that begins at ``start``.
-
-    Among `BLOCK` places there begin two blocks at most: one of a segment that has begun before, and the first
-    one of another, for segments with blocks are longer than a block.
-    """
-    window = x // BLOCK
-    return 2 * window + (1 if start >= window * BLOCK else 0)
-
-
-@device_function
-def _last_start(starts: Any, segments: Any, place: Any) -> Any:
-    """The last segment that begins before a place; −1 if none does."""
-    low, high = int64(-1), int64(segments)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if starts[middle] < place:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@kernel
-def settle_sums(guard: Any, g: Any, number: Any) -> None:
-    """Refuse the step if a sum overflows, and note of which row."""
-    if cuda.blockIdx.x != 0 or cuda.threadIdx.x != 0 or guard[0] != 0:
-        return
-    at = g.info[AT_SUM]
-    if at != NOWHERE:
-        g.info[GOT_ROW] = _row(g, at)
-        g.info[GOT_IDS] = 1 if _in_order(g) else g.starts[at + 1] - g.starts[at]
-        guard[0] = number
+    dtype: np.dtype[Any]  # of parameters and values
+    codec: Codec  # of the state
+    count_dtype: np.dtype[Any]
+    count_rule: int  # ELEMENT, ROW or GLOBAL
+    width: int  # elements of a row that a lane takes at once: 1, or as many as 16 bytes are
+    complete: bool  # whether all corrections are tabulated; what computes them takes registers
+    entries: bool  # whether the gradient is one of entries, else of rows
 
 
 class Kernels(NamedTuple):
-    """The kernels of one kind of table."""
+    """The kernels of a variant."""
 
     sum_blocks: Any
-    poison_rows: Any
-    update_in_order: Any
-    update_segments: Any
-    poison_entries: Any
-    update_entries: Any
+    find_bad: Any
+    update_in_order: Any  # of entries: None
+    update_grouped: Any
+
+
+class View(NamedTuple):
+    """A table in a step, from one row to the next; compare `nb_sparse_adam.engine.view.View`."""
+
+    # Where rows lie: for `layout` alone.
+    param_stride: Any
+    state_stride: Any
+    exp_avg_sq_offset: Any
+    count_stride: Any
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    lr: Any
+    eps: Any
+    sign: Any
+
+
+@device_function
+def count_skipped(table: Any) -> None:
+    """Count a row that is left out, by one lane of its group."""
+    if gpu.threadIdx.x == 0:
+        gpu.atomic.add(longs_at(table["totals"], int64(2)), 1, 1)
 
 
 @cache
-def kernels_for(mode: int, dtype: np.dtype[Any], width: int, complete: bool) -> Kernels:  # noqa: C901 (of all functions in it)
-    """Make the kernels of one kind of table.
-
-    Parameters
-    ----------
-    mode : int
-        ELEMENT, ROW or GLOBAL.
-    dtype : dtype
-        Of the table.
-    width : int
-        How many elements of a row a lane takes at once: 1, or as many as 16 bytes are where rows lie on
-        multiples of 16 bytes.
-    complete : bool
-        Whether all corrections are tabulated; what computes them takes registers.
-
-    Returns
-    -------
-    Kernels
-    """
-    real = np.float32 if dtype.itemsize == 4 else np.float64
+def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in it)
+    """Make the kernels of a variant."""
+    dtype, codec, count_dtype, rule, width, complete, entries = variant
+    real, word = dtype.type, codec.storage(dtype).type
+    reals_at, words_at, counts_at = arrays_at(dtype), arrays_at(codec.storage(dtype)), arrays_at(count_dtype)
+    load_word, store_word = device_function(codec.load), device_function(codec.store)
     load, store = load_piece(width), store_piece(width)
+    most = int(np.iinfo(count_dtype).max)
+    sums = sums_for(dtype, width, entries)
+    sum_segment = sums.sum_segment
 
     @device_function
-    def correction(table: Any, k: Any) -> Any:
+    def open_table(table: Any) -> Any:
+        """Take the record of a table apart.
+
+        Kernels do so for each row: numbers that are kept from one to the next would take registers.
+        """
+        return View(
+            table["param_stride"], table["state_stride"], table["exp_avg_sq_offset"], table["count_stride"],
+            real(table["beta1"]), real(table["one_minus_beta1"]),
+            real(table["beta2"]), real(table["one_minus_beta2"]),
+            real(table["lr"]), real(table["eps"]), real(table["sign"]),
+        )  # fmt: skip
+
+    @device_function
+    def correction(record: Any, k: Any) -> Any:
         """``step_size`` and ``scale`` after k active steps; of a negative k, as a CPU has them."""
-        known = table.last if k < 0 else min(k, table.last)
+        last = record["corrections_length"] // 2 - 1
+        known = last if k < 0 else min(k, last)
         if complete or k == known:
-            at = 2 * known
-            return table.corrections[at], table.corrections[at + 1]
-        step_size, scale = late(k, table.log_beta1, table.log_beta2, table.eps_hat != 0)
+            pairs = reals_at(record["corrections"], record["corrections_length"])
+            return pairs[uint64(2 * known)], pairs[uint64(2 * known + 1)]
+        step_size, scale = late(k, record["log_beta1"], record["log_beta2"], record["eps_hat"] != 0)
         return real(step_size), real(scale)
 
     @device_function
-    def one_more(table: Any, count: Any) -> Any:
+    def one_more(count: Any) -> Any:
         """Return a count after a step: it stays at the end of its type instead of overflowing."""
-        return count + 1 if count < table.most else count
+        return count + 1 if count < most else count
 
     @device_function
-    def row_or_none(table: Any, row: Any) -> Any:
+    def row_or_none(record: Any, row: Any) -> Any:
         """Return a row, or −1 if the table has none such: ids may have changed since they were checked."""
-        return row if 0 <= row < table.rows else int64(-1)
+        return row if 0 <= row < record["rows"] else int64(-1)
 
     @device_function
-    def add_term(g: Any, i: Any, j: Any, first: Any, total: Any, piece: Any) -> None:
-        """Add to ``total`` what the i-th smallest id brings to elements j, j + 1, ...; or put it there."""
-        payload = g.packed[i] & g.payload_mask
-        row, coefficient = payload, real(1)
-        if g.kind == PER_ID:
-            row, coefficient = int64(g.bag_of[payload]), g.coefficients[payload]
-        elif g.kind == PER_ROW:
-            coefficient = g.coefficients[payload]
-        load(g.values, row * g.apart + j, piece)
-        for w in range(width):
-            term = product(coefficient, piece[w])
-            total[w] = term if first else total[w] + term
-
-    @device_function
-    def sum_ids(g: Any, low: Any, high: Any, j: Any, total: Any) -> None:
-        """``total`` ← the sum over the ids low:high, in their order.
-
-        Four at a time are loaded before they are added: that many are on their way at once.
-        """
-        a = cuda.local.array(width, real)
-        add_term(g, low, j, True, total, a)
-        i = low + 1
-        while i + 4 <= high:
-            a = cuda.local.array(width, real)
-            b = cuda.local.array(width, real)
-            c = cuda.local.array(width, real)
-            d = cuda.local.array(width, real)
-            zero = cuda.local.array(width, real)
-            add_term(g, i, j, True, a, zero)
-            add_term(g, i + 1, j, True, b, zero)
-            add_term(g, i + 2, j, True, c, zero)
-            add_term(g, i + 3, j, True, d, zero)
-            for w in range(width):
-                total[w] = total[w] + a[w]
-                total[w] = total[w] + b[w]
-                total[w] = total[w] + c[w]
-                total[w] = total[w] + d[w]
-            i += 4
-        while i < high:
-            add_term(g, i, j, False, total, a)
-            i += 1
-
-    @device_function
-    def sum_segment(g: Any, dim: Any, s: Any, j: Any, total: Any) -> None:
-        """``total`` ← the elements j, j + 1, ... of the sum of segment s."""
-        start, end = int64(g.starts[s]), int64(g.starts[s + 1])
-        if end - start <= BLOCK:
-            sum_ids(g, start, end, j, total)
-            return
-        load(g.block_sums, _slot(start, start) * dim + j, total)
-        a = cuda.local.array(width, real)
-        x = start + BLOCK
-        while x < end:
-            load(g.block_sums, _slot(start, x) * dim + j, a)
-            for w in range(width):
-                total[w] = total[w] + a[w]
-            x += BLOCK
-
-    @device_function
-    def gradient(g: Any, dim: Any, s: Any, j: Any, total: Any) -> None:
-        """Do the same, or take the values of an id as they are."""
-        if _in_order(g):
-            load(g.values, s * g.apart + j, total)
-        else:
-            sum_segment(g, dim, s, j, total)
-
-    @kernel
-    def sum_blocks(guard: Any, g: Any, dim: Any) -> None:
-        """Sum the blocks of long segments, each by a group of its own."""
-        if guard[0] != 0 or _in_order(g):
-            return
-        total = cuda.local.array(width, real)
-        segments = g.info[SEGMENTS]
-        slots = g.block_sums.shape[0] // dim
-        group = int64(cuda.blockIdx.x) * cuda.blockDim.y + cuda.threadIdx.y
-        for slot in range(group, slots, int64(cuda.gridDim.x) * cuda.blockDim.y):
-            window = slot // 2
-            if slot % 2 == 1:  # the segment that begins last in this window
-                s = _last_start(g.starts, segments, (window + 1) * BLOCK)
-            else:  # the one that has begun before it
-                s = _last_start(g.starts, segments, window * BLOCK)
-            if s < 0:
-                continue
-            start, end = int64(g.starts[s]), int64(g.starts[s + 1])
-            if end - start <= BLOCK:
-                continue
-            if slot % 2 == 1:
-                if start < window * BLOCK:
-                    continue
-                x = start
-            else:
-                x = start + (window * BLOCK - start + BLOCK - 1) // BLOCK * BLOCK
-                if x >= end:
-                    continue
-            for j in range(cuda.threadIdx.x * width, dim, cuda.blockDim.x * width):
-                sum_ids(g, x, min(x + BLOCK, end), j, total)
-                store(g.block_sums, slot * dim + j, total)
-
-    @device_function
-    def poisons(total: Any) -> Any:
-        """Whether a value is not finite, or its square is not."""
-        bad = False
-        for w in range(width):
-            bad = bad or not product(total[w], total[w]) < math.inf
-        return bad
-
-    @kernel
-    def poison_rows(guard: Any, g: Any, dim: Any, raising: Any) -> None:
-        """Find the rows whose sums overflow, or are not finite: the first one, or all to be skipped."""
-        if guard[0] != 0 or g.info[SUSPICIOUS] == 0:
-            return
-        total = cuda.local.array(width, real)
-        units = _units(g)
-        step = int64(cuda.gridDim.x) * cuda.blockDim.y
-        for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
-            s = base + cuda.threadIdx.y
-            if s < units and cuda.threadIdx.x == 0:
-                g.bad[s] = 0
-            cuda.syncthreads()
-            if s < units:
-                for j in range(cuda.threadIdx.x * width, dim, cuda.blockDim.x * width):
-                    gradient(g, dim, s, j, total)
-                    if poisons(total):
-                        if raising != 0:
-                            cuda.atomic.min(g.info, AT_SUM, s)
-                        g.bad[s] = 1
-
-    @device_function
-    def is_skipped(g: Any, s: Any, skipping: Any) -> Any:
-        """Whether row s of the gradient is to be left out; counted by one lane of its group."""
-        if skipping == 0 or g.info[SUSPICIOUS] == 0 or g.bad[s] == 0:
-            return False
-        if cuda.threadIdx.x == 0:
-            cuda.atomic.add(g.info, SKIPPED, 1)
-        return True
-
-    @device_function
-    def finish(table: Any, g: Any, goal: Any) -> None:
-        """Let the block that is the last to finish note that the step is done."""
-        cuda.syncthreads()
-        cuda.threadfence()
-        if cuda.threadIdx.x != 0 or cuda.threadIdx.y != 0:
-            return
-        if cuda.atomic.add(g.info, BLOCKS_DONE, 1) == cuda.gridDim.x - 1:
-            if mode == GLOBAL:
-                table.counts[0] = one_more(table, int64(table.counts[0]))
-            g.info[BLOCKS_DONE] = 0
-            g.info[DONE] = goal
-
-    @device_function
-    def take_steps(table: Any, row: Any, j: Any, grads: Any, k: Any) -> None:
-        """The elements j, j + 1, ... of a row take a step, those that are active; k for all, or their own."""
-        p, m, v = (
-            cuda.local.array(width, real),
-            cuda.local.array(width, real),
-            cuda.local.array(width, real),
-        )
-        p_at = row * table.dim + j
-        m_at = 2 * row * table.dim + j
-        load(table.param, p_at, p)
-        load(table.moments, m_at, m)
-        load(table.moments, m_at + table.dim, v)
-        if mode == ELEMENT:
-            for w in range(width):
-                g = table.sign * grads[w]
-                if g != 0:
-                    count = one_more(table, int64(table.counts[p_at + w]))
-                    step_size, scale = correction(table, count)
-                    p[w], m[w], v[w] = adam(p[w], m[w], v[w], g, table, table.lr * step_size, scale)
-                    table.counts[p_at + w] = count
-        else:
-            step_size, scale = correction(table, k)
-            step_size = table.lr * step_size
-            for w in range(width):
-                p[w], m[w], v[w] = adam(p[w], m[w], v[w], table.sign * grads[w], table, step_size, scale)
-        store(table.param, p_at, p)
-        store(table.moments, m_at, m)
-        store(table.moments, m_at + table.dim, v)
-
-    @device_function
-    def next_count(table: Any, row: Any, k: Any) -> Any:
-        """Count a step of a row, where rows have counts, and return its number, else k; −1: no row."""
-        if mode == ROW:
-            if row >= 0:
-                k = one_more(table, int64(table.counts[row]))
-            cuda.syncthreads()  # all lanes have read the count before one of them writes it
-            if row >= 0 and cuda.threadIdx.x == 0:
-                table.counts[row] = k
+    def next_count(record: Any, row: Any) -> Any:
+        """Count a step of a row, where rows have counts, and return its number; −1: no row."""
+        k, place = int64(0), int64(0)
+        if rule == ROW:
+            place = row * record["count_stride"]
+        counts = counts_at(record["counts"], record["counts_length"])
+        if rule != ELEMENT and row >= 0:
+            k = one_more(int64(counts[uint64(place)]))
+        if rule == ROW:
+            gpu.syncthreads()  # all lanes have read the count before one of them writes it
+            if row >= 0 and gpu.threadIdx.x == 0:
+                counts[uint64(place)] = k
         return k
 
-    def make_update(in_order: bool) -> Any:
-        """Make the kernel for ids that increase, or for segments.
-
-        Two kernels, of which one finds nothing to do: the first needs fewer registers, so that more of its
-        blocks run at a time.
-        """
-
-        @kernel
-        def update_rows(guard: Any, goal: Any, table: Any, g: Any, skipping: Any) -> None:
-            """Apply a gradient of rows, once: if it is launched again for the same step, it does nothing."""
-            if guard[0] != 0 or g.info[DONE] == goal or _in_order(g) != in_order:
-                return
-            total = cuda.local.array(width, real)
-            units = int64(g.ids.shape[0]) if in_order else g.info[SEGMENTS]
-            step = int64(cuda.gridDim.x) * cuda.blockDim.y
-            k = int64(0)
-            if mode == GLOBAL:
-                k = one_more(table, int64(table.counts[0]))
-            for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
-                s = base + cuda.threadIdx.y
-                row = int64(-1)
-                if s < units and not is_skipped(g, s, skipping):
-                    row = int64(g.ids[s]) if in_order else g.packed[g.starts[s]] >> g.row_shift
-                    row = row_or_none(table, row)
-                k = next_count(table, row, k)
-                if row >= 0:
-                    for j in range(cuda.threadIdx.x * width, table.dim, cuda.blockDim.x * width):
-                        if in_order:
-                            load(g.values, s * g.apart + j, total)
-                        else:
-                            sum_segment(g, table.dim, s, j, total)
-                        take_steps(table, row, j, total, k)
-            finish(table, g, goal)
-
-        return update_rows
-
-    # --- entries: compressed rows, as a table of one element a row --------------------------------------
-
-    @kernel
-    def poison_entries(guard: Any, g: Any, raising: Any) -> None:
-        """Do what `poison_rows` does, for rows of entries."""
-        if guard[0] != 0 or g.info[SUSPICIOUS] == 0:
-            return
-        total = cuda.local.array(width, real)
-        units = g.info[PRESENT]
-        step = int64(cuda.gridDim.x) * cuda.blockDim.y
-        for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
-            s = base + cuda.threadIdx.y
-            if s < units and cuda.threadIdx.x == 0:
-                g.bad[s] = 0
-            cuda.syncthreads()
-            if s < units:
-                for e in range(g.row_starts[s] + cuda.threadIdx.x, g.row_starts[s + 1], cuda.blockDim.x):
-                    gradient(g, 1, e, 0, total)
-                    if poisons(total):
-                        if raising != 0:
-                            cuda.atomic.min(g.info, AT_SUM, e)
-                        g.bad[s] = 1
+    @device_function
+    def take_steps(record: Any, table: Any, row: Any, j: Any, grads: Any, k: Any) -> None:
+        """The elements j, j + 1, ... of a row take a step, those that are active; k for all, or their own."""
+        p = gpu.local.array(width, real)
+        m = gpu.local.array(width, word)
+        v = gpu.local.array(width, word)
+        params = reals_at(record["param"], record["param_length"])
+        words = words_at(record["state"], record["state_length"])
+        p_start = param_start(table, row) + j
+        m_start, v_start = exp_avg_start(table, row) + j, exp_avg_sq_start(table, row) + j
+        load(params, p_start, p)
+        load(words, m_start, m)
+        load(words, v_start, v)
+        step_size, scale = real(0), real(0)
+        if rule != ELEMENT:
+            step_size, scale = correction(record, k)
+            step_size = table.lr * step_size
+        for w in range(width):
+            g = table.sign * grads[w]
+            if rule == ELEMENT:
+                if g == 0:
+                    continue
+                counts = counts_at(record["counts"], record["counts_length"])
+                place = uint64(count_start(table, row) + j + w)
+                count = one_more(int64(counts[place]))
+                counts[place] = count
+                step_size, scale = correction(record, count)
+                step_size = table.lr * step_size
+            old_m, old_v = real(load_word(m[w])), real(load_word(v[w]))
+            p[w], new_m, new_v = adam(p[w], old_m, old_v, g, table, step_size, scale)
+            m[w], v[w] = word(store_word(new_m)), word(store_word(new_v))
+        store(params, p_start, p)
+        store(words, m_start, m)
+        store(words, v_start, v)
 
     @device_function
-    def entry_of(g: Any, key: Any, low: Any, high: Any) -> Any:
+    def finish(step: Any, v: Any, in_order: Any) -> None:
+        """Let the block that is the last to finish note that its gradients have been applied."""
+        is_last = gpu.shared.array(1, int32)
+        variants = variants_at(step["variants"], v + 1)
+        thread = gpu.threadIdx.y * gpu.blockDim.x + gpu.threadIdx.x
+        gpu.syncthreads()
+        gpu.threadfence()
+        if thread == 0:
+            if in_order:
+                before = gpu.atomic.add(variants["blocks_in_order"], v, 1)
+            else:
+                before = gpu.atomic.add(variants["blocks_grouped"], v, 1)
+            is_last[0] = 1 if before == gpu.gridDim.x - 1 else 0
+        gpu.syncthreads()
+        if is_last[0] == 0:
+            return
+        if rule == GLOBAL:
+            tables, _, found, _ = lists_of(step)
+            first, last = variants[v]["first"], variants[v]["last"]
+            for i in range(first + thread, last, gpu.blockDim.x * gpu.blockDim.y):
+                if (found[i]["kind"] == DISTINCT) == in_order:
+                    counts = counts_at(tables[i]["counts"], int64(1))
+                    counts[0] = one_more(int64(counts[0]))
+        gpu.syncthreads()
+        if thread == 0:
+            if in_order:
+                variants[v]["done_in_order"] = 1
+            else:
+                variants[v]["done_grouped"] = 1
+
+    @kernel
+    def update_in_order(at: Any, v: Any) -> None:
+        """Apply gradients of ids that increase, once: if it is launched again for a step, it does nothing.
+
+        A kernel of its own, for it needs fewer registers than the one for segments, so that more of its
+        blocks run at a time.
+        """
+        step = steps_at(at, int64(1))[0]
+        if step["refused"] != 0:
+            return
+        variant = variants_at(step["variants"], v + 1)[v]
+        if variant["done_in_order"] != 0:
+            return
+        total = gpu.local.array(width, real)
+        spans = lists_of(step).spans
+        begin = int32(ids_in_order(spans, variant["first"]))
+        end = int32(ids_in_order(spans, variant["last"]))
+        base = int32(begin + gpu.blockIdx.x * gpu.blockDim.y)
+        while base < end:
+            tables, gradients, found, spans = lists_of(step)  # again: registers are scarce
+            u, i, row, place = int32(base + gpu.threadIdx.y), uint64(variant["first"]), int64(-1), int64(0)
+            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
+            if u < end:
+                i = find_in_order(spans, variant["first"], variant["last"], u)
+                place = u - ids_in_order(spans, i)
+                if is_skipped(step, gradients[i], found[i], spans[i]["first_id"] + place):
+                    count_skipped(tables[i])
+                else:
+                    row = row_or_none(tables[i], integer(ids_of(gradients[i]), place))
+            k = next_count(tables[i], row)
+            if row >= 0:
+                table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
+                j = int64(gpu.threadIdx.x) * width
+                while j < g.dim:
+                    load(reals_at(g.values, g.values_length), place * g.stride + j, total)
+                    take_steps(tables[i], table, row, j, total, k)
+                    j += gpu.blockDim.x * width
+        finish(step, v, True)
+
+    @kernel
+    def update_segments(at: Any, v: Any) -> None:
+        """Apply gradients that have been grouped, once."""
+        step = steps_at(at, int64(1))[0]
+        if step["refused"] != 0:
+            return
+        variant = variants_at(step["variants"], v + 1)[v]
+        if variant["done_grouped"] != 0:
+            return
+        total = gpu.local.array(width, real)
+        spans = lists_of(step).spans
+        base = int32(first_segment(step, spans, variant["first"]) + gpu.blockIdx.x * gpu.blockDim.y)
+        end = int32(first_segment(step, spans, variant["last"]))
+        while base < end:
+            tables, gradients, found, spans = lists_of(step)
+            work = open_work(step, variant, spans)
+            i, s, row = uint64(variant["first"]), int32(base + gpu.threadIdx.y), int64(-1)
+            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
+            if s < end:
+                i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(s)])
+                if is_skipped(step, gradients[i], found[i], step["capacity"] + s):
+                    count_skipped(tables[i])
+                else:
+                    row = row_or_none(tables[i], key_of(work, found[i], s))
+            k = next_count(tables[i], row)
+            if row >= 0:
+                table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
+                j = int64(gpu.threadIdx.x) * width
+                while j < g.dim:
+                    sum_segment(work, g, s, j, total)
+                    take_steps(tables[i], table, row, j, total, k)
+                    j += gpu.blockDim.x * width
+        finish(step, v, False)
+
+    @device_function
+    def entry_of(work: Any, found: Any, key: Any, low: Any, high: Any) -> Any:
         """The first of the entries low:high whose key is no smaller; high if there is none."""
         while low < high:
             middle = (low + high) // 2
-            if _row(g, middle) < key:
+            if key_of(work, found, middle) < key:
                 low = middle + 1
             else:
                 high = middle
         return low
 
     @kernel
-    def update_entries(guard: Any, goal: Any, table: Any, g: Any, skipping: Any) -> None:
-        """Apply a gradient of entries, once."""
-        if guard[0] != 0 or g.info[DONE] == goal:
+    def update_entries(at: Any, v: Any) -> None:
+        """Apply gradients of entries, once: compressed rows, as a table of one element a row."""
+        step = steps_at(at, int64(1))[0]
+        if step["refused"] != 0:
             return
-        total = cuda.local.array(width, real)
-        units = g.info[PRESENT]
-        step = int64(cuda.gridDim.x) * cuda.blockDim.y
-        k = int64(0)
-        if mode == GLOBAL:
-            k = one_more(table, int64(table.counts[0]))
-        for base in range(int64(cuda.blockIdx.x) * cuda.blockDim.y, units, step):
-            s = base + cuda.threadIdx.y
-            row = int64(-1)
-            if s < units and not is_skipped(g, s, skipping):
-                row = row_or_none(table, _row(g, int64(g.row_starts[s])) // table.dim)
-            k = next_count(table, row, k)
-            if row >= 0:
-                low, high = int64(g.row_starts[s]), int64(g.row_starts[s + 1])
-                if mode == ELEMENT:
-                    for e in range(low + cuda.threadIdx.x, high, cuda.blockDim.x):
-                        gradient(g, 1, e, 0, total)
-                        take_steps(table, row, _row(g, e) - row * table.dim, total, k)
+        variant = variants_at(step["variants"], v + 1)[v]
+        if variant["done_grouped"] != 0:
+            return
+        total = gpu.local.array(width, real)
+        spans = lists_of(step).spans
+        base = int32(first_row(step, spans, variant["first"]) + gpu.blockIdx.x * gpu.blockDim.y)
+        end = int32(first_row(step, spans, variant["last"]))
+        while base < end:
+            tables, gradients, found, spans = lists_of(step)
+            work = open_work(step, variant, spans)
+            i, u = uint64(variant["first"]), int32(base + gpu.threadIdx.y)
+            row, low = int64(-1), int64(0)
+            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
+            if u < end:
+                low = int64(work.row_starts[uint64(u)])
+                i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(low)])
+                if is_skipped(step, gradients[i], found[i], step["capacity"] + u):
+                    count_skipped(tables[i])
                 else:
-                    for j in range(cuda.threadIdx.x, table.dim, cuda.blockDim.x):
-                        key = row * table.dim + j
-                        e = entry_of(g, key, low, high)
+                    row = row_or_none(tables[i], key_of(work, found[i], low) // tables[i]["dim"])
+            k = next_count(tables[i], row)
+            if row >= 0:
+                table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
+                high, dim = int64(work.row_starts[uint64(u + 1)]), tables[i]["dim"]
+                if rule == ELEMENT:
+                    e = low + gpu.threadIdx.x
+                    while e < high:
+                        sum_segment(work, g, e, 0, total)
+                        take_steps(tables[i], table, row, key_of(work, found[i], e) - row * dim, total, k)
+                        e += gpu.blockDim.x
+                else:
+                    j = int64(gpu.threadIdx.x)
+                    while j < dim:
+                        key = row * dim + j
+                        e = entry_of(work, found[i], key, low, high)
                         total[0] = 0
-                        if e < high and _row(g, e) == key:
-                            gradient(g, 1, e, 0, total)
-                        take_steps(table, row, j, total, k)
-        finish(table, g, goal)
+                        if e < high and key_of(work, found[i], e) == key:
+                            sum_segment(work, g, e, 0, total)
+                        take_steps(tables[i], table, row, j, total, k)
+                        j += gpu.blockDim.x
+        finish(step, v, False)
 
-    return Kernels(
-        sum_blocks, poison_rows, make_update(True), make_update(False), poison_entries, update_entries
-    )
+    if entries:
+        return Kernels(sums.sum_blocks, sums.find_bad, None, update_entries)
+    return Kernels(sums.sum_blocks, sums.find_bad, update_in_order, update_segments)

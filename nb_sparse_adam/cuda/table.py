@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam import gradients
 from nb_sparse_adam.cuda import copies
 from nb_sparse_adam.cuda.device import (
     DEFAULT,
@@ -28,12 +27,20 @@ from nb_sparse_adam.cuda.device import (
     strided,
     using,
 )
-from nb_sparse_adam.cuda.layout import SKIPPED, THREADS, WORDS
-from nb_sparse_adam.engine.kernels import ELEMENT, GLOBAL, TableArrays
-from nb_sparse_adam.engine.state import MAX_INT32, READ_ONLY, TableState
+from nb_sparse_adam.cuda.records import THREADS
+from nb_sparse_adam.engine import addresses
+from nb_sparse_adam.engine.codecs import PLAIN
+from nb_sparse_adam.engine.corrections import Corrections
+from nb_sparse_adam.engine.layout import State
+from nb_sparse_adam.engine.records import ELEMENT, GLOBAL
+from nb_sparse_adam.engine.state import MAX_INT32, TableState
+from nb_sparse_adam.engine.table_checks import READ_ONLY
 from nb_sparse_adam.errors import TableError, TableTypeError
 
-__all__ = ["DeviceTable", "Scratch", "extent"]
+if TYPE_CHECKING:
+    from nb_sparse_adam.cuda.backend import DeviceBackend as Backend
+
+__all__ = ["DeviceTable", "extent"]
 
 _PIECE = 4 << 20  # elements that are copied at a time
 
@@ -55,16 +62,18 @@ class DeviceTable(TableState):
     elements can be loaded at once.
     """
 
-    on_gpu = True
+    changes = 0  # how often any of them has got other memory
 
-    def __init__(self, name: str, param: Any, step_counts: str) -> None:
+    def __init__(self, name: str, param: Any, step_counts: str, backend: Backend) -> None:
         self.last: Mark | None = None  # of the stream on which the memory was used last
         self.launched = 0  # steps; a kernel that is launched again for the same one does nothing
-        self.scratch = Scratch()
-        super().__init__(name, param, step_counts)
+        self.codec = PLAIN
+        super().__init__(name, param, step_counts, backend)
+        self.param_stride = self.dim
         with using(self.ordinal):
-            self.info = self._new(WORDS, np.int64)
-            self.got = self._new(2, np.float64)
+            self.device_totals = self._new(
+                2, np.int64
+            )  # see `records.TABLE`; here, only rows that were skipped
 
     def _check_table(self, name: str, param: Any) -> Any:
         where = f"table {name!r}"
@@ -89,16 +98,14 @@ class DeviceTable(TableState):
         self.ordinal = ordinal_of(array)
         return array
 
-    def _allocate(self) -> TableArrays:
+    def _allocate(self) -> State:
         size = self.rows * self.dim
+        counts = {ELEMENT: self.dim, GLOBAL: 0}.get(self.mode, 1)
         with using(self.ordinal):
-            return TableArrays(
-                as_one_row(self.param, size),
-                self._new(2 * size, self.dtype),
-                self._new(math.prod(self.shape_of_steps), np.int64 if self.mode == GLOBAL else np.int32),
-                2 * self.dim,
-                0 if self.mode == GLOBAL else (self.dim if self.mode == ELEMENT else 1),
-            )
+            self.matrix = as_one_row(self.param, size)
+            words = self._new(2 * size, self.codec.storage(self.dtype))
+            of_steps = self._new(math.prod(self.shape_of_steps), np.int64 if counts == 0 else np.int32)
+        return State(words, of_steps, self.rows, self.dim, self.mode, 2 * self.dim, self.dim, counts)
 
     def _new(self, length: int, dtype: Any) -> Any:
         """Allocate zeros."""
@@ -112,32 +119,79 @@ class DeviceTable(TableState):
     @property
     def memory(self) -> tuple[Any, ...]:
         """What no gradient may share memory with."""
-        return self.arrays[:3]
+        return self.matrix, self.arrays.words, self.arrays.counts
 
-    def overlaps(self, other: TableState) -> bool:
-        """Whether two tables share memory."""
-        if not other.on_gpu:
-            return False
-        (start, end), (begin, stop) = extent(self.param), extent(other.param)
-        return start < stop and begin < end
+    def _drivers(self, arrays: State) -> None:
+        """Return nothing: kernels of a GPU are launched."""
+
+    def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:
+        words, counts, *_ = arrays
+        backend: Any = self.backend
+        self._pairs = pairs = backend.corrections_of(known)  # kept: the record has its address
+        return (
+            address_of(self.matrix), self.matrix.shape[0], self.param_stride, self.rows, self.dim,
+            address_of(words), words.shape[0], arrays.state_stride, arrays.exp_avg_sq_offset,
+            address_of(counts), counts.shape[0], arrays.count_stride, self.mode,
+            address_of(pairs), pairs.shape[0], known.complete, known.eps_hat,
+            address_of(self.device_totals),
+        )  # fmt: skip
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Addresses of the first byte of the parameters, and of the one after the last."""
+        return extent(self.param)
+
+    def array_to_copy(self) -> NDArray[Any]:
+        """Refuse to be copied or pickled."""
+        raise TableError(
+            "an optimizer of tables on a GPU cannot be pickled or copied: save it with "
+            "nb_sparse_adam.checkpoint.save, or keep its state_dict(), which is on the host"
+        )
+
+    def live_arrays(self) -> Sequence[NDArray[Any]]:
+        """Give what of the host's memory a state dict is loaded into."""
+        return ()
+
+    def check_lendable(self) -> None:
+        """Refuse to lend a table that users' compiled functions cannot reach."""
+        raise TableError(
+            f"kernel_table of table {self.name!r}, which is on a GPU: expected one in the memory of the "
+            "host, where @njit functions run. Use step"
+        )
+
+    def check_replacement(self, table: Any) -> None:  # noqa: ARG002
+        """Refuse to go on with another array for a table."""
+        raise TableError(
+            f"rearrange of table {self.name!r}, which is on a GPU: expected both in the memory of the host. "
+            "Rearrange state_dict()'s arrays, and load them into an optimizer of the new table"
+        )
 
     # --- the user's views -------------------------------------------------------------------------------
 
     @property
     def skipped_rows(self) -> int:
         """How often a row was skipped; waits for the GPU."""
-        return int(self._read(self.info)[SKIPPED])
+        return int(self._read(self.device_totals)[1])
 
-    def _set_skipped_rows(self, number: int) -> None:
-        words = self._read(self.info)
-        words[SKIPPED] = number
-        self._write(self.info, words)
+    def set_skipped_rows(self, number: int) -> None:
+        """Go on counting from another number."""
+        self._write(self.device_totals, np.array([0, number]))
 
-    def _moment(self, which: int) -> Any:
+    @property
+    def exp_avg(self) -> Any:
+        """Running mean of the gradient (m)."""
+        return self._moment(0)
+
+    @property
+    def exp_avg_sq(self) -> Any:
+        """Running mean of the squared gradient (v)."""
+        return self._moment(self.arrays.exp_avg_sq_offset)
+
+    def _moment(self, offset: int) -> Any:
         if self.rows * self.dim == 0:
-            return self.arrays.moments.reshape(self.shape)
-        strides = (2 * self.dim, 1)[: len(self.shape)]
-        return strided(self.arrays.moments, which * self.dim, self.shape, strides)
+            return self.arrays.words.reshape(self.shape)
+        strides = (self.arrays.state_stride, 1)[: len(self.shape)]
+        return strided(self.arrays.words, offset, self.shape, strides)
 
     @property
     def steps(self) -> Any:
@@ -182,7 +236,7 @@ class DeviceTable(TableState):
             self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
 
     def _set_counts(self, counts: Any) -> None:
-        self.news.memory = True
+        DeviceTable.changes += 1
         self.arrays = self.arrays._replace(counts=counts)
 
     # --- to the host and back ---------------------------------------------------------------------------
@@ -209,9 +263,11 @@ class DeviceTable(TableState):
         of_steps = self.shape_of_steps
         columns = dim if self.mode == ELEMENT else 1
         return {
-            "param": Window(self, arrays.param, dim, dim, 0, shape),
-            "exp_avg": Window(self, arrays.moments, dim, 2 * dim, 0, shape),
-            "exp_avg_sq": Window(self, arrays.moments, dim, 2 * dim, dim, shape),
+            "param": Window(self, self.matrix, dim, dim, 0, shape),
+            "exp_avg": Window(self, arrays.words, dim, arrays.state_stride, 0, shape),
+            "exp_avg_sq": Window(
+                self, arrays.words, dim, arrays.state_stride, arrays.exp_avg_sq_offset, shape
+            ),
             "steps": Window(self, arrays.counts, columns, columns, 0, of_steps),
         }
 
@@ -273,20 +329,21 @@ class Window:
     """Part of every row of a table's memory on a GPU, copied to the host and back in pieces of rows."""
 
     def __init__(
-        self, table: DeviceTable, flat: Any, columns: int, apart: int, first: int, shape: tuple[int, ...]
+        self, table: DeviceTable, flat: Any, columns: int, row_stride: int, first: int, shape: tuple[int, ...]
     ) -> None:
-        self.table, self.flat, self.columns, self.apart, self.first = table, flat, columns, apart, first
+        self.table, self.flat, self.columns = table, flat, columns
+        self.row_stride, self.first = row_stride, first
         self.shape, self.dtype = shape, np.dtype(flat.dtype)
         self.ndim = len(shape)
         self.nbytes = math.prod(shape) * self.dtype.itemsize
 
     def reshape(self, length: int) -> Window:
         """See a single number as an array of one."""
-        return Window(self.table, self.flat, self.columns, self.apart, self.first, (length,))
+        return Window(self.table, self.flat, self.columns, self.row_stride, self.first, (length,))
 
     def _span(self, rows: slice) -> tuple[int, int, int]:
         start, stop, _ = rows.indices(self.shape[0])
-        return self.first + start * self.apart, stop - start, (stop - start) * self.columns
+        return self.first + start * self.row_stride, stop - start, (stop - start) * self.columns
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         first, count, length = self._span(rows)
@@ -298,7 +355,15 @@ class Window:
             out = empty(length, self.dtype)
             blocks = blocks_for(length, THREADS)
             launch(
-                copies.gather_rows, blocks, THREADS, stream, self.flat, first, self.apart, self.columns, out
+                copies.gather_rows,
+                blocks,
+                THREADS,
+                stream,
+                self.flat,
+                first,
+                self.row_stride,
+                self.columns,
+                out,
             )
             return copy_to_host(out, stream).reshape(shape)
 
@@ -312,7 +377,7 @@ class Window:
             blocks = blocks_for(length, THREADS)
             launch(
                 copies.scatter_rows, blocks, THREADS, stream,
-                self.flat, first, self.apart, self.columns, given,
+                self.flat, first, self.row_stride, self.columns, given,
             )  # fmt: skip
             stream.synchronize()  # what was given is freed now
             self.table.last = stream.mark()
@@ -345,25 +410,6 @@ class Window:
             self[rows] = values[rows]
 
 
-class Scratch:
-    """Memory that steps work in, kept from one to the next; each piece has a name."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Any] = {}
-        self._seen: dict[str, Any] = {}
-
-    def take(self, name: str, length: int, dtype: Any) -> Any:
-        """Return an array of a length and any content."""
-        seen = self._seen.get(name)
-        if seen is not None and seen.shape[0] == length and seen.dtype == dtype:
-            return seen
-        kept = self._kept.get(name)
-        if kept is None or kept.dtype != dtype or not length <= kept.shape[0] <= 16 * max(length, 1 << 12):
-            kept = self._kept[name] = empty(max(length + length // 4, 1), dtype)
-        seen = self._seen[name] = as_one_row(kept, length)
-        return seen
-
-
 def _place_of(given: Any) -> Any:
     """Address, shape, strides and dtype of an array; None if it does not say."""
     try:
@@ -382,4 +428,4 @@ def _place_of(given: Any) -> Any:
 def extent(array: Any) -> tuple[int, int]:
     """Addresses of the first byte of an array and of the one behind its last; it may have gaps."""
     address = address_of(array)
-    return gradients.extent(array, address) if array.size else (address, address)
+    return addresses.extent(array, address) if array.size else (address, address)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import numba
 
+from nb_sparse_adam.engine import inner
 from nb_sparse_adam.engine.kernel_cache import keep_on_disk
 
 __all__ = ["jit"]
@@ -20,13 +22,20 @@ def jit(function: Function) -> Function: ...
 
 
 @overload
-def jit(*, parallel: bool = ..., allocates: bool = ...) -> Callable[[Function], Function]: ...
+def jit(
+    *, entry: bool = ..., parallel: bool = ..., allocates: bool = ..., inlined: bool = ...
+) -> Callable[[Function], Function]: ...
 
 
 def jit(
-    function: Callable[..., Any] | None = None, *, parallel: bool = False, allocates: bool = False
+    function: Callable[..., Any] | None = None,
+    *,
+    entry: bool = False,
+    parallel: bool = False,
+    allocates: bool = False,
+    inlined: bool = True,
 ) -> Any:
-    """Compile a kernel at its first call, and keep the machine code on disk where that works.
+    """Compile a function for other compiled functions, or for Python, at its first call.
 
     * ``error_model="numpy"``: a division by zero gives what IEEE 754 says. Python's model raises, and
       the branch for it keeps a loop from being vectorized.
@@ -36,36 +45,51 @@ def jit(
       out of a tuple made a row of dim 16 take 117 ns instead of 68, in cache. Such functions cannot allocate;
       ``allocates=True`` is for the ones that must.
     * Everything that one thread runs is inlined: a call passes each member of a tuple of arrays, some sixty
-      words, through memory (66 ns a row of dim 16 in cache with calls, 17 without).
+      words, through memory (66 ns a row of dim 16 in cache with calls, 17 without). It is optimized where it
+      is inlined, and only there (`inner`).
     * ``nogil=True``: other Python threads run while a kernel does.
-    * On disk in a cache that sees edits of every file that kernels are made of (`kernel_cache`), unless no
-      folder can be written (a read-only install without a home): then the code is compiled again in every
-      process. What a factory makes is found there too, by what its closure holds: functions that it calls
-      must then be compiled here as well, for `kernel_cache` gives each a name of its own for the linker.
+    * What Python calls is kept on disk in a cache that sees edits of every file that kernels are made of
+      (`kernel_cache`), unless no folder can be written (a read-only install without a home): then the code is
+      compiled again in every process. What a factory makes is found there too, by what its closure holds:
+      functions that it calls must then be compiled here as well, for each gets a name of its own for the
+      linker.
 
     Parameters
     ----------
     function : callable, optional
         The function to compile; without it a decorator is returned.
+    entry : bool, default False
+        Whether Python calls the function.
     parallel : bool, default False
-        Whether ``prange`` loops are shared out to threads.
+        Whether ``prange`` loops are shared out to threads; Python calls such functions alone.
     allocates : bool, default False
         Whether the function makes arrays.
+    inlined : bool, default True
+        False: where it is called, it is the compiler's choice. For what runs once in a while and is long.
     """
     if function is None:
-        return lambda function: _compile_lazily(function, parallel, parallel or allocates)
-    return _compile_lazily(function, parallel, parallel or allocates)
+        return lambda function: _compile_lazily(function, entry or parallel, parallel, allocates, inlined)
+    return _compile_lazily(function, entry or parallel, parallel, allocates, inlined)
 
 
-def _compile_lazily(function: Callable[..., Any], parallel: bool, references: bool) -> Any:
+def _compile_lazily(
+    function: Callable[..., Any], entry: bool, parallel: bool, allocates: bool, inlined: bool
+) -> Any:
     options: dict[str, Any] = {
         "error_model": "numpy",
         "nogil": True,
         "parallel": parallel,
-        "_nrt": references,
-        "forceinline": not parallel,
+        "_nrt": parallel or allocates,
+        "forceinline": inlined and not parallel,
     }
+    kept = entry or inner.OPTIONS is None
+    if not kept:
+        options.update(inner.OPTIONS or {})
+        if function.__closure__:
+            # Symbols are made of a function's name. Two that a factory made, one of them in code from the
+            # disk, would have the same, and LLVM would take one for both.
+            function.__qualname__ = function.__name__ + uuid.uuid4().hex
     compiled = numba.njit(**options)(function)
-    if compiled is not function:  # as it is with NUMBA_DISABLE_JIT=1
+    if kept and compiled is not function:  # as it is with NUMBA_DISABLE_JIT=1
         keep_on_disk(compiled, "numba.core.caching.FunctionCache")
     return compiled

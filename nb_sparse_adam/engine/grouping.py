@@ -7,460 +7,374 @@ gradient, whatever the number of threads; two buffers of 8 bytes an id are all t
 Ids and offsets may be the user's own arrays, which another thread can change after they were checked. So
 what packs them reads each number once, compares it, and says if one cannot be; from then on only what was
 packed counts.
+
+``first`` and ``last`` are positions: each function does the part first:last of its work.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numba import prange
-from numpy.typing import NDArray
 
 from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.intrinsics import address, array_at, matrix_at, take_turn
-from nb_sparse_adam.engine.parallel import swap_threads
-from nb_sparse_adam.engine.threads import ALONE, Crew, run
+from nb_sparse_adam.engine.scanning import integer_at
+from nb_sparse_adam.engine.scratch import BLOCK, DIGIT_BITS
 
-__all__ = [
-    "DIGIT_BITS",
-    "Buffers",
-    "ChangedError",
-    "Grouping",
-    "IdBatch",
-    "bits_of",
-    "count_long",
-    "cut_evenly",
-    "fill_bags",
-    "fill_long",
-    "group_ids",
-    "group_tables_parallel",
-    "group_tables_serial",
-    "scan_ids",
-]
-
-# 4 096 counters of 8 bytes fill the first-level cache; a pass more costs more than its misses (24 bits in two
-# passes instead of three).
-DIGIT_BITS = 12
+# --- pack -------------------------------------------------------------------------------------------------
 
 
-class ChangedError(Exception):
-    """Ids or offsets are not what they were when they were checked."""
+@jit(inlined=False)
+def pack_positions(ids: Any, first: Any, last: Any, limit: Any, row_shift: Any, packed: Any) -> bool:
+    """Pack each id with its position; return whether all are in 0..limit - 1."""
+    largest = np.uint64(0)  # a negative number is a large one
+    for i in range(np.uint64(first), np.uint64(last)):
+        row = integer_at(ids, i)
+        largest = max(largest, np.uint64(row))
+        packed[i] = (row << row_shift) | np.int64(i)
+    return bool(last <= first or largest < np.uint64(limit))
 
 
-class Grouping(NamedTuple):
-    """Sorted ids and their segments; see `kernels.Segments`."""
-
-    packed: NDArray[np.int64]  # (n,)
-    starts: NDArray[Any]  # (segments + 1,) int32, or int64 for 2**31 ids and more
-    row_shift: int
-    payload_mask: int
-    spare: NDArray[Any]  # (n,) of starts' dtype: memory that the sort no longer needs
-    rest: NDArray[Any]  # (n - segments,), the same: behind starts; long where segments are
-
-
-class IdBatch(NamedTuple):
-    """The ids of several tables' gradients: element i of each array is about table i.
-
-    What would be arguments and results of `group_ids`. Addresses stand for arrays, for compiled code cannot
-    be given any number of those; whoever makes a batch keeps them.
-    """
-
-    ids: NDArray[np.int64]  # address
-    highest: NDArray[np.int64]
-    n: NDArray[np.int64]  # > 0, < 2**31 - 1
-    nondecreasing: NDArray[np.int64]
-    offsets: NDArray[np.int64]  # address of (bags + 1,) int64; 0: there are none
-    bags: NDArray[np.int64]
-    per_id: NDArray[np.int64]  # payloads are positions, and bags of positions are wanted
-    id_bits: NDArray[np.int64]
-    row_shift: NDArray[np.int64]
-    first: NDArray[np.int64]  # where its n + 1 places begin, in each half of the memory
-    first_long: NDArray[np.int64]  # the same, among long segments
-    # Answers.
-    changed: NDArray[np.int64]  # 1: see `ChangedError`; there are no other answers then
-    half: NDArray[np.int64]  # 0 or 1: where packed ids are; `starts` and `spare` are in the other one
-    segments: NDArray[np.int64]
-    long: NDArray[np.int64]  # how many segments are longer than a block
-    blocks: NDArray[np.int64]  # how many these have
+@jit(inlined=False)
+def first_bag(offsets: Any, bags: Any, position: Any) -> Any:
+    """The bag that a position is in, by its first offset; any bag if offsets are wrong."""
+    lo, hi = np.int64(1), bags
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if integer_at(offsets, middle) <= position:
+            lo = middle + 1
+        else:
+            hi = middle
+    return lo - 1
 
 
-class Buffers:
-    """The two arrays that ids are sorted in, kept from step to step.
-
-    Memory that is fresh from the system costs a page fault for every 4 kB, which took longer than the sort.
-    They are lent: whoever takes them is alone with them until they are given back, and a step that begins
-    within another one (in a signal handler) finds none and makes its own.
-    """
-
-    _TOO_LARGE = 16  # times what is needed: given up
-
-    def __init__(self) -> None:
-        self._kept: NDArray[np.int64] | None = None
-
-    def take(self, n: int) -> NDArray[np.int64]:
-        """Return an (2, n or more) array of any content."""
-        kept, self._kept = self._kept, None
-        if kept is None or not n <= kept.shape[1] <= self._TOO_LARGE * max(n, 1 << 12):
-            return np.empty((2, n), np.int64)
-        return kept
-
-    def give_back(self, memory: NDArray[np.int64]) -> None:
-        """Keep the memory for the next step; nobody uses it any more."""
-        self._kept = memory
-
-
-def bits_of(highest: int, n: int, offsets: NDArray[Any] | None) -> tuple[int, int]:
-    """How many bits an id takes, and how many its payload; parameters as of `group_ids`, for n ids."""
-    payloads = n if offsets is None else len(offsets) - 1
-    return highest.bit_length(), max(payloads - 1, 0).bit_length()
-
-
-def group_ids(
-    ids: NDArray[Any],
-    highest: int,
-    nondecreasing: bool,
-    offsets: NDArray[Any] | None = None,
-    crew: Crew = ALONE,
-    memory: NDArray[np.int64] | None = None,
-) -> Grouping | None:
-    """Sort ids and cut them into segments.
+@jit(inlined=False)
+def pack_bags(
+    ids: Any, first: Any, last: Any, limit: Any, row_shift: Any, packed: Any, offsets: Any,
+    offsets_length: Any, bags: Any, n: Any, scales: Any, bag_of: Any,
+) -> Any:  # fmt: skip
+    """Pack each id with its bag, or, of other scales, the key that they make together with the position.
 
     Parameters
     ----------
-    ids : (n,) integer array
-        In 0..highest, n > 0.
-    highest : int
-        The largest id, or any bound above it: the number of bits to sort by.
-    nondecreasing : bool
-        Whether the ids are in order already.
-    offsets : (bags + 1,) integer array, optional
-        With it, the payload of an id is its bag; without it, its position.
-    crew : Crew, default `ALONE`
-        Threads to sort with; the result does not depend on them, for a stable sort has only one.
-    memory : (2, n + 1 or more) int64 array, optional
-        To sort in; the result is a part of it.
+    ids : pair of `integers`, (n,)
+    limit : int64
+        What ids are less than.
+    packed : (n,) int64
+    offsets : pair of `integers`
+        Where bags begin, and perhaps the end of the last.
+    offsets_length, bags, n : int64
+    scales : pair of int64
+        (0, 0): the payload is the bag. Else the key is id * scales[0] + bag * scales[1], the payload the
+        position.
+    bag_of : list
+        Written as well, unless it is empty.
 
     Returns
     -------
-    Grouping or None
-        None if an id and its payload do not fit into 63 bits together.
-
-    Raises
-    ------
-    ChangedError
-        For an id or an offset that is not what the parameters say.
+    in_range, in_bags : bool
+        Whether all ids are in 0..limit - 1, and all in a bag.
     """
-    n = len(ids)
-    id_bits, row_shift = bits_of(highest, n, offsets)
-    if id_bits + row_shift > 63:
-        return None
-    packed, other = np.empty((2, n + 1), np.int64) if memory is None else memory[:, : n + 1]
-    if offsets is None:
-        fits = pack_positions(ids, highest, row_shift, packed)
-    else:
-        fits = pack_bags(ids, highest, offsets, row_shift, packed)
-    if not fits:
-        raise ChangedError
-    if not nondecreasing and id_bits:
-        passes = -(-id_bits // DIGIT_BITS)
-        digit_bits = -(-id_bits // passes)
-        ends = np.empty((crew.parts, 1 << digit_bits), np.int64)
-        for number in range(passes):
-            run(_RADIX_PASS, crew, packed[:n], other[:n], row_shift + number * digit_bits, ends)
-            packed, other = other, packed
-    halves = other.view(np.int32) if n < 2**31 - 1 else np.empty(2 * (n + 1), np.int64)
-    segments = find_segments(packed[:n], row_shift, halves)
-    return Grouping(
-        packed=packed[:n],
-        starts=halves[: segments + 1],
-        row_shift=row_shift,
-        payload_mask=(1 << row_shift) - 1,
-        spare=halves[n + 1 : 2 * n + 1],
-        rest=halves[segments + 1 : n + 1],
-    )
-
-
-@jit
-def scan_ids(ids: Any) -> Any:
-    """Smallest and largest id, and whether the ids never decrease and always increase; n > 0."""
-    smallest = largest = ids[0]
-    falls = 0
-    repeats = 0
-    for i in range(1, len(ids)):
-        smallest = min(smallest, ids[i])
-        largest = max(largest, ids[i])
-        falls += ids[i] < ids[i - 1]
-        repeats += ids[i] == ids[i - 1]
-    return smallest, largest, falls == 0, falls + repeats == 0
-
-
-@jit
-def pack_positions(ids: Any, highest: Any, row_shift: Any, packed: Any) -> bool:
-    """Pack each id with its position; return whether all are in 0..highest."""
-    largest = np.uint64(0)  # a negative number is a large one
-    for i in range(len(ids)):
-        row = np.int64(ids[i])
-        largest = max(largest, np.uint64(row))
-        packed[i] = (row << row_shift) | i
-    return bool(largest <= np.uint64(highest))
-
-
-@jit
-def pack_bags(ids: Any, highest: Any, offsets: Any, row_shift: Any, packed: Any) -> bool:
-    """Pack each id with its bag; return whether all are in 0..highest, and in a bag."""
     largest = np.uint64(0)
-    start, n = np.int64(0), np.int64(len(ids))
-    for bag in range(len(offsets) - 1):
-        end = np.int64(offsets[bag + 1])
-        if end < start or end > n:
-            return False
-        for i in range(start, end):
-            row = np.int64(ids[i])
-            largest = max(largest, np.uint64(row))
-            packed[i] = (row << row_shift) | bag
+    id_scale, bag_scale = scales
+    bag = first_bag(offsets, bags, first)
+    start = first
+    while start < last:
+        if bag >= bags:
+            return bool(largest < np.uint64(limit)), False
+        end = integer_at(offsets, bag + 1) if bag + 1 < offsets_length else n
+        if end < start:
+            return bool(largest < np.uint64(limit)), False
+        end = min(end, last)
+        if id_scale == 0:
+            for i in range(np.uint64(start), np.uint64(end)):
+                row = integer_at(ids, i)
+                largest = max(largest, np.uint64(row))
+                packed[i] = (row << row_shift) | bag
+        else:
+            for i in range(np.uint64(start), np.uint64(end)):
+                row = integer_at(ids, i)
+                largest = max(largest, np.uint64(row))
+                row = row if np.uint64(row) < np.uint64(limit) else np.int64(0)
+                packed[i] = ((row * id_scale + bag * bag_scale) << row_shift) | np.int64(i)
+            if len(bag_of) > 0:
+                for i in range(np.uint64(start), np.uint64(end)):
+                    bag_of[i] = bag
         start = end
-    return bool(start == n and largest <= np.uint64(highest))
+        bag += 1
+    return bool(last <= first or largest < np.uint64(limit)), True
 
 
-@jit
-def count_digits(packed: Any, shift: Any, ends: Any, t: Any) -> None:
-    """``ends[t]`` ← how often each digit occurs in the t-th part of the ids."""
-    chunks, digits = ends.shape
+@jit(inlined=False)
+def pack_pairs(
+    ids: Any, columns: Any, first: Any, last: Any, rows: Any, dim: Any, row_shift: Any, packed: Any
+) -> Any:
+    """Pack the key of each entry, id * dim + column, with its position.
+
+    ``ids`` and ``columns`` are pairs of `integers`. Returns whether all ids and all columns are in range.
+    """
+    rows_fit = columns_fit = True
+    for i in range(first, last):
+        row, column = integer_at(ids, i), integer_at(columns, i)
+        if np.uint64(row) >= np.uint64(rows):
+            rows_fit, row = False, np.int64(0)
+        if np.uint64(column) >= np.uint64(dim):
+            columns_fit, column = False, np.int64(0)
+        packed[np.uint64(i)] = ((row * dim + column) << row_shift) | np.int64(i)
+    return rows_fit, columns_fit
+
+
+@jit(inlined=False)
+def pack_listed_rows(
+    columns: Any, rows: Any, starts: Any, first: Any, last: Any, dim: Any, row_shift: Any, packed: Any
+) -> bool:
+    """Pack the key of each entry of the listed rows first:last; return whether all columns are in range.
+
+    ``columns`` is a pair of `integers`, ``rows`` and ``starts`` are lists.
+    """
+    fit = True
+    for s in range(first, last):
+        row = np.int64(rows[np.uint64(s)])
+        for i in range(np.int64(starts[np.uint64(s)]), np.int64(starts[np.uint64(s + 1)])):
+            column = integer_at(columns, i)
+            if np.uint64(column) >= np.uint64(dim):
+                fit, column = False, np.int64(0)
+            packed[np.uint64(i)] = ((row * dim + column) << row_shift) | i
+    return fit
+
+
+# --- sort -------------------------------------------------------------------------------------------------
+
+
+@jit(inlined=False)
+def bit_length(number: Any) -> Any:
+    """How many bits a number takes."""
+    bits = np.int64(0)
+    while number > 0:
+        number >>= 1
+        bits += 1
+    return bits
+
+
+@jit(inlined=False)
+def digits_of(id_bits: Any, n: Any, parts: Any) -> Any:
+    """Into how many digits ids are cut that n of are sorted by, and of how many bits each is."""
+    fewest = max((id_bits + DIGIT_BITS - 1) // DIGIT_BITS, 1)
+    best, best_cost = fewest, np.int64(-1)
+    for passes in range(fewest, fewest + 4):
+        # An id is counted and moved in the time of about three counters, which are zeroed and added up.
+        cost = passes * (3 * n + (parts << ((id_bits + passes - 1) // passes)))
+        if best_cost < 0 or cost < best_cost:
+            best, best_cost = passes, cost
+    return best, max((id_bits + best - 1) // best, 1)
+
+
+@jit(inlined=False)
+def sort_few(packed: Any, n: Any) -> None:
+    """Sort packed ids by insertion; payloads are in it, and never decrease, so it is a stable sort of ids."""
+    for i in range(1, n):
+        key = packed[np.uint64(i)]
+        place = i
+        while place > 0 and packed[np.uint64(place - 1)] > key:
+            packed[np.uint64(place)] = packed[np.uint64(place - 1)]
+            place -= 1
+        packed[np.uint64(place)] = key
+
+
+@jit(inlined=False)
+def count_digits(packed: Any, first: Any, last: Any, shift: Any, counts: Any) -> Any:
+    """``counts[digit]`` ← how often each digit occurs; return how many keys are less than the one before.
+
+    ``counts`` is a (1 << bits,) list, a digit so many bits from ``shift`` on.
+    """
+    for digit in range(len(counts)):
+        counts[np.uint64(digit)] = 0
+    falls = np.int64(0)
+    if last <= first:
+        return falls
+    mask, one = np.uint64(len(counts) - 1), counts.dtype.type(1)
+    before = packed[np.uint64(first)]
+    for i in range(np.uint64(first), np.uint64(last)):
+        key = packed[i]
+        place = np.uint64(key >> shift) & mask
+        counts[place] += one
+        falls += key < before
+        before = key
+    return falls
+
+
+@jit(inlined=False)
+def turn_counts_into_places(counts: Any, parts: Any, digits: Any) -> None:
+    """``counts[part * digits + digit]`` ← where the first id of that part with that digit goes."""
+    total = counts.dtype.type(0)
     for digit in range(digits):
-        ends[t, digit] = 0
-    for i in range(len(packed) * t // chunks, len(packed) * (t + 1) // chunks):
-        ends[t, (packed[i] >> shift) & (digits - 1)] += 1
-
-
-@jit
-def turn_counts_into_places(ends: Any) -> None:
-    """``ends[t, digit]`` ← where the first id of the t-th part with that digit goes."""
-    total = 0
-    for digit in range(ends.shape[1]):
-        for t in range(ends.shape[0]):
-            count = ends[t, digit]
-            ends[t, digit] = total
+        for part in range(parts):
+            place = np.uint64(part * digits + digit)
+            count = counts[place]
+            counts[place] = total
             total += count
 
 
-@jit
-def move_by_digit(packed: Any, out: Any, shift: Any, ends: Any, t: Any) -> None:
-    """Move the t-th part of the ids to their places."""
-    chunks, digits = ends.shape
-    for i in range(len(packed) * t // chunks, len(packed) * (t + 1) // chunks):
-        digit = (packed[i] >> shift) & (digits - 1)
-        out[ends[t, digit]] = packed[i]
-        ends[t, digit] += 1
+@jit(inlined=False)
+def move_by_digit(packed: Any, out: Any, first: Any, last: Any, shift: Any, places: Any) -> None:
+    """Move packed ids to their places, by their digits; see `count_digits`."""
+    mask, one = np.uint64(len(places) - 1), places.dtype.type(1)
+    for i in range(np.uint64(first), np.uint64(last)):
+        key = packed[i]
+        digit = np.uint64(key >> shift) & mask
+        place = places[digit]
+        out[np.uint64(place)] = key
+        places[digit] = place + one
 
 
-@jit
-def radix_pass_serial(packed: Any, out: Any, shift: Any, ends: Any) -> None:
-    """One stable pass of a radix sort: by the bits from ``shift`` on that index an axis of ``ends``."""
-    for t in range(len(ends)):
-        count_digits(packed, shift, ends, t)
-    turn_counts_into_places(ends)
-    for t in range(len(ends)):
-        move_by_digit(packed, out, shift, ends, t)
+# --- segments ---------------------------------------------------------------------------------------------
 
 
-@jit(parallel=True)
-def radix_pass_parallel(threads: Any, packed: Any, out: Any, shift: Any, ends: Any) -> None:
-    """Do what `radix_pass_serial` does, on several threads."""
-    before = swap_threads(threads)
-    for t in prange(len(ends)):
-        count_digits(packed, shift, ends, t)
-    turn_counts_into_places(ends)
-    for t in prange(len(ends)):
-        move_by_digit(packed, out, shift, ends, t)
-    swap_threads(before)
+@jit(inlined=False)
+def count_heads(packed: Any, first: Any, last: Any, row_shift: Any) -> Any:
+    """How many of the sorted ids are the first of theirs."""
+    heads = np.int64(0)
+    if last <= first:
+        return heads
+    if first == 0:
+        heads, first = np.int64(1), np.int64(1)
+    one = np.uint64(1)
+    for i in range(np.uint64(first), np.uint64(last)):
+        heads += (packed[i] >> row_shift) != (packed[np.uint64(i) - one] >> row_shift)
+    return heads
 
 
-_RADIX_PASS = radix_pass_serial, radix_pass_parallel
+@jit(inlined=False)
+def write_starts(packed: Any, first: Any, last: Any, row_shift: Any, starts: Any, s: Any) -> Any:
+    """Write where each segment starts, from ``starts[s]`` on; return the place after the last one.
 
-
-@jit
-def find_segments(packed: Any, row_shift: Any, starts: Any) -> Any:
-    """Write where each segment starts, then the number of ids; return the number of segments."""
-    segments = 0
-    previous = np.int64(-1)
-    for i in range(len(packed)):
+    Nothing is written beyond that place, which may belong to another thread.
+    """
+    while last > first and last > 1 and (
+        (packed[np.uint64(last - 1)] >> row_shift) == (packed[np.uint64(last - 2)] >> row_shift)
+    ):  # fmt: skip
+        last -= 1  # not the first of its segment
+    place = np.uint64(s)
+    before = packed[np.uint64(first - 1)] >> row_shift if first > 0 else np.int64(-1)
+    for i in range(np.uint64(first), np.uint64(last)):
         row = packed[i] >> row_shift
         # Written always and kept where a row begins: no branch to mispredict.
-        starts[segments] = i
-        segments += row != previous
-        previous = row
-    starts[segments] = len(packed)
-    return segments
+        starts[place] = i
+        place += np.uint64(row != before)
+        before = row
+    return np.int64(place)
 
 
-@jit
-def fill_bags(offsets: Any, n: Any, bag_of: Any) -> bool:
-    """``bag_of[i]`` ← the bag of position i; return whether each of n positions has one."""
-    start = np.int64(0)
-    for bag in range(len(offsets) - 1):
-        end = np.int64(offsets[bag + 1])
-        if end < start or end > n:
-            return False
-        for i in range(start, end):
-            bag_of[i] = bag
-        start = end
-    return bool(start == n)
+@jit(inlined=False)
+def count_row_heads(packed: Any, first: Any, last: Any, row_shift: Any, dim: Any) -> Any:
+    """How many of the sorted entries, row * dim + column each, are the first of their row."""
+    heads = np.int64(0)
+    limit = np.int64(0)  # the first key of another row
+    if first > 0 and last > first:
+        limit = ((packed[np.uint64(first - 1)] >> row_shift) // dim + 1) * dim
+    for i in range(first, last):
+        key = packed[np.uint64(i)] >> row_shift
+        if key >= limit:
+            heads += 1
+            limit = (key // dim + 1) * dim
+    return heads
 
 
-@jit
-def count_long(starts: Any, block: Any) -> Any:
-    """Length of the longest segment, number of segments longer than a block, and of blocks in these."""
-    longest = starts[0]  # of a type that lets the loop be vectorized
-    for s in range(len(starts) - 1):
-        longest = max(longest, starts.dtype.type(starts[s + 1] - starts[s]))
-    segments = 0
-    blocks = 0
-    if longest > block:
-        for s in range(len(starts) - 1):
-            length = np.int64(starts[s + 1]) - np.int64(starts[s])
-            if length > block:
-                segments += 1
-                blocks += (length + block - 1) // block
-    return longest, segments, blocks
-
-
-@jit
-def fill_long(starts: Any, block: Any, long: Any, long_first: Any) -> None:
-    """List the segments longer than a block, and the first of each one's blocks."""
-    which = 0
-    long_first[0] = 0
-    for s in range(len(starts) - 1):
-        length = np.int64(starts[s + 1]) - np.int64(starts[s])
-        if length > block:
-            long[which] = s
-            which += 1
-            long_first[which] = long_first[which - 1] + (length + block - 1) // block
-
-
-@jit
-def cut_evenly(starts: Any, row_cost: Any, block: Any, any_long: Any, bounds: Any) -> None:
-    """Cut segments into ``len(bounds) - 1`` runs of about equal cost.
-
-    A segment costs its ids plus ``row_cost``; one longer than a block costs one id a block, for its blocks
-    have been summed already.
-    """
-    segments = len(starts) - 1
-    chunks = len(bounds) - 1
-    bounds[0] = 0
-    if not any_long:  # what the first s segments cost is known without a sum: search for the places
-        total = np.int64(starts[segments]) + row_cost * segments
-        for at in range(1, chunks):
-            low, high = bounds[at - 1], np.int64(segments)
-            while low < high:
-                middle = (low + high) // 2
-                if (np.int64(starts[middle]) + row_cost * middle) * chunks < at * total:
-                    low = middle + 1
-                else:
-                    high = middle
-            bounds[at] = low
-        bounds[chunks] = segments
-        return
-    total = 0
-    for s in range(segments):
-        total += segment_cost(starts, s, row_cost, block)
-    at = 1
-    cost = 0
-    for s in range(segments):
-        while at < chunks and cost * chunks >= at * total:
-            bounds[at] = s
-            at += 1
-        cost += segment_cost(starts, s, row_cost, block)
-    for rest in range(at, chunks + 1):
-        bounds[rest] = segments
-
-
-@jit
-def segment_cost(starts: Any, s: Any, row_cost: Any, block: Any) -> Any:
-    length = np.int64(starts[s + 1]) - np.int64(starts[s])
-    return row_cost + (length if length <= block else (length + block - 1) // block)
-
-
-# --- several tables at once -------------------------------------------------------------------------------
-
-
-@jit
-def group_table(
-    batch: Any, i: Any, memory: Any, long: Any, long_first: Any, ends: Any, t: Any, block: Any, like: Any
+@jit(inlined=False)
+def write_row_starts(
+    packed: Any, first: Any, last: Any, row_shift: Any, dim: Any, starts: Any, row_starts: Any, s: Any, r: Any
 ) -> None:
-    """Group the ids of table i of a batch, in thread t; as `group_ids`, `count_long` and `fill_long` do."""
-    n, row_shift, id_bits = batch.n[i], batch.row_shift[i], batch.id_bits[i]
-    ids, starts_like, offsets_like = like
-    given = array_at(batch.ids[i], n, ids)
-    offsets = array_at(batch.offsets[i], batch.bags[i] + 1 if batch.offsets[i] else 0, offsets_like)
-    places = memory.shape[1]
-    half = 0
-    packed = array_at(address(memory, batch.first[i]), n, memory)
-    other = array_at(address(memory, places + batch.first[i]), n, memory)
-    highest = batch.highest[i]
-    if len(offsets) and not batch.per_id[i]:
-        fits = pack_bags(given, highest, offsets, row_shift, packed)
-    else:
-        fits = pack_positions(given, highest, row_shift, packed)
-    if not fits:
-        batch.changed[i] = 1
-        return
-    if not batch.nondecreasing[i] and id_bits:
-        passes = (id_bits + DIGIT_BITS - 1) // DIGIT_BITS
-        digit_bits = (id_bits + passes - 1) // passes
-        counters = matrix_at(address(ends, t << DIGIT_BITS), 1, 1 << digit_bits, ends)
-        for number in range(passes):
-            radix_pass_serial(packed, other, row_shift + number * digit_bits, counters)
-            packed, other = other, packed
-            half = 1 - half
-    other_at = (1 - half) * places + batch.first[i]
-    segments = find_segments(packed, row_shift, array_at(address(memory, other_at), n + 1, starts_like))
-    starts = array_at(address(memory, other_at), segments + 1, starts_like)
-    if batch.per_id[i]:
-        bag_of = array_at(address(memory, other_at) + 4 * (n + 1), n, starts_like)
-        if not fill_bags(offsets, n, bag_of):
-            batch.changed[i] = 1
-            return
-    _, long_segments, blocks = count_long(starts, block)
-    if long_segments:
-        fill_long(
-            starts,
-            block,
-            array_at(address(long, batch.first_long[i]), long_segments, long),
-            array_at(address(long_first, batch.first_long[i] + i), long_segments + 1, long_first),
-        )
-    batch.half[i], batch.segments[i] = half, segments
-    batch.long[i], batch.blocks[i] = long_segments, blocks
+    """Write where each segment, and where each row of segments, starts.
+
+    ``starts`` is written from s on, ``row_starts`` from r on.
+    """
+    before, limit = np.int64(-1), np.int64(0)
+    if first > 0 and last > first:
+        before = packed[np.uint64(first - 1)] >> row_shift
+        limit = (before // dim + 1) * dim
+    for i in range(first, last):
+        key = packed[np.uint64(i)] >> row_shift
+        if key == before:
+            continue
+        if key >= limit:
+            row_starts[np.uint64(r)] = s
+            r += 1
+            limit = (key // dim + 1) * dim
+        starts[np.uint64(s)] = i
+        s += 1
+        before = key
 
 
-@jit
-def group_tables_worker(
-    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, t: Any,
-    block: Any, like: Any,
-) -> None:  # fmt: skip
-    """Take tables in turn with the other threads, until there are none left."""
-    turn = take_turn(turns)
-    while turn < len(order):
-        group_table(batch, order[turn], memory, long, long_first, ends, t, block, like)
-        turn = take_turn(turns)
+@jit(inlined=False)
+def list_long(starts: Any, first: Any, last: Any, long: Any, at: Any) -> Any:
+    """List the segments first:last that are longer than a block, from ``long[at]`` on.
+
+    Returns the length of the longest, and how many were listed.
+    """
+    longest = starts.dtype.type(0)  # of a type that lets the loop be vectorized
+    one = np.uint64(1)
+    for s in range(np.uint64(first), np.uint64(last)):
+        longest = max(longest, starts.dtype.type(starts[np.uint64(s) + one] - starts[s]))
+    listed = np.int64(0)
+    if longest > BLOCK:
+        for s in range(np.uint64(first), np.uint64(last)):
+            if starts[np.uint64(s) + one] - starts[s] > BLOCK:
+                long[np.uint64(at + listed)] = s
+                listed += 1
+    return np.int64(longest), listed
 
 
-@jit
-def group_tables_serial(
-    turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any, block: Any,
-    like: Any,
-) -> None:  # fmt: skip
-    """Group the ids of every table of a batch; ``like`` has an array of each dtype: ids, int32, int64."""
-    group_tables_worker(turns, order, batch, memory, long, long_first, ends, 0, block, like)
+# --- cut --------------------------------------------------------------------------------------------------
 
 
-@jit(parallel=True)
-def group_tables_parallel(
-    threads: Any, turns: Any, order: Any, batch: Any, memory: Any, long: Any, long_first: Any, ends: Any,
-    block: Any, like: Any,
-) -> None:  # fmt: skip
-    """Do what `group_tables_serial` does on several threads, each with a row of ``ends``."""
-    before = swap_threads(threads)
-    for t in prange(len(ends)):
-        group_tables_worker(turns, order, batch, memory, long, long_first, ends, t, block, like)
-    swap_threads(before)
+@jit(inlined=False)
+def cost_before(starts: Any, s: Any, at: Any, row_cost: Any, long: Any, saved: Any) -> Any:
+    """What the segments at:s cost: their ids, ``row_cost`` each, and, where they are long, only their blocks.
+
+    Parameters
+    ----------
+    starts : list
+    long : (any,) int64
+        The segments that are longer than a block, and have been summed by blocks already.
+    saved : (any + 1,) int64
+        How many more ids than blocks the long ones before have.
+    """
+    lo, hi = np.int64(0), np.int64(len(long))
+    while lo < hi:
+        middle = (lo + hi) // 2
+        if long[middle] < s:
+            lo = middle + 1
+        else:
+            hi = middle
+    cost = np.int64(starts[np.uint64(s)]) - np.int64(starts[np.uint64(at)]) + row_cost * (s - at)
+    return cost - saved[lo] if len(long) > 0 else cost
+
+
+@jit(inlined=False)
+def cut(
+    starts: Any,
+    at: Any,
+    units: Any,
+    row_cost: Any,
+    long: Any,
+    saved: Any,
+    tasks: Any,
+    first_task: Any,
+    count: Any,
+) -> None:
+    """Cut the segments at:at + units into ``count`` tasks of about equal cost; see `cost_before`."""
+    total = cost_before(starts, at + units, at, row_cost, long, saved)
+    begin = at
+    for k in range(1, count + 1):
+        low, high = begin, at + units
+        if k == count:
+            low = high
+        while low < high:
+            middle = (low + high) // 2
+            if cost_before(starts, middle, at, row_cost, long, saved) * count < k * total:
+                low = middle + 1
+            else:
+                high = middle
+        task = tasks[first_task + k - 1]
+        task["first"], task["last"] = begin, low
+        begin = low

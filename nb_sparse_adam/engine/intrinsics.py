@@ -29,6 +29,7 @@ __all__ = [
     "CACHE_LINE",
     "address",
     "array_at",
+    "call_at",
     "copy_correction",
     "load_correction",
     "load_count",
@@ -39,8 +40,10 @@ __all__ = [
     "load_row_correction",
     "load_sum",
     "load_value",
-    "matrix_at",
+    "new_turns",
     "prefetch_line",
+    "real_of_bits4",
+    "real_of_bits8",
     "store_count",
     "store_exp_avg",
     "store_exp_avg_sq",
@@ -164,19 +167,32 @@ if numba.config.DISABLE_JIT:
         """Do nothing: without the compiler there is nothing to hint at."""
 
     def array_at(at_address: Any, length: Any, like: Any) -> Any:
-        """Return the (length,) array of ``like``'s dtype that lies at an address."""
-        size = int(length) * like.itemsize
-        memory = (ctypes.c_char * size).from_address(int(at_address)) if size else b""
-        return np.frombuffer(memory, like.dtype)
+        """Return the (length,) array at an address, of ``like``'s dtype, or of the dtype ``like``."""
+        dtype: Any = np.dtype(like) if isinstance(like, type) else like.dtype
+        size = int(length) * dtype.itemsize
+        memory: Any = (ctypes.c_char * size).from_address(int(at_address)) if size else b""
+        return np.frombuffer(memory, dtype)
 
-    def matrix_at(at_address: Any, rows: Any, columns: Any, like: Any) -> Any:
-        """Return the (rows, columns) array of ``like``'s dtype that lies at an address."""
-        return array_at(at_address, rows * columns, like).reshape(rows, columns)
+    def new_turns() -> Any:
+        """Return a (1,) int64 array for `take_turn` that lives as long as the function that made it."""
+        return np.zeros(1, np.int64)
+
+    def call_at(function: Any, like: Any, arguments: Any) -> Any:  # noqa: ARG001
+        """Call a function."""
+        return function(*arguments)
 
     def take_turn(turns: Any) -> int:
         """Return ``turns[0]``, and count it on."""
         turns[0] += 1
         return int(turns[0]) - 1
+
+    def real_of_bits4(bits: Any) -> Any:
+        """Return the float32 that has these bits; its sign bit is 0."""
+        return np.int32(bits).view(np.float32)
+
+    def real_of_bits8(bits: Any) -> Any:
+        """Return the float64 that has these bits."""
+        return np.int64(bits).view(np.float64)
 
 else:
 
@@ -228,7 +244,7 @@ else:
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def array_at(typingctx: Any, at_address: Any, length: Any, like: Any) -> Any:  # noqa: ARG001
-        """Return the (length,) array of ``like``'s dtype that lies at an address."""
+        """Return the (length,) array at an address, of ``like``'s dtype, or of the dtype ``like``."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return _make_array(context, builder, signature.return_type, args[0], [args[1]])
@@ -236,13 +252,38 @@ else:
         return types.Array(like.dtype, 1, "C")(types.int64, types.intp, like), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-    def matrix_at(typingctx: Any, at_address: Any, rows: Any, columns: Any, like: Any) -> Any:  # noqa: ARG001
-        """Return the (rows, columns) array of ``like``'s dtype that lies at an address."""
+    def new_turns(typingctx: Any) -> Any:  # noqa: ARG001
+        """Return a (1,) int64 array for `take_turn` that lives as long as the function that made it.
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _make_array(context, builder, signature.return_type, args[0], [args[1], args[2]])
+        It is on that function's stack: nothing is allocated, and no two calls share one.
+        """
+        made = types.Array(types.int64, 1, "C")
 
-        return types.Array(like.dtype, 2, "C")(types.int64, types.intp, types.intp, like), codegen
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            line = ir.ArrayType(ir.IntType(64), 2 * CACHE_LINE // 8)  # what is beside it is nobody's
+            place = builder.ptrtoint(cgutils.alloca_once(builder, line), ir.IntType(64))
+            middle = builder.add(place, ir.IntType(64)(CACHE_LINE))
+            return _make_array(context, builder, made, middle, [context.get_constant(types.intp, 1)])
+
+        return made(), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def real_of_bits4(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+        """Return the float32 that has these bits; its sign bit is 0."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+        return types.float32(types.int64), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def real_of_bits8(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+        """Return the float64 that has these bits."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.bitcast(args[0], ir.DoubleType())
+
+        return types.float64(types.int64), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def take_turn(typingctx: Any, turns: Any) -> Any:  # noqa: ARG001
@@ -253,3 +294,24 @@ else:
             return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
         return types.int64(turns), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def call_at(typingctx: Any, at_address: Any, like: Any, arguments: Any) -> Any:  # noqa: ARG001
+        """Call the compiled function at an address with a tuple of arguments.
+
+        What it returns is of the type of ``like``. What it raises, as indices do that are out of bounds where
+        they are checked, is raised here.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            result, given = signature.return_type, tuple(signature.args[2])
+            kind = context.call_conv.get_function_type(result, given)
+            function = builder.inttoptr(args[0], kind.as_pointer())
+            values = cgutils.unpack_tuple(builder, args[2])
+            status, value = context.call_conv.call_function(builder, function, result, given, values)
+            with cgutils.if_unlikely(builder, status.is_error):
+                context.call_conv.return_status_propagate(builder, status)
+            return value
+
+        result = types.none if like == types.none else like
+        return result(types.int64, like, arguments), codegen

@@ -7,10 +7,10 @@ to 20 times slower than on one (two Zen 4 cores, GNU OpenMP). Other programs com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from statistics import fmean
 
-from nb_sparse_adam.engine.threads import ALONE, Crew, usable_threads
+from nb_sparse_adam.engine.threads import ALONE, Partition, usable_threads
 
 __all__ = ["Pace", "Paces", "choices_up_to"]
 
@@ -99,14 +99,16 @@ class Paces:
     """The paces of one table: steps of one form and about one size are equal pieces of work."""
 
     def __init__(self) -> None:
-        self._paces: dict[tuple[str, int, int], Pace] = {}
+        self._paces: dict[tuple[Hashable, int, int], Pace] = {}
 
-    def crew_for(self, form: str, size: int, num_threads: int | None) -> tuple[Crew, Pace | None]:
+    def partition_for(
+        self, form: Hashable, size: int, num_threads: int | None
+    ) -> tuple[Partition, Pace | None]:
         """Choose the threads of a step.
 
         Parameters
         ----------
-        form : str
+        form : hashable
             What kind of work it is.
         size : int
             Elements that it touches: one thread below `PARALLEL_ELEMENTS`.
@@ -115,7 +117,7 @@ class Paces:
 
         Returns
         -------
-        crew : Crew
+        partition : Partition
         pace : Pace or None
             To be told the time that the step took for each of its elements.
         """
@@ -123,9 +125,9 @@ class Paces:
             return ALONE, None
         most = usable_threads(num_threads)
         if most == 1 or num_threads is not None:
-            return Crew(most, most), None
+            return Partition(most, most), None
         key = (form, size.bit_length(), most)
         pace = self._paces.get(key)
         if pace is None:
             pace = self._paces[key] = Pace(choices_up_to(most))
-        return Crew(most, pace.threads), pace
+        return Partition(most, pace.threads), pace

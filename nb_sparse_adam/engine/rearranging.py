@@ -59,7 +59,7 @@ def checked_source(where: str, given: Any, length: int, rows: int) -> NDArray[np
     return array.astype(np.int64, copy=False)
 
 
-@jit
+@jit(entry=True)
 def take_rows(source: Any, old: Any, columns: Any, new: Any) -> None:
     """Copy rows of state, as bits; what is all zeros is not written: fresh memory costs nothing until it is.
 

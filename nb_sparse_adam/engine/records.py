@@ -11,6 +11,8 @@ that they are about. Everything is 8 bytes long, so that records are the same fo
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 
 __all__ = [
@@ -40,7 +42,9 @@ __all__ = [
     "SKIP",
     "TABLE",
     "TASK",
+    "TOO_MANY_BITS",
     "WEIGHT_NOT_FINITE",
+    "packer",
 ]
 
 ELEMENT, ROW, GLOBAL = 0, 1, 2  # count rules, as `step_counts` names them
@@ -55,6 +59,7 @@ DISTINCT, SEGMENTS, COMPRESSED, ENTRIES = 0, 1, 2, 3
 
 # Faults, in the order in which they are told.
 NO_FAULT, ID, COLUMN, OFFSET, CHANGED, NOT_FINITE, WEIGHT_NOT_FINITE, OVERFLOW = 0, 1, 2, 3, 4, 5, 6, 7
+TOO_MANY_BITS = 8  # a row, or an entry, and a position do not fit into 63 bits together
 
 
 def _record(*fields: str, reals: tuple[str, ...] = ()) -> np.dtype[np.void]:
@@ -68,7 +73,7 @@ TABLE = _record(
     # Moments: exp_avg of row r begins at r * state_stride, its exp_avg_sq exp_avg_sq_offset behind.
     "state", "state_length", "state_stride", "exp_avg_sq_offset",
     # Counts of active steps: those of row r begin at r * count_stride. One for the table: 0.
-    "counts", "counts_length", "count_stride",
+    "counts", "counts_length", "count_stride", "count_rule",  # ELEMENT, ROW or GLOBAL
     # Bias corrections, see `corrections.Corrections`: pairs for k = 0..K. Complete: none changes beyond K.
     "corrections", "corrections_length", "complete", "eps_hat",
     "totals",  # address of (2,) int64, the table's: steps that were applied, rows that were skipped
@@ -108,7 +113,9 @@ FOUND = _record(
     "packed", "row_shift",  # sorted: id << row_shift | payload, int64, ids_length of them
     "starts",  # list: where each segment begins, and the end of the last; of COMPRESSED, where rows do
     "bag_of",  # list: the bag of each position, where weights make the payload a position
-    "present_rows",  # COMPRESSED, list: the row of each place; a gap between the parts of several threads
+    # COMPRESSED, list: the row of each place, with gaps between the parts of several threads; how many places
+    # the lists of rows and of their starts have.
+    "present_rows", "present_length",
     "row_starts",  # ENTRIES, list: the first entry of each row present, and the end of the last
     "long", "long_length", "long_first",  # int64: segments longer than a block; the first block of each
     "blocks", "block_sums",  # how many, and (blocks, values_dim) sums of them
@@ -118,3 +125,9 @@ FOUND = _record(
 )  # fmt: skip
 
 TASK = _record("gradient", "part", "parts", "first", "last", "skipped")
+
+
+def packer(dtype: np.dtype[np.void]) -> struct.Struct:
+    """Return what packs the numbers of a record, in its order: NumPy takes several times as long."""
+    kinds = [dtype[name].kind for name in dtype.names or ()]
+    return struct.Struct("".join("d" if kind == "f" else "q" for kind in kinds))

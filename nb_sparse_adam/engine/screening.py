@@ -1,110 +1,125 @@
-"""Is any value too large, or not finite? Answered for almost every gradient by one pass over its bits."""
+"""Is any value too large, or not finite? Answered for almost every gradient by one pass over its bits.
+
+Without its sign bit a floating-point number compares like an integer, infinity above every number and NaN
+above infinity: the maximum of the bits answers both questions, and vectorizes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import prange
-from numpy.typing import NDArray
 
 from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.parallel import swap_threads
-from nb_sparse_adam.engine.threads import ALONE, Crew, run
+from nb_sparse_adam.engine.intrinsics import array_at, real_of_bits4, real_of_bits8
 
-__all__ = ["SAFE_SHARE", "largest_magnitude", "square_root_of_largest", "squares_are_finite"]
-
-# Below this many values one thread is done before a second one has started.
-PARALLEL_VALUES = 1 << 17
-
-FEW_VALUES = 1 << 10  # for fewer, what surrounds the fast loop takes longer than a plain one
+__all__ = [
+    "SAFE_SHARE",
+    "first_not_finite",
+    "largest_bits",
+    "magnitude_of_bits",
+    "square_root_of_largest",
+    "surely_finite",
+]
 
 SAFE_SHARE = 1.25  # what rounding may add to a sum, generously
 
 BLOCK = 4096  # values; enough for the processor's own prefetching
 
-# By the size of a float: integers of that size, and all of their bits but the sign; rounding unit, and root
-# of the maximum.
-_INTEGERS: dict[int, tuple[Any, Any]] = {
-    4: (np.int32, np.int32(2**31 - 1)),
-    8: (np.int64, np.int64(2**63 - 1)),
-}
-_LIMITS = {
-    dtype.itemsize: (float(np.finfo(dtype).eps), float(np.sqrt(np.finfo(dtype).max)))
-    for dtype in (np.dtype(np.float32), np.dtype(np.float64))
-}
+_EPS4, _EPS8 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
+_ROOT4, _ROOT8 = float(np.sqrt(np.finfo(np.float32).max)), float(np.sqrt(np.finfo(np.float64).max))
+_ALL_BUT_SIGN4, _ALL_BUT_SIGN8 = np.int32(2**31 - 1), np.int64(2**63 - 1)
 
 
-def largest_magnitude(values: NDArray[Any], crew: Crew) -> float:
-    """The largest absolute value of a C-contiguous float array; NaN if it holds one, 0 if it is empty.
+@jit(inlined=False)
+def largest_bits(place: Any, size: Any, first: Any, last: Any, stride: Any, dim: Any) -> Any:
+    """The largest of the bits, without signs, of the rows first:last of a matrix of floats.
 
-    Without its sign bit a floating-point number compares like an integer, infinity above every number and
-    NaN above infinity: the maximum of the bits answers both questions, and vectorizes.
+    Parameters
+    ----------
+    place : int64
+        Address of the matrix.
+    size : int64
+        Bytes of a float, 4 or 8.
+    first, last : int64
+        Rows.
+    stride : int64
+        Floats from one row to the next.
+    dim : int64
+        Floats in a row.
+
+    Returns
+    -------
+    int64
+        To be read by `magnitude_of_bits`; 0 if there are no floats.
     """
-    if values.size < FEW_VALUES:
-        return float(largest_of_few(values.reshape(-1)))
-    integer, mask = _INTEGERS[values.itemsize]
-    bits = values.reshape(-1).view(integer)
-    if len(bits) < PARALLEL_VALUES:
-        crew = ALONE
-    largest = np.zeros(crew.parts, integer)
-    run((largest_bits_serial, largest_bits_parallel), crew, bits, mask, largest)
-    return float(largest.max().view(values.dtype))
+    if last <= first or dim == 0:
+        return np.int64(0)
+    length = (last - 1) * stride + dim
+    if size == 4:
+        bits4 = array_at(place, length, np.int32)
+        return np.int64(_largest_bits(bits4, _ALL_BUT_SIGN4, first, last, stride, dim))
+    bits8 = array_at(place, length, np.int64)
+    return np.int64(_largest_bits(bits8, _ALL_BUT_SIGN8, first, last, stride, dim))
 
 
-def squares_are_finite(largest: float, terms: int, dtype: np.dtype[Any]) -> bool:
-    """Whether a sum of so many terms, none larger, surely has a finite square, rounding included."""
-    eps, largest_square_root = _LIMITS[dtype.itemsize]
-    if not terms * eps < 0.1:  # each addition may round up by half of eps
-        return False
-    return largest * terms * SAFE_SHARE < largest_square_root
-
-
-def square_root_of_largest(dtype: np.dtype[Any]) -> float:
-    """Return what no number may exceed if its square is to be finite."""
-    return _LIMITS[dtype.itemsize][1]
-
-
-@jit
-def largest_of_few(values: Any) -> Any:
-    """Return the largest absolute value, or NaN if there is one."""
-    largest = values.dtype.type(0)
-    for i in range(len(values)):
-        magnitude = abs(values[i])
-        if magnitude > largest or magnitude != magnitude:
-            largest = magnitude
-    return largest
-
-
-@jit
-def largest_bits_worker(bits: Any, mask: Any, lo: Any, hi: Any) -> Any:
-    """Return the maximum of ``bits[lo:hi] & mask``.
+@jit(inlined=False)
+def _largest_bits(bits: Any, mask: Any, first: Any, last: Any, stride: Any, dim: Any) -> Any:
+    """The same, of an array of integers.
 
     From the end to the start, block by block: what was read last, and is still in the cache, is what the
     step reads first.
     """
     integer = bits.dtype.type  # numba widens what & gives to 64 bits, of which fewer fit into a register
     largest = integer(0)
-    end = hi
-    while end > lo:
-        start = max(end - BLOCK, lo)
-        for i in range(np.uint64(start), np.uint64(end)):  # unsigned: an index that cannot wrap around
-            largest = max(largest, integer(bits[i] & mask))
-        end = start
+    runs, run = last - first, dim
+    if stride == dim:
+        runs, run = np.int64(1), (last - first) * dim
+    for k in range(runs - 1, -1, -1):
+        lo = (first + k) * stride
+        end = lo + run
+        while end > lo:
+            start = max(end - BLOCK, lo)
+            for i in range(np.uint64(start), np.uint64(end)):  # unsigned: an index that cannot wrap around
+                largest = max(largest, integer(bits[i] & mask))
+            end = start
     return largest
 
 
-@jit
-def largest_bits_serial(bits: Any, mask: Any, largest: Any) -> None:
-    """``largest[0]`` ← the maximum of ``bits & mask``."""
-    largest[0] = largest_bits_worker(bits, mask, 0, len(bits))
+@jit(inlined=False)
+def magnitude_of_bits(bits: Any, size: Any) -> Any:
+    """The float64 that a float of so many bytes with these bits is."""
+    if size == 4:
+        return float(real_of_bits4(bits))
+    return float(real_of_bits8(bits))
 
 
-@jit(parallel=True)
-def largest_bits_parallel(threads: Any, bits: Any, mask: Any, largest: Any) -> None:
-    """``largest[t]`` ← the maximum over the t-th part of the bits."""
-    before = swap_threads(threads)
-    chunks = len(largest)
-    for t in prange(chunks):
-        largest[t] = largest_bits_worker(bits, mask, len(bits) * t // chunks, len(bits) * (t + 1) // chunks)
-    swap_threads(before)
+@jit(inlined=False)
+def surely_finite(largest: Any, terms: Any, size: Any) -> Any:
+    """Whether a sum of so many terms, none larger, surely has a finite square, rounding included.
+
+    ``size`` is that of the float that it is computed in, in bytes.
+    """
+    if not terms * (_EPS4 if size == 4 else _EPS8) < 0.1:  # each addition may round up by half of eps
+        return False
+    return bool(float(largest) * terms * SAFE_SHARE < (_ROOT4 if size == 4 else _ROOT8))
+
+
+@jit(inlined=False)
+def first_not_finite(place: Any, size: Any, rows: Any, stride: Any, dim: Any) -> Any:
+    """Place (row * dim + column) and value of a matrix's first float that is not finite; -1 if all are."""
+    length = (rows - 1) * stride + dim if rows > 0 else 0
+    narrow = array_at(place, length if size == 4 else 0, np.float32)
+    wide = array_at(place, length if size == 8 else 0, np.float64)
+    for r in range(rows):
+        for j in range(dim):
+            i = np.uint64(r * stride + j)
+            value = np.float64(narrow[i]) if size == 4 else wide[i]
+            if not abs(value) < np.inf:
+                return np.int64(r * dim + j), value
+    return np.int64(-1), 0.0
+
+
+def square_root_of_largest(dtype: np.dtype[Any]) -> float:
+    """Return what no number may exceed if its square is to be finite."""
+    return _ROOT4 if dtype.itemsize == 4 else _ROOT8

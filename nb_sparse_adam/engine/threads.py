@@ -1,4 +1,4 @@
-"""When a kernel runs on several threads, on how many, and what keeps that from taking the process down.
+"""When a driver runs on several threads, on how many, and what keeps that from taking the process down.
 
 * numba's ``workqueue`` layer aborts the process if two threads enter parallel kernels at once, ours or a
   user's: on it, kernels run on one thread while other Python threads are alive. ``omp`` and ``tbb`` are
@@ -20,27 +20,28 @@ import numba
 
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.cpu_limits import most_threads
+from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.parallel import get_threads
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["ALONE", "Crew", "max_threads", "numba_threads", "run", "threading_layer", "usable_threads"]
+__all__ = ["ALONE", "Partition", "max_threads", "numba_threads", "run", "threading_layer", "usable_threads"]
 
 _lost_threads = False  # threads were started before this process was forked, and are not here
 _has_warned = False
 
 
-class Crew(NamedTuple):
+class Partition(NamedTuple):
     """Into how many parts work is cut, and how many threads take them at once.
 
-    Work of one part is for the serial kernels and starts no thread. A crew with more parts than threads runs
-    the same compiled kernel as one with as many of both: `pacing` tries fewer threads without compiling.
+    Work of one part is for serial drivers and starts no thread. A partition with more parts than threads runs
+    the same compiled driver as one with as many of both: `pacing` tries fewer threads without compiling.
     """
 
     parts: int
     threads: int
 
 
-ALONE = Crew(1, 1)
+ALONE = Partition(1, 1)
 
 
 def max_threads() -> int:
@@ -69,7 +70,7 @@ def threading_layer() -> str:
     return str(numba.threading_layer())
 
 
-@jit
+@jit(entry=True)
 def _threads_now() -> Any:
     return get_threads()
 
@@ -101,24 +102,21 @@ def usable_threads(requested: int | None) -> int:
     return min(numba_threads(), most_threads()) if requested is None else requested
 
 
-def run(drivers: tuple[Any, Any], crew: Crew, *arguments: Any) -> None:
-    """Run a kernel on the threads of a crew.
+def run(drivers: Drivers, partition: Partition, *arguments: Any) -> Any:
+    """Run a driver on the threads of a partition, and return what it does.
 
     Parameters
     ----------
-    drivers : (serial, parallel)
-        Compiled functions that do the same; the second one takes a number of threads first (see `parallel`).
-    crew : Crew
+    drivers : Drivers
         Of one part: the serial one is run, and no thread is started.
+    partition : Partition
     *arguments
-        Of either driver, but for the number of threads.
+        Of the driver, after the number of threads.
     """
-    serial, parallel = drivers
     # At the last moment: if no other Python thread is there now, none can begin before the kernel has ended.
-    if crew.parts == 1 or _lost_threads or (threading_layer() == "workqueue" and _has_company()):
-        serial(*arguments)
-    else:
-        parallel(crew.threads, *arguments)
+    if partition.parts == 1 or _lost_threads or (threading_layer() == "workqueue" and _has_company()):
+        return drivers.serial(1, *arguments)
+    return drivers.parallel(partition.threads, *arguments)
 
 
 def _has_company() -> bool:

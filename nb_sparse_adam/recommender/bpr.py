@@ -12,20 +12,17 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.parallel import float_mode, swap_float_mode, swap_threads
+from nb_sparse_adam.engine.driver import Drivers
 
 __all__ = [
     "BLOCK",
     "Pair",
     "Source",
-    "gradients_parallel",
-    "gradients_serial",
-    "sample_parallel",
-    "sample_serial",
+    "gradients",
+    "sample",
 ]
 
 BLOCK = 64  # interactions that a thread takes at a time; the losses of each block are summed on their own
@@ -85,7 +82,7 @@ def absent(indices: Any, low: Any, high: Any, rank: Any) -> Any:
 def sample_worker(
     begin: Any, end: Any, key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any
 ) -> None:
-    """Do what `sample_serial` does, for the interactions begin:end of ``order``."""
+    """Do what `sample` does, for the interactions begin:end of ``order``."""
     n = len(order)
     negatives = len(items) // n - 1
     for t in range(begin, end):
@@ -106,29 +103,33 @@ def sample_worker(
             items[place + k] = absent(source.indices, low, high, rank)
 
 
-@jit
-def sample_serial(key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any) -> None:
-    """Look up the interactions of some batches, and sample other items for each.
-
-    The random numbers are a function of ``key`` (uint64) and of the interaction's place in the epoch, which
-    is ``first`` for the first of the interactions that ``order``, (n,), names. Each ``size`` of them are a
-    batch. ``users``, (n,), gets their users, and ``items``, (n + n * negatives,), batch by batch, their items
-    followed by those that are sampled for the first of the batch, for the second ...
-    """
-    sample_worker(0, len(order), key, first, order, source, size, users, items)
+def _dtypes_of(job: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Say of which dtypes the arrays of a job are."""
+    return tuple(getattr(each, "dtype", None) for each in job)
 
 
-@jit(parallel=True)
-def sample_parallel(
-    threads: Any, key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any
-) -> None:
-    """Do what `sample_serial` does, on several threads."""
-    before = swap_threads(threads)
-    n = len(order)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        begin = block * BLOCK
-        sample_worker(begin, min(begin + BLOCK, n), key, first, order, source, size, users, items)
-    swap_threads(before)
+@jit(entry=True)
+def _sample_begin(phase: Any, job: Any) -> Any:
+    """How many blocks of interactions there are."""
+    return np.int64((len(job[2]) + BLOCK - 1) // BLOCK if phase == 0 else -1)
+
+
+@jit(entry=True)
+def _sample_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+    """Sample for one block of interactions."""
+    key, first, order, user_of, indptr, indices, n_items, size, users, items = job
+    source = Source(user_of, indptr, indices, n_items)
+    begin = block * BLOCK
+    sample_worker(begin, min(begin + BLOCK, len(order)), key, first, order, source, size, users, items)
+
+
+# Look up the interactions of some batches, and sample other items for each: job (key, first, order, *source,
+# size, users, items), with a `Source`. The random numbers are a function of ``key`` (uint64) and of the
+# interaction's place in the epoch, which is ``first`` for the first of the interactions that ``order``, (n,),
+# names. Each ``size`` of them are a batch. ``users``, (n,), gets their users, and ``items``,
+# (n + n * negatives,), batch by batch, their items followed by those that are sampled for the first of the
+# batch, for the second, and so on.
+sample = Drivers(_sample_begin, _sample_work, _dtypes_of)
 
 
 # --- loss and gradients -----------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def dot(a: Any, i: Any, b: Any, j: Any) -> Any:
 def gradients_worker(
     begin: Any, end: Any, tables: Any, users: Any, items: Any, reg: Any, gradients: Any
 ) -> float:
-    """Do what `gradients_serial` does, for the interactions begin:end; return the sum of their losses."""
+    """Do what `gradients` does, for the interactions begin:end; return the sum of their losses."""
     user_table, item_table = tables.user, tables.item
     user_grad, item_grad = gradients.user, gradients.item
     n = len(users)
@@ -187,32 +188,24 @@ def gradients_worker(
     return loss
 
 
-@jit
-def gradients_serial(tables: Any, users: Any, items: Any, reg: Any, gradients: Any, losses: Any) -> None:
-    """Compute the gradients of the mean loss of a batch with respect to every row that it looks up.
-
-    ``tables`` and ``gradients`` are each a `Pair`; ``users`` and ``items`` are as `sample_serial` writes
-    them, and row t of the gradients belongs to their id t. ``losses``, (blocks,), gets the sum of the losses
-    of the triples of each block.
-    """
-    n = len(users)
-    for block in range((n + BLOCK - 1) // BLOCK):
-        begin = block * BLOCK
-        end = min(begin + BLOCK, n)
-        losses[block] = gradients_worker(begin, end, tables, users, items, reg, gradients)
+@jit(entry=True)
+def _gradients_begin(phase: Any, job: Any) -> Any:
+    """How many blocks of interactions there are."""
+    return np.int64((len(job[2]) + BLOCK - 1) // BLOCK if phase == 0 else -1)
 
 
-@jit(parallel=True)
-def gradients_parallel(
-    threads: Any, tables: Any, users: Any, items: Any, reg: Any, gradients: Any, losses: Any
-) -> None:
-    """Do what `gradients_serial` does, on several threads."""
-    before, mode = swap_threads(threads), float_mode()
-    n = len(users)
-    for block in prange((n + BLOCK - 1) // BLOCK):
-        own = swap_float_mode(mode)
-        begin = block * BLOCK
-        end = min(begin + BLOCK, n)
-        losses[block] = gradients_worker(begin, end, tables, users, items, reg, gradients)
-        swap_float_mode(own)
-    swap_threads(before)
+@jit(entry=True)
+def _gradients_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+    """Compute the gradients of one block of interactions."""
+    user, item, users, items, reg, user_grad, item_grad, losses = job
+    tables, gradients = Pair(user, item), Pair(user_grad, item_grad)
+    begin = block * BLOCK
+    end = min(begin + BLOCK, len(users))
+    losses[block] = gradients_worker(begin, end, tables, users, items, reg, gradients)
+
+
+# The gradients of the mean loss of a batch with respect to every row that it looks up: job (*tables, users,
+# items, reg, *gradients, losses), where tables and gradients are each a `Pair`. ``users`` and ``items`` are
+# as `sample` writes them, and row t of the gradients belongs to their id t. ``losses``, (blocks,), gets the
+# sum of the losses of the triples of each block.
+gradients = Drivers(_gradients_begin, _gradients_work, _dtypes_of)

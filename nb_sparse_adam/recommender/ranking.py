@@ -143,7 +143,7 @@ def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: 
     return Quality(float(recall.mean()), float(ndcg.mean()), len(users))
 
 
-@jit
+@jit(entry=True)
 def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_scores: Any) -> None:
     """Write the best items of each row of scores into best (filled with -1); best_scores is scratch."""
     top = best.shape[1]
@@ -167,7 +167,7 @@ def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_sc
             found = min(found + 1, top)
 
 
-@jit(allocates=True)
+@jit(entry=True, allocates=True)
 def _hits(best: Any, users: Any, indptr: Any, indices: Any) -> Any:
     """Return 1.0 where a ranked item is one of the user's in the CSR (sorted), else 0.0; shape of best."""
     hits = np.zeros(best.shape)

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.pacing import Pace, choices_up_to
-from nb_sparse_adam.engine.threads import Crew, run, usable_threads
+from nb_sparse_adam.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
@@ -177,11 +178,10 @@ class Batch(NamedTuple):
     items: npt.NDArray[np.int32]
 
 
-def _launch(kernel: str, requested: int | None, interactions: int, *arguments: Any) -> None:
+def _launch(kernel: Drivers, requested: int | None, interactions: int, *arguments: Any) -> None:
     """Run a kernel of `bpr` on the threads of the options, or on this one alone if there is little to do."""
     threads = 1 if interactions < 4 * bpr.BLOCK else usable_threads(requested)
-    drivers = getattr(bpr, f"{kernel}_serial"), getattr(bpr, f"{kernel}_parallel")
-    run(drivers, Crew(threads, threads), *arguments)
+    run(kernel, Partition(threads, threads), arguments)
 
 
 def _trainable(split: Split) -> npt.NDArray[np.int64]:
@@ -221,8 +221,8 @@ def epoch_batches(split: Split, options: BPROptions, epoch: int) -> Iterator[Bat
         n = min(chunk, len(order) - first)
         with np.errstate(over="ignore"):  # without the JIT, splitmix64 overflows on NumPy's scalars
             _launch(
-                "sample", options.threads, n,
-                key, first, order[first : first + n], source, size, users[:n], items[: n * width],
+                bpr.sample, options.threads, n,
+                key, first, order[first : first + n], *source, size, users[:n], items[: n * width],
             )  # fmt: skip
         for start in range(0, n, size):
             stop = min(start + size, n)
@@ -364,14 +364,14 @@ class BPRModel:
         n, blocks = len(batch.users), -(-len(batch.users) // bpr.BLOCK)
         gradients = bpr.Pair(self._gradients.user[:n], self._gradients.item[: len(batch.items)])
         _launch(
-            "gradients",
+            bpr.gradients,
             self.optimizer.num_threads,
             n,
-            bpr.Pair(self.user_table, self.item_table),
+            *bpr.Pair(self.user_table, self.item_table),
             batch.users,
             batch.items,
             float(self.options.reg),
-            gradients,
+            *gradients,
             self._losses,
         )
         loss = float(self._losses[:blocks].sum()) / batch.negatives.size

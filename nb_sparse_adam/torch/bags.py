@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nb_sparse_adam.errors import GradientIndexError
-from nb_sparse_adam.gradients import count_rises_and_falls
 
 __all__ = [
     "are_offsets",
@@ -64,7 +63,7 @@ def check_offsets(name: str, offsets: Tensor, n: int, include_last: bool) -> Non
     if len(array) and not (
         array[0] == 0
         and (array[-1] == n if include_last else array[-1] <= n)
-        and count_rises_and_falls(array)[1] == 0
+        and not (array[1:] < array[:-1]).any()
     ):
         raise _error(name, array, n, include_last)
 

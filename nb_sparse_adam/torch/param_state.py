@@ -16,7 +16,7 @@ from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.engine.threads import max_threads, numba_threads
 from nb_sparse_adam.errors import GradientError, GradientIndexError, StateError
 from nb_sparse_adam.gradients import RowGradient
-from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.optimizer import SparseAdam, tables_of
 from nb_sparse_adam.torch.tensors import (
     Gpu,
     array_of,
@@ -86,7 +86,7 @@ class ParamState:
         self.together: weakref.WeakSet[ParamState] = weakref.WeakSet([self])
         matrix = (data if self.shadow is None else self.shadow).reshape(self.rows, self.dim)
         self.engine = SparseAdam({name: array_of(matrix, self.on_gpu)}, step_counts=step_counts)
-        self.table = self.engine.state[name]
+        self.table = tables_of(self.engine)[name]
         self.given: tuple[Any, ...] | None = None  # the options in use, as the group had them
         self._counted, self._counted_at = 0, 0
         self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
@@ -97,7 +97,7 @@ class ParamState:
         ):  # tensors made under it have no version, which says when they change
             self._make_views()
         if after is not None:
-            self.table._set_skipped_rows(after.skipped_rows)
+            self.table.set_skipped_rows(after.skipped_rows)
 
     @property
     def checks(self) -> str | None:
@@ -107,9 +107,9 @@ class ParamState:
     def _make_views(self) -> None:
         """Make the tensors that show the state."""
         self._viewed = arrays = self.table.arrays
-        moments = self._tensor(arrays.moments)
-        self.exp_avg = self._view(moments, arrays.moment_stride, 0)
-        self.exp_avg_sq = self._view(moments, arrays.moment_stride, self.dim if self.rows else 0)
+        words = self._tensor(arrays.words)
+        self.exp_avg = self._view(words, arrays.state_stride, 0)
+        self.exp_avg_sq = self._view(words, arrays.state_stride, arrays.exp_avg_sq_offset if self.rows else 0)
         self.counts: Tensor | None = None
         if self.step_counts == "element":
             self.counts = self._view(self._tensor(arrays.counts), arrays.count_stride, 0)
@@ -155,8 +155,7 @@ class ParamState:
     @property
     def has_refused(self) -> bool:
         """Whether it is known by now that a deferred step was refused."""
-        guard = self.engine._guard
-        return guard is not None and bool(guard.seen[0] != 0)
+        return bool(self.table.backend.has_refused)
 
     @property
     def skipped_rows(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.errors import TableError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
-from nb_sparse_adam.optimizer import step_together
+from nb_sparse_adam.stepping import step_together
 from nb_sparse_adam.torch import deferred
 from nb_sparse_adam.torch.param_state import ParamState
 

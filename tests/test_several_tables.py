@@ -9,11 +9,12 @@ from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine import batching, kernels, runs
+from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, optimizer
+from nb_sparse_adam.engine import host
+from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError, OptionError
-from nb_sparse_adam.optimizer import step_together
+from nb_sparse_adam.stepping import step_together
 
 FORMS = ["rows", "sorted rows", "bags", "mean", "weighted", "hot"]
 THREADS = sorted({1, max_threads()})
@@ -42,15 +43,16 @@ def tables_of(shapes, dtype=np.float32):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """How many tables each native call had."""
+    """How many tables each native call had that updated several."""
     seen = []
-    plan_batch = batching.plan_batch
+    call = host.HostRun.__call__
 
-    def spy(parts, *others):
-        seen.append(len(parts))
-        return plan_batch(parts, *others)
+    def spy(run):
+        if run.tables > 1:
+            seen.append(run.tables)
+        call(run)
 
-    monkeypatch.setattr(runs, "plan_batch", spy)
+    monkeypatch.setattr(host.HostRun, "__call__", spy)
     return seen
 
 
@@ -105,7 +107,7 @@ def test_the_bits_of_each_table_alone(step_counts, dtype, on_nonfinite, num_thre
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_and_threads(form, num_threads, batches):
     """Large enough for threads, and for segments that are summed block by block."""
-    assert kernels.BLOCK < 1000
+    assert BLOCK < 1000
     rng = np.random.default_rng(2)
     shapes = [(60, 16), (3, 16), (500, 16), (1, 16), (60, 16), (800, 16), (9, 16), (60, 16), (4000, 16)]
     gradients = [
@@ -116,6 +118,22 @@ def test_blocks_and_threads(form, num_threads, batches):
     expected = step_alone(tables_of(shapes), gradients, **options)
     assert_same_bits(step_as_one(tables_of(shapes), gradients, **options), expected)
     assert batches == [9, 9]
+
+
+@pytest.mark.jit
+@pytest.mark.skipif(max_threads() == 1, reason="one thread has nobody to disturb")
+def test_threads_with_tables_of_different_dims_do_not_disturb_each_other():
+    """Each has scratch memory of its own, however long the rows of the table at hand are."""
+    dims = [64, 1, 48, 3, 33, 64, 2, 17, 64, 5, 40, 8]
+    shapes = [(400, dim) for dim in dims]
+    rng = np.random.default_rng(8)
+    for _ in range(5):
+        gradients = [
+            {f"t{i}": gradient("rows", rng, 400, dim, 2000) for i, dim in enumerate(dims)} for _ in range(3)
+        ]
+        options = {"lr": 0.1, "num_threads": 2}
+        expected = step_alone(tables_of(shapes), gradients, lr=0.1, num_threads=1)
+        assert_same_bits(step_as_one(tables_of(shapes), gradients, **options), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -167,7 +185,7 @@ def test_any_tables_and_gradients(data):
     assert_same_bits(step_as_one(tables_of(shapes, dtype), steps, **options), expected)
 
 
-def test_tables_of_a_kind_are_batched_and_the_others_are_not(batches):
+def test_tables_of_a_kind_are_one_native_call(batches):
     tables = tables_of([(30, 4)] * 4) | {f"d{i}": np.ones((30, 4)) for i in range(4)} | {"line": np.ones(30)}
     opt = SparseAdam(tables, num_threads=1)
     given_now = {
@@ -175,26 +193,29 @@ def test_tables_of_a_kind_are_batched_and_the_others_are_not(batches):
     }
     given_now["t0"] = RowGradient([], np.ones((0, 4)))
     opt.step(given_now)
-    assert sorted(batches) == [3, 5]  # float32 without the empty one; float64 with the 1-D table
-    assert [int(table.totals[0]) for table in opt.state.values()] == [1] * 9
+    assert sorted(batches) == [4, 5]  # float32 with the empty one; float64 with the 1-D table
+    assert [int(table.totals[0]) for table in optimizer.tables_of(opt).values()] == [1] * 9
 
 
-def sizes_of_a_batch(sizes, threads):
-    """Of tables that gradients of these sizes are for, those that are batched."""
-    tables = {f"t{i}": np.zeros((10, 1), np.float32) for i in range(len(sizes))}
-    opt = SparseAdam(tables, num_threads=threads)
-    parts = opt._parts({f"t{i}": RowGradient([1, 2], np.ones((2, 1))) for i in range(len(sizes))})
-    parts = [part._replace(size=size) for part, size in zip(parts, sizes, strict=True)]
-    return [[sizes[at] for at in batch] for batch in batching.choose(parts)]
+@pytest.mark.jit
+@pytest.mark.skipif(max_threads() == 1, reason="there is one thread to choose from")
+def test_large_tables_are_cut_into_parts_and_small_ones_are_not(monkeypatch):
+    """The other threads would wait for the one that has a large table."""
+    tables = tables_of([(50, 16)] * 5)
+    opt = SparseAdam(tables, num_threads=2)
+    lengths = {"t0": 9000, "t1": 200, "t2": 8000, "t3": 300, "t4": 100}
+    seen = []
+    prepare = host._Program.prepare
 
+    def spy(program):
+        prepare(program)
+        for entry, record in zip(program.entries, program.workspace.gradients, strict=True):
+            seen.append((entry.table.name, int(record["parts"])))
 
-def test_a_large_table_is_left_to_several_threads(monkeypatch):
-    monkeypatch.setattr(batching, "usable_threads", lambda given: given)
-    assert sizes_of_a_batch([5, 7, 6, 5, 5], 1) == [[7, 6, 5, 5, 5]]
-    threads = max_threads()
-    if threads == 2:
-        assert sizes_of_a_batch([5, 100, 5, 30, 7, 5, 5, 5, 5], threads) == [[7, 5, 5, 5, 5, 5, 5]]
-        assert sizes_of_a_batch([5, 5, 5], threads) == []
+    monkeypatch.setattr(host._Program, "prepare", spy)
+    rng = np.random.default_rng(7)
+    opt.step({name: gradient("rows", rng, 50, 16, n) for name, n in lengths.items()})
+    assert seen == [("t0", 2), ("t2", 2), ("t3", 1), ("t1", 1), ("t4", 1)]  # the largest first
 
 
 def test_one_wrong_gradient_and_no_table_is_changed(batches):
@@ -210,7 +231,7 @@ def test_one_wrong_gradient_and_no_table_is_changed(batches):
     opt.on_nonfinite = "skip"
     opt.step(wrong)
     assert opt.skipped_rows == {**dict.fromkeys(tables, 0), "t5": 1}
-    assert batches == [8, 7]
+    assert batches == [8, 8]
 
 
 def test_options_and_wider_counts_are_heard(batches):
@@ -335,5 +356,4 @@ def test_optimizers_with_tables_of_their_own_are_batched(batches):
             opt.step(each)
     for a, b in zip(optimizers, alone, strict=True):
         assert_same_bits(state_bits(a, a.tables["table"]), state_bits(b, b.tables["table"]))
-    # Counts of a table are int64, those of rows and elements int32.
-    assert sorted(batches) == [2, 2, 2, 4, 4, 4]
+    assert batches == [2] * 9  # a kernel of its own for each rule of counting

@@ -1,0 +1,411 @@
+"""The backend of tables in the memory of the host: two native calls a step, whatever is in it.
+
+All gradients of a step are prepared by one call, and applied by one for each combination of dtypes and count
+rule that occurs. Small tables are taken as a whole by one thread, large ones are cut into parts: threads
+take what is next, in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam.backend import Request
+from nb_sparse_adam.engine.addresses import Memory, address_of
+from nb_sparse_adam.engine.audit import audit_for
+from nb_sparse_adam.engine.intrinsics import CACHE_LINE
+from nb_sparse_adam.engine.mapped import StateFolder
+from nb_sparse_adam.engine.pacing import PARALLEL_ELEMENTS, Pace
+from nb_sparse_adam.engine.prepare import PREPARE, PREPARE_WIDE
+from nb_sparse_adam.engine.reader import HostReader
+from nb_sparse_adam.engine.records import (
+    CHANGED,
+    CSR,
+    GRADIENT,
+    NO_FAULT,
+    PROPAGATE,
+    RAISE,
+    SKIP,
+    packer,
+)
+from nb_sparse_adam.engine.scratch import bytes_needed, is_wide
+from nb_sparse_adam.engine.state import Described, TableState
+from nb_sparse_adam.engine.threads import Partition, run, usable_threads
+from nb_sparse_adam.engine.workspace import Workspace, of_thread
+from nb_sparse_adam.errors import GradientError
+from nb_sparse_adam.faults import fault_error
+from nb_sparse_adam.gradients import Given, read
+from nb_sparse_adam.options import Options
+from nb_sparse_adam.stepping import finish
+
+__all__ = ["HostBackend", "HostRun"]
+
+_POLICIES = {"raise": RAISE, "skip": SKIP, "propagate": PROPAGATE}
+_pack_gradient: Any = packer(GRADIENT).pack_into
+TASKS_A_PART = 4  # a thread that another program has held up leaves the rest to the others
+MARGIN = 2  # a table that is more than this fraction of a thread's share is cut into parts
+SEVERAL = -1  # in the place of a form: what is paced is steps of several tables
+
+
+class HostBackend:
+    """Tables of one optimizer in the memory of the host.
+
+    Parameters
+    ----------
+    folder : StateFolder or None
+        Where state is mapped from files.
+    """
+
+    kind = "host"
+    has_threads, has_streams, has_refused = True, False, False
+
+    def __init__(self, folder: StateFolder | None) -> None:
+        self._folder = folder
+        self.zeros: Callable[[int, Any], NDArray[Any]] = _zeros if folder is None else folder.zeros
+        self.reader = HostReader(self)
+        self.memory = Memory(())  # what no gradient may share memory with
+        self._dirty = True  # it is not that of the tables by now
+
+    def new_table(self, name: str, array: Any, step_counts: str) -> TableState:
+        """Take in a table."""
+        return TableState(name, array, step_counts, self)
+
+    def memory_changed(self, gone: bool = False) -> None:
+        """Take note that a table has other memory than before; ``gone``: let go what it had."""
+        if gone:
+            self.memory = Memory(())
+        self._dirty = True
+
+    def before_step(self, options: Options, tables: Mapping[str, TableState]) -> None:  # noqa: ARG002
+        """Refuse to go on in a child whose state is the parent's; look again where the tables are."""
+        if self._folder is not None:
+            self._folder.check_process()
+        if self._dirty:
+            self._dirty = False
+            here = [table for table in tables.values() if table.backend.kind == self.kind]
+            self.memory = Memory(array for table in here for array in table.memory)
+
+    def step_alone(self, work: Callable[[], None]) -> None:
+        """Do the work: steps lend what they work in, and one within another has its own."""
+        work()
+
+    def synchronize(self) -> None:
+        """Do nothing: a step is done when it returns."""
+
+    def prepare(self, requests: Sequence[Request], waits: bool) -> Sequence[HostRun]:  # noqa: ARG002
+        """Make a step ready up to the first write."""
+        start = time.perf_counter()
+        read = [(request, _read(request)) for request in requests]
+        return _prepare([_entry(at, *each) for at, each in enumerate(read)], start)
+
+    def step(self, request: Request) -> None:
+        """Do a step of one table: a small one by one native call, which no interrupt can cut in two."""
+        start = time.perf_counter()
+        table = request.table
+        given = _read(request)
+        if _size_of(given, table) < PARALLEL_ELEMENTS:
+            _step_small(table, request.options, given)
+        else:
+            finish(_prepare([_entry(0, request, given)], start))
+
+
+def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros that begin at a cache line, so that a row touches no more lines than it must.
+
+    NumPy begins 16 bytes after one: of a table of dim 16, whose rows are as long as a line, every row would
+    lie on two.
+    """
+    size = length * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -address_of(memory) % CACHE_LINE
+    return memory[start : start + size].view(dtype)
+
+
+# --- a step -----------------------------------------------------------------------------------------------
+
+
+def _read(request: Request) -> Given:
+    request.table.check_writeable()
+    return read(request.gradient, request.table.target)
+
+
+class _Entry(NamedTuple):
+    """A request whose gradient has been read."""
+
+    table: TableState
+    options: Options
+    given: Given
+    n: int  # ids
+    size: int  # elements that it touches, or reads to sum duplicates
+    at: int  # its place among the requests
+    described: Described  # the table
+
+
+def _entry(at: int, request: Request, given: Given) -> _Entry:
+    table, n = request.table, given.ids.shape[0]
+    table.make_room_for_a_step()
+    size = _size_of(given, table)
+    return _Entry(table, request.options, given, n, size, at, table.described(request.options))
+
+
+def _size_of(given: Given, table: TableState) -> int:
+    """How many elements a gradient touches, or reads to sum duplicates."""
+    # A stored entry costs more than an element of a row: it is alone in memory.
+    return given.ids.shape[0] * (4 if given.form >= CSR else table.dim)  # type: ignore[no-any-return]
+
+
+def _pack(
+    workspace: Workspace, at: int, table: TableState, options: Options, given: Given, cut: tuple[int, ...]
+) -> None:
+    """Write the record of the at-th gradient; ``cut`` is its last fields, from ``parts`` on."""
+    ids, values, offsets, weights, columns = (
+        given.ids, given.values, given.offsets, given.weights, given.columns,
+    )  # fmt: skip
+    rows, size = values.shape[0], values.itemsize
+    entries = given.form >= CSR
+    # How far the next row would be from a single one NumPy does not care.
+    stride = values.strides[0] // size if rows > 1 else table.dim
+    _pack_gradient(
+        workspace.gradients, at * GRADIENT.itemsize,
+        given.form, _POLICIES[options.on_nonfinite], address_of(ids), ids.shape[0], ids.itemsize,
+        0 if columns is None else address_of(columns), 0 if columns is None else columns.itemsize,
+        0 if offsets is None else address_of(offsets),
+        0 if offsets is None else offsets.shape[0], 0 if offsets is None else offsets.itemsize,
+        address_of(values), rows, stride, 1 if entries else table.dim, size,
+        0 if weights is None else address_of(weights), given.mean, *cut,
+    )  # fmt: skip
+
+
+def _step_small(table: TableState, options: Options, given: Given) -> None:
+    """Prepare and apply a step of one small table, on this thread, by one native call."""
+    table.make_room_for_a_step()
+    kept = of_thread
+    work, kept.workspace = kept.workspace, None
+    if work is None:
+        work = Workspace()
+    try:
+        n, values = given.ids.shape[0], given.values
+        wide = is_wide(n, table.rows, values.shape[0])
+        needed = bytes_needed(
+            given.form, n, table.rows, table.dim, values.shape[0], values.itemsize, 1, given.mean,
+            given.weights is not None, wide,
+        )  # fmt: skip
+        work.take(1, 1, 1, 1, needed, wide, table.dim)
+        _pack(work, 0, table, options, given, (1, 0, 0, 1, work.address))
+        described = table.described(options)
+        tables, drivers = described.record, described.drivers
+        gradients, found, tasks = work.gradients, work.found, work.tasks
+        job = tables, gradients, found, work.parts, tasks, work.counters
+        job_after = tables, gradients, found, tasks, 0, 1, work.rows, work.status
+        ended = (PREPARE_WIDE if wide else PREPARE).then(job, drivers, job_after)
+        if ended == -3:
+            audit_for(table.dtype)(tables, gradients, found, 0, np.empty(max(table.dim, 1), table.dtype))
+        if ended != -1:
+            if found[0]["fault"] != NO_FAULT:
+                raise fault_error(found[0], given, n, table.target)
+            drivers.serial(1, job_after)
+    finally:
+        kept.workspace = work
+
+
+class _Program:
+    """A step of the host: its records, and what they lie in.
+
+    Parameters
+    ----------
+    entries : sequence of _Entry
+        Variants one after the other, and in each the largest table first: the last one keeps no thread
+        waiting for long.
+    size : int
+        Of all of them.
+    partition : Partition
+    pace : Pace or None
+        To be told how long it took.
+    """
+
+    __slots__ = (
+        "entries",
+        "first_tasks",
+        "left",
+        "pace",
+        "partition",
+        "seconds",
+        "size",
+        "tables",
+        "workspace",
+    )
+
+    def __init__(self, entries: Sequence[_Entry], size: int, partition: Partition, pace: Pace | None) -> None:
+        self.entries, self.size, self.partition, self.pace = entries, size, partition, pace
+        self.seconds, self.left = 0.0, 0
+        threads = partition.parts
+        kept = of_thread
+        workspace, kept.workspace = kept.workspace, None
+        self.workspace = workspace = Workspace() if workspace is None else workspace
+        wide, dim = False, 0
+        for entry in entries:
+            dim = max(dim, entry.table.dim)
+            wide |= is_wide(entry.n, entry.table.rows, entry.given.values.shape[0])
+        first_part = place = 0
+        self.first_tasks, cuts = [0], []
+        for entry in entries:
+            parts = threads if threads > 1 and entry.size * threads * MARGIN > size else 1
+            given, table = entry.given, entry.table
+            cuts.append((parts, first_part, place))
+            self.first_tasks.append(self.first_tasks[-1] + (1 if parts == 1 else parts * TASKS_A_PART))
+            first_part += parts
+            place += bytes_needed(
+                given.form, entry.n, table.rows, table.dim, given.values.shape[0], given.values.itemsize,
+                parts, given.mean, given.weights is not None, wide,
+            )  # fmt: skip
+        workspace.take(len(entries), first_part, self.first_tasks[-1], threads, place, wide, dim)
+        for at, (parts, part, offset) in enumerate(cuts):
+            entry, (first, last) = entries[at], self.first_tasks[at : at + 2]
+            _pack(
+                workspace, at, entry.table, entry.options, entry.given,
+                (parts, part, first, last - first, workspace.address + offset),
+            )  # fmt: skip
+        records = [entry.described.record for entry in entries]
+        self.tables = records[0] if len(records) == 1 else np.concatenate(records)
+
+    def prepare(self) -> None:
+        """Look at all gradients, and refuse the step or make it ready."""
+        work = self.workspace
+        job = self.tables, work.gradients, work.found, work.parts, work.tasks, work.counters
+        outcome = run(PREPARE_WIDE if work.wide else PREPARE, self.partition, job)
+        if outcome == -3:
+            self._audit()
+        elif outcome == -2:
+            raise self._fault()
+
+    def _fault(self) -> GradientError:
+        """Make an error of the first fault: of what names places, before numbers that are not finite."""
+        found = self.workspace.found
+        places = np.flatnonzero(found["fault"]).tolist()
+        at = min(places, key=lambda at: (found[at]["fault"] > CHANGED, self.entries[at].at))
+        entry = self.entries[at]
+        return fault_error(found[at], entry.given, entry.n, entry.table.target)
+
+    def _audit(self) -> None:
+        """Look at sums that might overflow, one after the other."""
+        found, gradients = self.workspace.found, self.workspace.gradients
+        for at, entry in enumerate(self.entries):
+            if found[at]["suspicious"] and gradients[at]["on_nonfinite"] == RAISE:
+                row = np.empty(max(entry.table.dim, 1), entry.table.dtype)
+                audit_for(entry.table.dtype)(self.tables, gradients, found, at, row)
+        if found["fault"].any():
+            raise self._fault()
+
+    def runs(self) -> list[HostRun]:
+        """Cut the step into runs, each for one combination of dtypes and count rule."""
+        entries = self.entries
+        last = len(entries)
+        if last == 1:
+            self.left = 1
+            return [HostRun(self, 0, 1)]
+        self.left = last
+        if not _are_apart(entries):  # optimizers with tables that overlap: one table after the other
+            return [HostRun(self, at, at + 1) for at in sorted(range(last), key=lambda at: entries[at].at)]
+        kinds = [entry.described.drivers for entry in entries]
+        bounds = [at for at in range(1, last) if kinds[at] is not kinds[at - 1]]
+        self.left = len(bounds) + 1
+        return [HostRun(self, *pair) for pair in itertools.pairwise([0, *bounds, last])]
+
+    def close(self) -> None:
+        """Give back the memory when all runs are done, and tell how long it took."""
+        self.left -= 1
+        if self.left <= 0:
+            of_thread.workspace = self.workspace
+            if self.pace is not None:
+                self.pace.took(self.seconds / self.size)
+
+
+def _prepare(entries: list[_Entry], start: float) -> Sequence[HostRun]:
+    """Prepare a step, whose gradients were read from ``start`` on."""
+    if len(entries) == 1:
+        entry = entries[0]
+        size, paces, kind = entry.size, entry.table.paces, entry.given.form
+        num_threads = entry.options.num_threads
+    else:
+        size, paces, kind = sum(entry.size for entry in entries), of_thread.paces, SEVERAL
+        wanted = {entry.options.num_threads for entry in entries}
+        num_threads = wanted.pop() if len(wanted) == 1 else min(map(usable_threads, wanted))
+        entries.sort(key=lambda entry: (id(entry.described.drivers), -entry.size))
+    partition, pace = paces.partition_for(kind, size, num_threads)
+    program = _Program(entries, size, partition, pace)
+    try:
+        program.prepare()
+    except BaseException:
+        program.pace = None
+        program.close()
+        raise
+    program.seconds = time.perf_counter() - start
+    return program.runs()
+
+
+def _are_apart(entries: Sequence[_Entry]) -> bool:
+    """Whether no two tables share memory: threads would meet there."""
+    if all(entry.table.backend is entries[0].table.backend for entry in entries):
+        return True  # of one optimizer, which has refused those
+    places = sorted(entry.table.extent for entry in entries if entry.table.matrix.size)
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+
+
+class HostRun:
+    """The part of a step that one native call applies: tables ``first:last`` of it, each wholly."""
+
+    __slots__ = ("_first", "_last", "_program", "_status")
+
+    def __init__(self, program: _Program, first: int, last: int) -> None:
+        self._program, self._first, self._last = program, first, last
+        self._status = np.zeros(1, np.int64)  # set by the call, as its last act
+
+    @property
+    def tables(self) -> int:
+        """How many tables it updates."""
+        return self._last - self._first
+
+    @property
+    def done(self) -> bool:
+        """Whether the call has been made: all of it, or nothing."""
+        return self._status[0] != 0  # type: ignore[no-any-return]
+
+    may_have_run = done
+
+    def _call(self, first: int, last: int, status: NDArray[np.int64]) -> None:
+        program = self._program
+        work, tasks = program.workspace, program.workspace.tasks
+        if first != 0 or last != len(program.entries):
+            tasks = tasks[program.first_tasks[first] : program.first_tasks[last]]
+        job = program.tables, work.gradients, work.found, tasks, first, last, work.rows, status
+        run(program.entries[self._first].described.drivers, program.partition, job)
+
+    def rehearse(self) -> None:
+        """Have the kernel compiled, by calling it for no table."""
+        program = self._program
+        key = program.entries[self._first].described.drivers, program.partition.parts > 1
+        if key not in _rehearsed:
+            self._call(self._first, self._first, np.zeros(1, np.int64))
+            _rehearsed.add(key)
+
+    def __call__(self) -> None:
+        """Apply it."""
+        program = self._program
+        if program.pace is None:
+            self._call(self._first, self._last, self._status)
+            return
+        start = time.perf_counter()
+        self._call(self._first, self._last, self._status)
+        program.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Let go of what it worked in."""
+        self._program.close()
+
+
+_rehearsed: set[Any] = set()  # variants whose kernels have been compiled, serial or parallel

@@ -1,0 +1,111 @@
+"""What users see of a table's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from nb_sparse_adam.engine.state import TableState
+
+__all__ = ["StateView", "States"]
+
+
+class StateView:
+    """State of one table, as `SparseAdam.state` shows it.
+
+    Attributes
+    ----------
+    exp_avg, exp_avg_sq : array of the table's shape and dtype
+        Running means of the gradient and of its square (m and v). Read-only live views: 0 before the first
+        step. Of a table on a GPU, device arrays that are not to be written to; they have ``copy_to_host()``
+        and ``__cuda_array_interface__``.
+    steps : integer array
+        Active steps so far (k): of the table's shape for ``step_counts="element"``, (rows,) for "row", 0-d
+        for "global". A read-only live view; of a table on a GPU with "global" a copy on the host.
+    shape, dtype
+        Of the parameter table, as it was given; the dtype of its moments, too.
+    """
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: TableState) -> None:
+        self._table = table
+
+    def __repr__(self) -> str:
+        return repr(self._table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the arrays, and are of no optimizer."""
+        held = ("name", "given", "shape", "dtype", "exp_avg", "exp_avg_sq", "steps", "skipped_rows")
+        return _kept, ({name: getattr(self._table, name) for name in held},)
+
+    @property
+    def name(self) -> str:
+        """Name of the table."""
+        return self._table.name
+
+    @property
+    def param(self) -> Any:
+        """The parameter table, as it was given."""
+        return self._table.given
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter table."""
+        return self._table.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the parameter table and of its moments."""
+        return self._table.dtype
+
+    @property
+    def exp_avg(self) -> Any:
+        """Running mean of the gradient (m)."""
+        return self._table.exp_avg
+
+    @property
+    def exp_avg_sq(self) -> Any:
+        """Running mean of the squared gradient (v)."""
+        return self._table.exp_avg_sq
+
+    @property
+    def steps(self) -> Any:
+        """Active steps so far (k)."""
+        return self._table.steps
+
+    @property
+    def skipped_rows(self) -> int:
+        """How often a row was left out of a step by ``on_nonfinite="skip"``."""
+        return self._table.skipped_rows
+
+
+def _kept(arrays: dict[str, Any]) -> StateView:
+    """Show a table's state as it was when it was copied."""
+    table: Any = SimpleNamespace(**arrays)
+    return StateView(table)
+
+
+class States(Mapping[str, StateView]):
+    """The state of each table of an optimizer, by name, as they are now."""
+
+    __slots__ = ("_tables",)
+
+    def __init__(self, tables: Mapping[str, TableState]) -> None:
+        self._tables = tables
+
+    def __getitem__(self, name: str) -> StateView:
+        return self._tables[name].view
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
