@@ -18,7 +18,7 @@ from nb_sparse_adam.engine.kernel_cache import STAMP
 from nb_sparse_adam.engine.layout import count_offset
 from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, ROW
 from nb_sparse_adam.engine.rows import updates
-from nb_sparse_adam.engine.view import View
+from nb_sparse_adam.engine.view import viewed
 
 __all__ = ["LentTable", "apply_row_gradient", "lent", "view"]
 
@@ -70,36 +70,15 @@ def lent(
 def view(table: Any) -> Any:
     """Return the `View` of a `LentTable`; spans, which are for prefetching, are 0."""
     record = table.settings[0]
-    real = table.param.dtype.type
     counts = array_at(record["counts"], record["counts_length"], table.counts)
-    most = most_of(counts)
     nothing = np.int64(0)
-    # In the order of its fields: numba cannot read a call with so many names.
-    return View(
+    return viewed(
+        record,
         array_at(record["param"], record["param_length"], table.param),
         array_at(record["state"], record["state_length"], table.state),
         counts,
         array_at(record["corrections"], record["corrections_length"], table.corrections),
-        record["corrections_length"] // 2 - 1,
-        most,
-        record["log_beta1"],
-        record["log_beta2"],
-        real(record["beta1"]),
-        real(record["one_minus_beta1"]),
-        real(record["beta2"]),
-        real(record["one_minus_beta2"]),
-        real(record["lr"]),
-        real(record["eps"]),
-        real(record["sign"]),
-        record["rows"],
-        record["dim"],
-        record["param_stride"],
-        record["state_stride"],
-        record["exp_avg_sq_offset"],
-        record["count_stride"],
-        record["eps_hat"] != 0,
-        record["complete"] != 0,
-        after(counts[0], most) if record["count_rule"] == GLOBAL else nothing,
+        after(counts[0], most_of(counts)) if record["count_rule"] == GLOBAL else nothing,
         nothing,
         nothing,
         nothing,

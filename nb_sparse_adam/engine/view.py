@@ -26,6 +26,7 @@ __all__ = [
     "integers",
     "open_gradient",
     "open_table",
+    "viewed",
 ]
 
 MOST_PREFETCHED = 256  # elements of a wide row; the hardware follows the rest by itself
@@ -66,6 +67,45 @@ class View(NamedTuple):
     count_span: Any
 
 
+@jit
+def viewed(
+    record: Any, param: Any, state: Any, counts: Any, corrections: Any, global_step: Any, param_span: Any,
+    state_span: Any, count_span: Any,
+) -> Any:  # fmt: skip
+    """Return the `View` of a record of `records.TABLE` and of the arrays that it has the addresses of."""
+    real = param.dtype.type
+    # In the order of its fields: numba cannot read a call with so many names.
+    return View(
+        param,
+        state,
+        counts,
+        corrections,
+        record["corrections_length"] // 2 - 1,
+        most_of(counts),
+        record["log_beta1"],
+        record["log_beta2"],
+        real(record["beta1"]),
+        real(record["one_minus_beta1"]),
+        real(record["beta2"]),
+        real(record["one_minus_beta2"]),
+        real(record["lr"]),
+        real(record["eps"]),
+        real(record["sign"]),
+        record["rows"],
+        record["dim"],
+        record["param_stride"],
+        record["state_stride"],
+        record["exp_avg_sq_offset"],
+        record["count_stride"],
+        record["eps_hat"] != 0,
+        record["complete"] != 0,
+        global_step,
+        param_span,
+        state_span,
+        count_span,
+    )
+
+
 @functools.cache
 def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], count_rule: int) -> Any:
     """Make ``view(record)`` for tables of one kind.
@@ -83,9 +123,8 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
     @jit
     def view(record: Any) -> Any:
         """Take a record of `records.TABLE` apart."""
-        rows, dim = record["rows"], record["dim"]
+        dim = record["dim"]
         counts = array_at(record["counts"], record["counts_length"], count_type)
-        most = most_of(counts)
         columns = np.int64(0)
         global_step = np.int64(0)
         if count_rule == ELEMENT:
@@ -93,33 +132,14 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
         elif count_rule == ROW:
             columns = np.int64(1)
         else:
-            global_step = after(counts[0], most)
+            global_step = after(counts[0], most_of(counts))
         words, count_span = state_spans(record, word_size, count_size, columns, MOST_PREFETCHED)
-        # In the order of its fields: numba cannot read a call with so many names.
-        return View(
+        return viewed(
+            record,
             array_at(record["param"], record["param_length"], real_type),
             array_at(record["state"], record["state_length"], word_type),
             counts,
             array_at(record["corrections"], record["corrections_length"], real_type),
-            record["corrections_length"] // 2 - 1,
-            most,
-            record["log_beta1"],
-            record["log_beta2"],
-            real_type(record["beta1"]),
-            real_type(record["one_minus_beta1"]),
-            real_type(record["beta2"]),
-            real_type(record["one_minus_beta2"]),
-            real_type(record["lr"]),
-            real_type(record["eps"]),
-            real_type(record["sign"]),
-            rows,
-            dim,
-            record["param_stride"],
-            record["state_stride"],
-            record["exp_avg_sq_offset"],
-            record["count_stride"],
-            record["eps_hat"] != 0,
-            record["complete"] != 0,
             global_step,
             min(dim, MOST_PREFETCHED),
             words,
