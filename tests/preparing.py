@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from records import Step
 
 from nb_sparse_adam.engine import records
 from nb_sparse_adam.engine.prepare import PART, PREPARE, PREPARE_WIDE
@@ -88,8 +89,9 @@ class Prepared:
             first_part, first_task = first_part + given.parts, first_task + given.tasks
         self.parts = np.full(first_part * PART.itemsize // 8, -7).view(PART)
         self.tasks = np.full(first_task * records.TASK.itemsize // 8, -7).view(records.TASK)
-        self.counters = np.full((threads, 1 << DIGIT_BITS), -7, np.int64 if wide else np.int32)
-        self.job = (self.tables, self.gradients, self.found, self.parts, self.tasks, self.counters)
+        self.counters = np.full(threads << DIGIT_BITS, -7, np.int64 if wide else np.int32)
+        names = ("tables", "gradients", "found", "parts", "tasks", "counters")
+        self.job = Step(**{name: getattr(self, name) for name in names}).record
         self.threads = threads
         drivers = PREPARE_WIDE if wide else PREPARE
         parallel = threads > 1 if parallel is None else parallel

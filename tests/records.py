@@ -164,36 +164,40 @@ def tasks_of(gradients, tasks):
     return made
 
 
-def joined(parts, dtype):
-    """One array of the very dtype: with an equal one numba takes 1 µs longer to recognize each argument."""
-    array = np.empty(len(parts), dtype)
-    array[...] = [part[0] for part in parts]
-    return array
+class Step:
+    """The record of a step, and the arrays that it has addresses of."""
+
+    def __init__(self, **arrays):
+        self.arrays, self.record = arrays, np.zeros(1, records.STEP)
+        for name, array in arrays.items():
+            self.record[name] = address(array)
+            if f"{name}_length" in records.STEP.names:
+                self.record[f"{name}_length"] = len(array)
+        self.record["length"] = self.record["last"] = len(arrays["tables"])
 
 
-def job_of(tables, gradients, *, threads=1, tasks=1):
+def step_of(tables, gradients, *, threads=1, tasks=1):
     """What `apply_for` and others give a driver."""
-    scratch = np.zeros(
-        (threads * SCRATCH_ROWS, max(table.param.shape[1] for table in tables)), tables[0].param.dtype
+    stride = SCRATCH_ROWS * max(table.param.shape[1] for table in tables)
+    step = Step(
+        tables=np.concatenate([table.record() for table in tables]),
+        gradients=np.concatenate([gradient.gradient for gradient in gradients]),
+        found=np.concatenate([gradient.found for gradient in gradients]),
+        tasks=tasks_of(gradients, tasks),
+        scratch=np.zeros(threads * stride, tables[0].param.dtype),
+        status=np.zeros(1, np.int64),
     )
-    return (
-        joined([table.record() for table in tables], records.TABLE),
-        joined([gradient.gradient for gradient in gradients], records.GRADIENT),
-        joined([gradient.found for gradient in gradients], records.FOUND),
-        tasks_of(gradients, tasks),
-        0,
-        len(tables),
-        scratch,
-        np.zeros(1, np.int64),
-    )
+    step.record["scratch_stride"] = stride
+    return step
 
 
-def run(drivers, tables, gradients, *, threads=None, tasks=1):
-    """Run a driver: on this thread, or on so many; return the tasks."""
-    job = job_of(tables, gradients, threads=threads or 1, tasks=tasks)
+def run(appliers, tables, gradients, *, threads=None, tasks=1):
+    """Apply gradients, all of rows or all of entries: on this thread, or on so many; return the tasks."""
+    step = step_of(tables, gradients, threads=threads or 1, tasks=tasks)
+    drivers = appliers[gradients[0].found["kind"][0] in (records.COMPRESSED, records.ENTRIES)]
     if threads is None:
-        drivers.serial(1, job)
+        drivers.serial(1, step.record)
     else:
-        drivers.parallel(threads, job)
-    assert job[-1][0] == 1
-    return job[3]
+        drivers.parallel(threads, step.record)
+    assert step.arrays["status"][0] == 1
+    return step.arrays["tasks"]

@@ -104,19 +104,19 @@ if os.environ.get("NUMBA_BOUNDSCHECK") == "1":
         table.state.steps[...] = np.arange(table.state.steps.size).reshape(table.state.steps.shape)
         ids = np.array([0, 2]) if form == "distinct" else np.array([2, 0, 2])
         gradient = getattr(records, form)(ids, np.ones((len(ids), 4), np.float32))
-        drivers = apply_for(np.dtype(np.float32), PLAIN, np.dtype(np.int32), rule)
-        drivers.serial(1, records.job_of([table], [gradient]))
-        job = list(records.job_of([table], [gradient]))
+        drivers = apply_for(np.dtype(np.float32), PLAIN, np.dtype(np.int32), rule).rows
+        drivers.serial(1, records.step_of([table], [gradient]).record)
+        step = records.step_of([table], [gradient])
         place, name, by = TOO_SHORT[what]
         if place == "scratch":
             if rule == ROW and form == "distinct":
                 pytest.skip("uses no scratch memory")
-            job[6] = np.zeros((1, 1), np.float32)
+            step.record["scratch_length"] = 1
         else:
-            record = job[0 if place == "tables" else 1]
+            record = step.arrays[place]
             used = record[name][0]
             if name == "state_length":  # counts may lie after the last word of the moments
                 used = 2 * record["state_stride"][0] + record["exp_avg_sq_offset"][0] + 4
             record[name] = max(used + by, 0)
         with pytest.raises(IndexError):
-            drivers.serial(1, tuple(job))
+            drivers.serial(1, step.record)

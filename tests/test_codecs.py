@@ -121,10 +121,10 @@ def test_a_codec_of_its_own(rule, real, threads):
     state.exp_avg[...] |= 1  # 0, in a word that `store` does not write
     expected, steps = start.copy(), state.steps.copy()
     words = [state.exp_avg.copy(), state.exp_avg_sq.copy()]
-    drivers = apply_for(np.dtype(real), FIXED, state.counts.dtype, number)
+    appliers = apply_for(np.dtype(real), FIXED, state.counts.dtype, number)
     for seed in range(3):
         for gradient, dense, present in gradients(real, seed):
-            run(drivers, [table], [gradient], threads=threads, tasks=3)
+            run(appliers, [table], [gradient], threads=threads, tasks=3)
             step_of_reference(expected, words, steps, dense, present, number, table, FIXED)
             np.testing.assert_array_equal(table.param, expected)
             np.testing.assert_array_equal(state.exp_avg, words[0])
@@ -144,9 +144,9 @@ def test_words_shorter_than_parameters(rule):
     assert state.words.dtype == np.int16
     assert state.words.nbytes <= ROWS * (2 * DIM * 2 + DIM * 4)
     expected, steps, words = start.copy(), state.steps.copy(), [state.exp_avg.copy(), state.exp_avg_sq.copy()]
-    drivers = apply_for(np.dtype(np.float32), HALF, state.counts.dtype, number)
+    appliers = apply_for(np.dtype(np.float32), HALF, state.counts.dtype, number)
     for gradient, dense, present in gradients(np.float32, 0):
-        run(drivers, [table], [gradient])
+        run(appliers, [table], [gradient])
         step_of_reference(expected, words, steps, dense, present, number, table, HALF)
         np.testing.assert_array_equal(table.param, expected)
         np.testing.assert_array_equal(state.exp_avg, words[0])
@@ -190,13 +190,13 @@ def test_a_table_in_one_record_with_its_state(rule, real, dim):
     apart = Table(start.copy(), number)
     param, state, memory, used, rest = in_one_record(start, number)
     together = Table(param, number, state=state)
-    drivers = apply_for(np.dtype(real), PLAIN, state.counts.dtype, number)
+    appliers = apply_for(np.dtype(real), PLAIN, state.counts.dtype, number)
     for _ in range(3):
         ids, values = rng.integers(0, ROWS, 8), rng.normal(size=(8, dim)).astype(real)
         values[rng.random(values.shape) < 0.3] = 0
         for gradient in (distinct(np.unique(ids), values), segments(ids, values)):
             for table in (apart, together):
-                run(drivers, [table], [gradient])
+                run(appliers, [table], [gradient])
     np.testing.assert_array_equal(param, apart.param)
     for name in ("exp_avg", "exp_avg_sq", "steps"):
         np.testing.assert_array_equal(getattr(state, name), getattr(apart.state, name))

@@ -12,7 +12,7 @@ from preparing import Given, Prepared, expected
 from nb_sparse_adam.engine import records
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.driver import Drivers
-from nb_sparse_adam.engine.prepare import begin, work
+from nb_sparse_adam.engine.prepare import PREPARE
 from nb_sparse_adam.engine.records import (
     BAGS,
     COO,
@@ -262,18 +262,21 @@ def test_the_first_fault_of_each_gradient_is_told():
         assert check([given]).found[0]["fault"] == kind
 
 
+begin, work = PREPARE.begin, PREPARE.work
+
+
 @jit(entry=True)
 def meddling_begin(phase, job):
     """Change the memory of the user after the first phase."""
     if phase == 1:
-        for i in range(len(job[6])):
-            job[6][i] = job[7][i]
-    return begin(phase, job[:6])
+        for i in range(len(job[1])):
+            job[1][i] = job[2][i]
+    return begin(phase, job[0])
 
 
 @jit(entry=True)
 def meddling_work(phase, unit, t, job):
-    work(phase, unit, t, job[:6])
+    work(phase, unit, t, job[0])
 
 
 MEDDLING = Drivers(meddling_begin, meddling_work)
@@ -284,7 +287,7 @@ def meddle(given, array, later):
     prepared = Prepared([given], run=False)
     prepared.driver = MEDDLING.serial
     later = np.ascontiguousarray(later, array.dtype).reshape(-1).view(np.int64)
-    prepared.job = (*prepared.job, array.reshape(-1).view(np.int64), later)
+    prepared.job = (prepared.job, array.reshape(-1).view(np.int64), later)
     prepared.run()
     return prepared
 

@@ -50,11 +50,11 @@ def intermediate_code(function, *arguments):
     return code
 
 
-def job(dtype, rule):
-    """What a driver is given, and the gradient and the table, which keep its memory."""
+def step(dtype, rule):
+    """A step, and the gradient and the table, which keep its memory."""
     table = records.Table(np.zeros((ROWS, DIM), dtype), rule)
     gradient = records.distinct(np.array([1, 2, 3]), np.ones((3, DIM), dtype))
-    return records.job_of([table], [gradient]), gradient, table
+    return records.step_of([table], [gradient]), gradient, table
 
 
 def count(code, dtype, what):
@@ -78,7 +78,11 @@ def loops_over_a_row(dtype, get=machine_code):
     def update_active_each(tables, g, scratch, dim):
         active_each(by_element(tables[0]), 0, g, 0, one, scratch, dim, 0, dim)
 
-    tables, g, scratch = job(dtype, ELEMENT)[0][0], np.ones(DIM, dtype), np.ones(3 * DIM, dtype)
+    tables, g, scratch = (
+        step(dtype, ELEMENT)[0].arrays["tables"],
+        np.ones(DIM, dtype),
+        np.ones(3 * DIM, dtype),
+    )
     return {
         "update_all": get(numba.njit(update_all), tables, g, dim),
         "update_active": get(numba.njit(update_active), tables, g, dim),
@@ -118,10 +122,11 @@ def test_the_loops_once_they_are_inlined_into_a_driver(rule, dtype):
     """A loop over more arrays can stop being vectorized: the whole driver has what its parts have."""
     alone = loops_over_a_row(dtype)
     names = ["update_active", "update_active_each"] if rule == ELEMENT else ["update_all"]
-    given = job(dtype, rule)
+    given = step(dtype, rule)
     counts = given[2].state.counts.dtype
     zero = np.int64(0)
-    code = machine_code(apply_for(np.dtype(dtype), PLAIN, counts, rule)._work, zero, zero, zero, given[0])
+    work = apply_for(np.dtype(dtype), PLAIN, counts, rule).rows.work
+    code = machine_code(work, zero, zero, zero, given[0].record)
     for what in ("square roots", "divisions"):
         pieces = len(names)  # besides the loops: each of them over a piece, of which no loop is left
         assert count(code, dtype, what) >= sum(count(alone[name], dtype, what) for name in names) + pieces

@@ -1,10 +1,14 @@
 """The memory that steps work in, kept from one to the next."""
 
+import numpy as np
+import pytest
+
+from nb_sparse_adam.engine import workspace as module
 from nb_sparse_adam.engine.workspace import Workspace
 
 
 def taken(workspace, size):
-    workspace.take(1, 1, 1, 1, size, False, 1)
+    workspace.take(1, 1, 1, 1, False, size, 1)
     return workspace.address
 
 
@@ -23,3 +27,33 @@ def test_memory_that_is_far_too_large_is_given_up():
     assert len(workspace._bytes) == size
     taken(workspace, 100)
     assert len(workspace._bytes) < size
+
+
+@pytest.mark.parametrize("fails_at", range(7))
+def test_a_failure_to_allocate_leaves_no_address_of_memory_that_is_not_there(fails_at, monkeypatch):
+    """The next step looks at everything again, and finds the same as a workspace that never failed."""
+    workspace, left = Workspace(), fails_at
+
+    def failing(make):
+        def make_or_fail(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise MemoryError
+            return make(*arguments)
+
+        return make_or_fail
+
+    taken(workspace, 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.np, "empty", failing(np.empty))
+        patch.setattr(module.np, "zeros", failing(np.zeros))
+        with pytest.raises(MemoryError):
+            workspace.take(2, 2, 2, 2, False, 1 << 20, 100)
+    workspace.take(2, 2, 2, 2, False, 1 << 20, 100)
+    assert len(workspace._bytes) >= 1 << 20
+    assert workspace._bytes.ctypes.data <= workspace.address < workspace._bytes.ctypes.data + 64
+    for name in ("gradients", "found", "parts", "tasks", "counters", "scratch", "status"):
+        assert workspace.step[name][0] == getattr(workspace, name).ctypes.data
+    assert len(workspace.gradients) == len(workspace.tasks) == 2
+    assert workspace.step["scratch_length"][0] == len(workspace.scratch) >= 2 * 3 * 100

@@ -30,6 +30,7 @@ from nb_sparse_adam.engine.corrections import Corrections
 from nb_sparse_adam.engine.records import BAGS, CSR, ELEMENT, FOUND, GRADIENT, PROPAGATE, RAISE, SKIP, TABLE
 from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.engine.screening import SAFE_SHARE, square_root_of_largest
+from nb_sparse_adam.engine.state import side_by_side
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.faults import too_many_bits
 from nb_sparse_adam.gradients import Given
@@ -192,7 +193,7 @@ class Batch:
             ("entries", self.entries),
         ):  # fmt: skip
             step[name] = value
-        tables = np.concatenate([one.part.table.described(one.part.options).record for one in self.parts])
+        tables = side_by_side([one.part.table.described(one.part.options) for one in self.parts])
         gradients = np.array([_gradient_of(one) for one in self.parts], GRADIENT)
         records = step, tables, gradients, self._found(base), self._spans(), self._variants(base)
         for start, each in zip(starts, records, strict=False):

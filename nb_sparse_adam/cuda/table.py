@@ -121,7 +121,7 @@ class DeviceTable(TableState):
         """What no gradient may share memory with."""
         return self.matrix, self.arrays.words, self.arrays.counts
 
-    def _drivers(self, arrays: State) -> None:
+    def _appliers(self, arrays: State) -> None:
         """Return nothing: kernels of a GPU are launched."""
 
     def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:

@@ -38,51 +38,52 @@ class Drivers:
     work : function ``work(phase, unit, t, job)``, of `jit` with ``entry=True``
         Does a unit, in thread t of 0..threads - 1.
     kind_of : callable, optional
-        What tells apart jobs of other types, of a job, a tuple. Without it all jobs are of the same types.
+        What tells apart jobs of other types, of a job. Without it all jobs are of the same type.
     """
 
-    __slots__ = ("_begin", "_functions", "_kind_of", "_work")
+    __slots__ = ("_functions", "_kind_of", "begin", "work")
 
     def __init__(
         self,
         begin: Callable[..., Any],
         work: Callable[..., Any],
-        kind_of: Callable[[tuple[Any, ...]], Hashable] | None = None,
+        kind_of: Callable[[Any], Hashable] | None = None,
     ) -> None:
-        self._begin, self._work, self._kind_of = begin, work, kind_of
+        self.begin, self.work, self._kind_of = begin, work, kind_of
         self._functions: dict[Hashable, tuple[Any, Any]] = {}  # what a driver is given to call
 
-    def serial(self, threads: int, job: tuple[Any, ...]) -> Any:
+    def serial(self, threads: int, job: Any) -> Any:
         """Do a job on the calling thread; return the number with which ``begin`` has ended it."""
-        kind = None if self._kind_of is None else self._kind_of(job)
-        return _drive_alone(threads, *(self._functions.get(kind) or self._compiled(kind, job)), job)
+        return _drive_alone(threads, *self._functions_for(job), job)
 
-    def parallel(self, threads: int, job: tuple[Any, ...]) -> Any:
+    def parallel(self, threads: int, job: Any) -> Any:
         """Do a job on so many threads; return the number with which ``begin`` has ended it."""
-        kind = None if self._kind_of is None else self._kind_of(job)
-        return _drive(threads, *(self._functions.get(kind) or self._compiled(kind, job)), job)
+        return _drive(threads, *self._functions_for(job), job)
 
-    def then(self, job: tuple[Any, ...], after: Drivers, job_after: tuple[Any, ...]) -> Any:
-        """Do a job on the calling thread, and another one if ``begin`` has ended the first with -1.
+    def then(self, after: Drivers, job: Any) -> Any:
+        """Do a job on the calling thread, and, if that has ended with -1, what comes after it.
 
-        Neither has a ``kind_of``. By one native call, for jobs that take no longer than the call.
+        By one native call, for jobs that take no longer than the call. Neither has a ``kind_of``.
         """
-        functions = self._functions.get(None) or self._compiled(None, job)
-        return _drive_both(
-            *functions, job, *(after._functions.get(None) or after._compiled(None, job_after)), job_after
-        )
+        first = self._functions.get(None) or self._functions_for(job)
+        return _drive_both(*first, *(after._functions.get(None) or after._functions_for(job)), job)
 
-    def _compiled(self, kind: Hashable, job: tuple[Any, ...]) -> tuple[Any, Any]:
+    def _functions_for(self, job: Any) -> tuple[Any, Any]:
+        """Give what a driver calls: compiled once for jobs of one kind."""
+        kind = None if self._kind_of is None else self._kind_of(job)
+        return self._functions.get(kind) or self._compiled(kind, job)
+
+    def _compiled(self, kind: Hashable, job: Any) -> tuple[Any, Any]:
         if numba.config.DISABLE_JIT:
-            functions: tuple[Any, Any] = self._begin, self._work
+            functions: tuple[Any, Any] = self.begin, self.work
         else:
             of_job = numba.typeof(job)
             with (
                 global_compiler_lock
             ):  # LLVM has locks of its own: a child that is forked meanwhile would wait
                 functions = (
-                    _address_of(self._begin, types.int64, (types.int64, of_job)),
-                    _address_of(self._work, types.none, (types.int64, types.int64, types.int64, of_job)),
+                    _address_of(self.begin, types.int64, (types.int64, of_job)),
+                    _address_of(self.work, types.none, (types.int64, types.int64, types.int64, of_job)),
                 )
         self._functions[kind] = functions
         return functions
@@ -115,7 +116,8 @@ def _same_mode(mode: Any) -> Any:
     return mode
 
 
-def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, parallel: bool) -> Any:
+def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, **options: bool) -> Any:
+    @jit(**options)
     def drive(threads: Any, begin: Any, work: Any, job: Any) -> Any:
         before, mode = set_threads(threads), mode_of_caller()
         turns = new_turns()
@@ -136,30 +138,23 @@ def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, parallel: bool
         set_threads(before)
         return units
 
-    return jit(entry=True, parallel=parallel)(drive)
+    return drive
 
 
-_drive_alone = _driver(_same_threads, _no_mode, _same_mode, False)
-_drive = _driver(swap_threads, float_mode, swap_float_mode, True)
-
-
-@jit
-def _alone(begin: Any, work: Any, job: Any) -> Any:
-    """Do a job on the calling thread; return the number with which ``begin`` has ended it."""
-    phase = np.int64(0)
-    units = call_at(begin, np.int64(0), (phase, job))
-    while units >= 0:
-        for unit in range(units):
-            call_at(work, None, (phase, np.int64(unit), np.int64(0), job))
-        phase += 1
-        units = call_at(begin, np.int64(0), (phase, job))
-    return units
+_alone = _driver(_same_threads, _no_mode, _same_mode)
+_drive = _driver(swap_threads, float_mode, swap_float_mode, entry=True, parallel=True)
 
 
 @jit(entry=True)
-def _drive_both(begin: Any, work: Any, job: Any, begin_after: Any, work_after: Any, job_after: Any) -> Any:
+def _drive_alone(threads: Any, begin: Any, work: Any, job: Any) -> Any:
+    """Do a job on the calling thread; return the number with which ``begin`` has ended it."""
+    return _alone(threads, begin, work, job)
+
+
+@jit(entry=True)
+def _drive_both(begin: Any, work: Any, begin_after: Any, work_after: Any, job: Any) -> Any:
     """Do a job, and another one if the first has ended with -1; return with which number it has."""
-    ended = _alone(begin, work, job)
+    ended = _alone(1, begin, work, job)
     if ended == -1:
-        _alone(begin_after, work_after, job_after)
+        _alone(1, begin_after, work_after, job)
     return ended

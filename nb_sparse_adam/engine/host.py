@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam.backend import Request
 from nb_sparse_adam.engine.addresses import Memory, address_of
 from nb_sparse_adam.engine.audit import audit_for
+from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.intrinsics import CACHE_LINE
 from nb_sparse_adam.engine.mapped import StateFolder
 from nb_sparse_adam.engine.pacing import PARALLEL_ELEMENTS, Pace
@@ -27,14 +28,15 @@ from nb_sparse_adam.engine.records import (
     CHANGED,
     CSR,
     GRADIENT,
-    NO_FAULT,
     PROPAGATE,
     RAISE,
     SKIP,
+    STEP,
+    TASK,
     packer,
 )
 from nb_sparse_adam.engine.scratch import bytes_needed, is_wide
-from nb_sparse_adam.engine.state import Described, TableState
+from nb_sparse_adam.engine.state import Described, TableState, side_by_side
 from nb_sparse_adam.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam.engine.workspace import Workspace, of_thread
 from nb_sparse_adam.errors import GradientError
@@ -47,6 +49,7 @@ __all__ = ["HostBackend", "HostRun"]
 
 _POLICIES = {"raise": RAISE, "skip": SKIP, "propagate": PROPAGATE}
 _pack_gradient: Any = packer(GRADIENT).pack_into
+_TABLES = (STEP.names or ()).index("tables")
 TASKS_A_PART = 4  # a thread that another program has held up leaves the rest to the others
 MARGIN = 2  # a table that is more than this fraction of a thread's share is cut into parts
 SEVERAL = -1  # in the place of a form: what is paced is steps of several tables
@@ -108,9 +111,8 @@ class HostBackend:
         start = time.perf_counter()
         table = request.table
         given = _read(request)
-        if _size_of(given, table) < PARALLEL_ELEMENTS:
-            _step_small(table, request.options, given)
-        else:
+        is_small = _size_of(given, table) < PARALLEL_ELEMENTS
+        if not (is_small and _step_small(table, request.options, given)):
             finish(_prepare([_entry(0, request, given)], start))
 
 
@@ -144,13 +146,15 @@ class _Entry(NamedTuple):
     size: int  # elements that it touches, or reads to sum duplicates
     at: int  # its place among the requests
     described: Described  # the table
+    drivers: Drivers  # what applies it
 
 
 def _entry(at: int, request: Request, given: Given) -> _Entry:
     table, n = request.table, given.ids.shape[0]
     table.make_room_for_a_step()
-    size = _size_of(given, table)
-    return _Entry(table, request.options, given, n, size, at, table.described(request.options))
+    described = table.described(request.options)
+    drivers = described.appliers[given.entries]
+    return _Entry(table, request.options, given, n, _size_of(given, table), at, described, drivers)
 
 
 def _size_of(given: Given, table: TableState) -> int:
@@ -181,8 +185,11 @@ def _pack(
     )  # fmt: skip
 
 
-def _step_small(table: TableState, options: Options, given: Given) -> None:
-    """Prepare and apply a step of one small table, on this thread, by one native call."""
+def _step_small(table: TableState, options: Options, given: Given) -> bool:
+    """Do a step of one small table, on this thread and by one native call; return whether it was done.
+
+    If not, nothing has been written, for a fault or because a sum might overflow.
+    """
     table.make_room_for_a_step()
     kept = of_thread
     work, kept.workspace = kept.workspace, None
@@ -191,24 +198,16 @@ def _step_small(table: TableState, options: Options, given: Given) -> None:
     try:
         n, values = given.ids.shape[0], given.values
         wide = is_wide(n, table.rows, values.shape[0])
-        needed = bytes_needed(
+        size = bytes_needed(
             given.form, n, table.rows, table.dim, values.shape[0], values.itemsize, 1, given.mean,
             given.weights is not None, wide,
         )  # fmt: skip
-        work.take(1, 1, 1, 1, needed, wide, table.dim)
+        work.take(1, 1, 1, 1, wide, size, table.dim)
         _pack(work, 0, table, options, given, (1, 0, 0, 1, work.address))
         described = table.described(options)
-        tables, drivers = described.record, described.drivers
-        gradients, found, tasks = work.gradients, work.found, work.tasks
-        job = tables, gradients, found, work.parts, tasks, work.counters
-        job_after = tables, gradients, found, tasks, 0, 1, work.rows, work.status
-        ended = (PREPARE_WIDE if wide else PREPARE).then(job, drivers, job_after)
-        if ended == -3:
-            audit_for(table.dtype)(tables, gradients, found, 0, np.empty(max(table.dim, 1), table.dtype))
-        if ended != -1:
-            if found[0]["fault"] != NO_FAULT:
-                raise fault_error(found[0], given, n, table.target)
-            drivers.serial(1, job_after)
+        work.words[_TABLES] = described.address
+        prepare = PREPARE_WIDE if wide else PREPARE
+        return bool(prepare.then(described.appliers[given.entries], work.step) == -1)
     finally:
         kept.workspace = work
 
@@ -263,21 +262,20 @@ class _Program:
                 given.form, entry.n, table.rows, table.dim, given.values.shape[0], given.values.itemsize,
                 parts, given.mean, given.weights is not None, wide,
             )  # fmt: skip
-        workspace.take(len(entries), first_part, self.first_tasks[-1], threads, place, wide, dim)
+        workspace.take(len(entries), first_part, self.first_tasks[-1], threads, wide, place, dim)
         for at, (parts, part, offset) in enumerate(cuts):
             entry, (first, last) = entries[at], self.first_tasks[at : at + 2]
             _pack(
                 workspace, at, entry.table, entry.options, entry.given,
                 (parts, part, first, last - first, workspace.address + offset),
             )  # fmt: skip
-        records = [entry.described.record for entry in entries]
-        self.tables = records[0] if len(records) == 1 else np.concatenate(records)
+        self.tables = side_by_side([entry.described for entry in entries])
+        workspace.words[_TABLES] = address_of(self.tables)
 
     def prepare(self) -> None:
         """Look at all gradients, and refuse the step or make it ready."""
         work = self.workspace
-        job = self.tables, work.gradients, work.found, work.parts, work.tasks, work.counters
-        outcome = run(PREPARE_WIDE if work.wide else PREPARE, self.partition, job)
+        outcome = run(PREPARE_WIDE if work.wide else PREPARE, self.partition, work.step)
         if outcome == -3:
             self._audit()
         elif outcome == -2:
@@ -311,7 +309,7 @@ class _Program:
         self.left = last
         if not _are_apart(entries):  # optimizers with tables that overlap: one table after the other
             return [HostRun(self, at, at + 1) for at in sorted(range(last), key=lambda at: entries[at].at)]
-        kinds = [entry.described.drivers for entry in entries]
+        kinds = [entry.drivers for entry in entries]
         bounds = [at for at in range(1, last) if kinds[at] is not kinds[at - 1]]
         self.left = len(bounds) + 1
         return [HostRun(self, *pair) for pair in itertools.pairwise([0, *bounds, last])]
@@ -335,7 +333,7 @@ def _prepare(entries: list[_Entry], start: float) -> Sequence[HostRun]:
         size, paces, kind = sum(entry.size for entry in entries), of_thread.paces, SEVERAL
         wanted = {entry.options.num_threads for entry in entries}
         num_threads = wanted.pop() if len(wanted) == 1 else min(map(usable_threads, wanted))
-        entries.sort(key=lambda entry: (id(entry.described.drivers), -entry.size))
+        entries.sort(key=lambda entry: (id(entry.drivers), -entry.size))
     partition, pace = paces.partition_for(kind, size, num_threads)
     program = _Program(entries, size, partition, pace)
     try:
@@ -379,16 +377,16 @@ class HostRun:
 
     def _call(self, first: int, last: int, status: NDArray[np.int64]) -> None:
         program = self._program
-        work, tasks = program.workspace, program.workspace.tasks
-        if first != 0 or last != len(program.entries):
-            tasks = tasks[program.first_tasks[first] : program.first_tasks[last]]
-        job = program.tables, work.gradients, work.found, tasks, first, last, work.rows, status
-        run(program.entries[self._first].described.drivers, program.partition, job)
+        step, (begin, end) = program.workspace.step.copy(), (program.first_tasks[at] for at in (first, last))
+        step["first"], step["last"], step["status"] = first, last, address_of(status)
+        step["tasks"] += begin * TASK.itemsize
+        step["tasks_length"] = end - begin
+        run(program.entries[self._first].drivers, program.partition, step)
 
     def rehearse(self) -> None:
         """Have the kernel compiled, by calling it for no table."""
         program = self._program
-        key = program.entries[self._first].described.drivers, program.partition.parts > 1
+        key = program.entries[self._first].drivers, program.partition.parts > 1
         if key not in _rehearsed:
             self._call(self._first, self._first, np.zeros(1, np.int64))
             _rehearsed.add(key)

@@ -168,7 +168,7 @@ if numba.config.DISABLE_JIT:
 
     def array_at(at_address: Any, length: Any, like: Any) -> Any:
         """Return the (length,) array at an address, of ``like``'s dtype, or of the dtype ``like``."""
-        dtype: Any = np.dtype(like) if isinstance(like, type) else like.dtype
+        dtype: Any = np.dtype(like) if isinstance(like, (type, np.dtype)) else like.dtype
         size = int(length) * dtype.itemsize
         memory: Any = (ctypes.c_char * size).from_address(int(at_address)) if size else b""
         return np.frombuffer(memory, dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam.engine.addresses import address_of
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.grouping import (
@@ -31,6 +32,7 @@ from nb_sparse_adam.engine.records import (
     RAISE,
     ROWS,
     SEGMENTS,
+    STEP,
     TABLE,
     TASK,
 )
@@ -54,19 +56,20 @@ from nb_sparse_adam.engine.stages import (
     screen,
     write,
 )
+from nb_sparse_adam.engine.step import open_step
 from nb_sparse_adam.engine.threads import threading_layer
 
 __all__ = ["PART", "PREPARE", "PREPARE_WIDE", "group"]
 
 
-@jit(entry=True)
-def begin(phase: Any, job: Any) -> Any:
-    """Decide which parts have a stage to do, and how many these are.
+@jit
+def begin_stage(step: Any, counters: Any, phase: Any) -> Any:
+    """Decide which parts have a stage to do, and return how many these are.
 
-    Returns -1 if there is nothing more to be done; -2 if a gradient has a fault; -3 if none has, but sums
-    that are not let through may overflow.
+    Or -1 if there is nothing more to be done; -2 if a gradient has a fault; -3 if none has, but sums that are
+    not let through may overflow.
     """
-    _, gradients, found, parts, _, _ = job
+    gradients, found, parts = step.gradients, step.found, step.parts
     units = np.int64(0)
     faulty = suspicious = False
     for i in range(len(gradients)):
@@ -78,7 +81,7 @@ def begin(phase: Any, job: Any) -> Any:
             for which in range(count):
                 parts[first + which]["gradient"], parts[first + which]["which"] = i, which
         elif lead["stage"] != DONE:
-            settle(job, i)
+            settle(step, counters, i)
         if phase > 0:
             faulty |= found[i]["fault"] != NO_FAULT
             suspicious |= found[i]["suspicious"] != 0 and gradients[i]["on_nonfinite"] == RAISE
@@ -93,13 +96,13 @@ def begin(phase: Any, job: Any) -> Any:
     return units
 
 
-@jit(entry=True)
-def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+@jit
+def do_stage(step: Any, counters: Any, unit: Any, t: Any) -> None:
     """Do the next stage of a part, or all stages of a gradient that is one part."""
-    tables, gradients, _, all_parts, _, counters = job
+    all_parts = step.parts
     part = all_parts[all_parts[unit]["turn"]]
     i = part["gradient"]
-    g, table = gradients[i], tables[i]
+    g, table = step.gradients[i], step.tables[i]
     lead = all_parts[g["first_part"]]
     n, which, parts, scratch = g["ids_length"], part["which"], g["parts"], g["scratch"]
     lo, hi = n * which // parts, n * (which + 1) // parts
@@ -140,25 +143,35 @@ def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
             write(g, table, places, counters, part, lo, hi, packed, other)
         if parts > 1:
             break
-        settle(job, i)
+        settle(step, counters, i)
         if lead["stage"] == DONE:
             break
 
 
-PREPARE = Drivers(begin, work)
-PREPARE_WIDE = Drivers(begin, work)  # with counters, and so lists, of int64
-"""The driver of ``(tables, gradients, found, parts, tasks, counters)``.
+def _preparing(list_type: Any) -> Drivers:
+    """Make the driver that prepares a step, a (1,) `records.STEP`, with lists of a type.
 
-tables, gradients, found : (gradients,) TABLE, GRADIENT and FOUND
-    The first two are read, the third is written; what becomes of tasks and of scratch is said there.
-parts : (sum of gradients["parts"],) PART
-tasks : (sum of gradients["tasks"],) TASK
-    A CSR gradient has at least as many as parts.
-counters : (threads, 1 << DIGIT_BITS) int32, or int64 if `scratch.is_wide` for one of the gradients
-    One row for each thread.
+    Of its tables and gradients nothing is changed; it writes what was found, and tasks, and uses scratch. If
+    any gradient has a fault, nothing of what was found is to be used but the faults.
 
-If any gradient has a fault, nothing of what was found is to be used but the faults.
-"""
+    A CSR gradient has at least as many tasks as parts. Counters are ``1 << DIGIT_BITS`` of each thread, of
+    int32, or int64 if `scratch.is_wide` for one of the gradients.
+    """
+
+    @jit(entry=True)
+    def begin(phase: Any, job: Any) -> Any:
+        counters = array_at(job[0]["counters"], job[0]["counters_length"], list_type)
+        return begin_stage(open_step(job), counters, phase)
+
+    @jit(entry=True)
+    def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+        counters = array_at(job[0]["counters"], job[0]["counters_length"], list_type)
+        do_stage(open_step(job), counters, unit, t)
+
+    return Drivers(begin, work)
+
+
+PREPARE, PREPARE_WIDE = _preparing(np.int32), _preparing(np.int64)
 
 
 def group(
@@ -199,12 +212,18 @@ def group(
     for name, value in given.items():
         gradients[name] = value
     parts, tasks = np.empty(threads, PART), np.empty(threads, TASK)
-    counters = np.empty((threads, 1 << DIGIT_BITS), np.int64 if wide else np.int32)
+    counters = np.empty(threads << DIGIT_BITS, np.int64 if wide else np.int32)
+    step = np.zeros(1, STEP)
+    step["length"], step["counters_length"] = 1, len(counters)
+    step["parts_length"] = step["tasks_length"] = threads
+    arrays = {"tables": tables, "gradients": gradients, "found": found, "parts": parts, "tasks": tasks}
+    for name, array in (*arrays.items(), ("counters", counters)):
+        step[name] = address_of(array)
     if threads > 1:
         threading_layer()  # starts numba's threads
     drivers = PREPARE_WIDE if wide else PREPARE
     driver = drivers.parallel if threads > 1 else drivers.serial
-    driver(threads, (tables, gradients, found, parts, tasks, counters))
+    driver(threads, step)
     assert found["fault"][0] == NO_FAULT
     if found["kind"][0] != SEGMENTS:  # in order, each once: nothing was sorted
         shift = max(n - 1, 0).bit_length()

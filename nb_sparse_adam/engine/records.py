@@ -1,9 +1,10 @@
 """What kernels know of a step: the sole owner of names, order and units.
 
 A step is a few records: for each of its gradients one of the table, one of the gradient, and one of what
-preparing has found out; and a list of tasks, each a run of one gradient's rows that one thread takes. Python
-writes the first two, preparing the third and the tasks. Kernels on a CPU and on a GPU read the same fields by
-name, ``record["name"]``: attributes do not work where kernels run as plain Python.
+preparing has found out; a list of tasks, each a run of one gradient's rows that one thread takes; and, on the
+host, one that says where all of these are. Python writes the first two and the last, preparing the third and
+the tasks. Kernels on a CPU and on a GPU read the same fields by name, ``record["name"]``: attributes do not
+work where kernels run as plain Python.
 
 Addresses are in bytes, and 0 where there is nothing; strides, lengths and offsets count elements of the array
 that they are about. Everything is 8 bytes long, so that records are the same for every compiler.
@@ -40,6 +41,7 @@ __all__ = [
     "ROWS",
     "SEGMENTS",
     "SKIP",
+    "STEP",
     "TABLE",
     "TASK",
     "TOO_MANY_BITS",
@@ -125,6 +127,17 @@ FOUND = _record(
 )  # fmt: skip
 
 TASK = _record("gradient", "part", "parts", "first", "last", "skipped")
+
+STEP = _record(
+    "tables", "gradients", "found", "length",  # (length,) TABLE, GRADIENT and FOUND
+    "parts", "parts_length",  # `stages.PART`, which preparing works with
+    "tasks", "tasks_length",  # TASK: those of all gradients, or, to be applied, of first:last alone
+    "first", "last",  # the tables that are applied to, which are of one combination of dtypes and count rule
+    "counters", "counters_length",  # list: so many of each thread, one thread's after another's
+    # Rows of the tables' dtype for sums: how many elements there are, and how many each thread has.
+    "scratch", "scratch_length", "scratch_stride",
+    "status",  # address of an int64 that is set to 1 when everything has been applied
+)  # fmt: skip
 
 
 def packer(dtype: np.dtype[np.void]) -> struct.Struct:

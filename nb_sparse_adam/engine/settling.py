@@ -61,9 +61,9 @@ def limit_of_ids(g: Any, table: Any) -> Any:
 
 
 @jit(inlined=False)
-def settle(job: Any, i: Any) -> None:  # noqa: C901
+def settle(step: Any, counters: Any, i: Any) -> None:  # noqa: C901
     """Put together what a stage has found about all parts of gradient i, and decide about the next one."""
-    tables, gradients, found, parts, tasks, counters = job
+    tables, gradients, found, parts, tasks = step
     g, table, f = gradients[i], tables[i], found[i]
     n, count = g["ids_length"], g["parts"]
     first, last = g["first_part"], g["first_part"] + g["parts"]

@@ -26,14 +26,13 @@ from nb_sparse_adam.views import StateView
 if TYPE_CHECKING:
     from nb_sparse_adam.backend import Backend
 
-__all__ = ["STATE_VERSION", "Described", "TableState"]
+__all__ = ["STATE_VERSION", "Described", "TableState", "side_by_side"]
 
 STATE_VERSION = 1
 
 MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 MAX_COUNT = 2**62  # of what is loaded: as many steps again, and more than can be, fit into 64 bits
-
 
 _pack_table = packer(TABLE).pack
 
@@ -43,9 +42,18 @@ class Described(NamedTuple):
 
     arrays: State
     options: Options
+    packed: bytearray  # what the record lies in
     record: NDArray[np.void]  # (1,) `records.TABLE`
+    address: int  # of the record
     corrections: Corrections
-    drivers: Any  # `Drivers`: what applies gradients to it, on the host
+    appliers: Any  # `Appliers`, on the host
+
+
+def side_by_side(tables: Sequence[Described]) -> NDArray[np.void]:
+    """Return the records of tables as one array; ``np.concatenate`` looks at every field of every record."""
+    if len(tables) == 1:
+        return tables[0].record
+    return np.frombuffer(bytearray().join([table.packed for table in tables]), TABLE)
 
 
 class TableState:
@@ -207,7 +215,8 @@ class TableState:
 
     def lent(self, options: Options) -> LentTable:
         """Give what a user's own compiled function is passed."""
-        arrays, _, record, known, _ = self.described(options)
+        described = self.described(options)
+        arrays, record, known = described.arrays, described.record, described.corrections
         skips = options.on_nonfinite == "skip"
         return lent(self.matrix, record, arrays.words, arrays.counts, known.pairs, skips)
 
@@ -240,11 +249,13 @@ class TableState:
             (beta1, beta2), number = options.betas, self._dtype.type
             sign = -1 if options.maximize else 1
             reals = (beta1, 1 - beta1, beta2, 1 - beta2, options.lr, options.eps, sign)
-            packed = _pack_table(
+            packed = bytearray(_pack_table(
                 *self._places(arrays, known), *(float(number(real)) for real in reals), *known.log_betas,
+            ))  # fmt: skip
+            record, appliers = np.frombuffer(packed, TABLE), self._appliers(arrays)
+            found = self._described = Described(
+                arrays, options, packed, record, address_of(record), known, appliers
             )  # fmt: skip
-            record = np.frombuffer(bytearray(packed), TABLE)
-            found = self._described = Described(arrays, options, record, known, self._drivers(arrays))
         return found
 
     def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:
@@ -258,7 +269,7 @@ class TableState:
             address_of(self.totals),
         )  # fmt: skip
 
-    def _drivers(self, arrays: State) -> Any:
+    def _appliers(self, arrays: State) -> Any:
         """Return what applies gradients to tables of its kind."""
         return apply_for(self._dtype, PLAIN, arrays.counts.dtype, self.mode)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 
 from nb_sparse_adam.engine.addresses import address_of
 from nb_sparse_adam.engine.intrinsics import CACHE_LINE
 from nb_sparse_adam.engine.pacing import Paces
-from nb_sparse_adam.engine.records import FOUND, GRADIENT, TASK
+from nb_sparse_adam.engine.records import FOUND, GRADIENT, STEP, TASK
 from nb_sparse_adam.engine.rows import SCRATCH_ROWS
 from nb_sparse_adam.engine.scratch import DIGIT_BITS
 from nb_sparse_adam.engine.stages import PART
@@ -28,39 +29,51 @@ class Workspace:
     _TOO_LARGE = 16  # times what is needed: given up
 
     def __init__(self) -> None:
-        self.gradients, self.found = np.zeros(0, GRADIENT), np.zeros(0, FOUND)
-        self.parts, self.tasks = np.zeros(0, PART), np.zeros(0, TASK)
-        self.counters = np.zeros((0, 1 << DIGIT_BITS), np.int32)
-        self.wide = False  # lists, and counters, are of int64
+        self.step = np.zeros(1, STEP)  # says where everything is, but for the tables
+        self.words: Any = self.step.view(np.int64).data  # its fields, which NumPy takes longer to set
         self.status = np.zeros(1, np.int64)  # of steps whose status nobody asks for
-        self.rows = np.empty((0, 0))  # scratch rows of all threads, large enough for either dtype
+        self.wide = False  # lists, and counters, are of int64
+        self.address = 0  # of the bytes that were asked for
         self._bytes = np.empty(0, np.uint8)
-        self._size = self.address = 0
+        self._size = self._dim = 0
+        self._room: tuple[int, ...] = ()
 
     def take(
-        self, gradients: int, parts: int, tasks: int, threads: int, size: int, wide: bool, dim: int
+        self, gradients: int, parts: int, tasks: int, threads: int, wide: bool, size: int, dim: int
     ) -> None:
         """Make room for so much.
 
-        ``size`` is in bytes, at `address`; ``wide``: lists are of int64; ``dim``: elements of the longest
+        ``wide``: lists are of int64; ``size`` is in bytes, at `address`; ``dim``: elements of the longest
         row.
         """
-        if len(self.found) != gradients:
-            self.gradients, self.found = np.zeros(gradients, GRADIENT), np.zeros(gradients, FOUND)
-        if len(self.parts) != parts:
-            self.parts = np.zeros(parts, PART)
-        if len(self.tasks) != tasks:
-            self.tasks = np.zeros(tasks, TASK)
-        if len(self.counters) < threads or wide != self.wide:
-            self.wide = wide
-            self.counters = np.empty((threads, 1 << DIGIT_BITS), np.int64 if wide else np.int32)
+        room = gradients, parts, tasks, threads, wide
+        if room != self._room or dim > self._dim:
+            self._make(dim, *room)
+            self._room = room
         if not size <= self._size <= self._TOO_LARGE * max(size, 1 << 16):
-            self._size = size + size // 8
-            self._bytes = np.empty(self._size + CACHE_LINE, np.uint8)
+            self._size = 0  # should this fail, or be interrupted, nobody takes it for what it is not
+            room_with_spare = size + size // 8
+            self._bytes = np.empty(room_with_spare + CACHE_LINE, np.uint8)
             self.address = -(-address_of(self._bytes) // CACHE_LINE) * CACHE_LINE
-        rows = self.rows
-        if rows.shape[0] != threads * SCRATCH_ROWS or rows.shape[1] < dim:
-            self.rows = np.empty((threads * SCRATCH_ROWS, max(dim, 64)))
+            self._size = room_with_spare
+
+    def _make(self, dim: int, gradients: int, parts: int, tasks: int, threads: int, wide: bool) -> None:
+        self._room = ()  # should this fail, or be interrupted, it is made again
+        self._dim, self.wide = max(dim, 64), wide
+        self.gradients, self.found = np.zeros(gradients, GRADIENT), np.zeros(gradients, FOUND)
+        self.parts, self.tasks = np.zeros(parts, PART), np.zeros(tasks, TASK)
+        self.counters = np.empty(threads << DIGIT_BITS, np.int64 if wide else np.int32)
+        stride = SCRATCH_ROWS * self._dim
+        self.scratch = np.empty(threads * stride)  # large enough for either dtype
+        fields = {
+            "length": gradients, "parts_length": parts, "tasks_length": tasks, "last": gradients,
+            "counters_length": len(self.counters), "scratch_length": len(self.scratch),
+            "scratch_stride": stride,
+        }  # fmt: skip
+        for name in ("gradients", "found", "parts", "tasks", "counters", "scratch", "status"):
+            fields[name] = address_of(getattr(self, name))
+        for name, value in fields.items():
+            self.step[name] = value
 
 
 class _OfThread(threading.local):
