@@ -20,6 +20,7 @@ from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.entries import entries_worker
 from nb_sparse_adam.engine.formula import is_nonfinite, most_of
+from nb_sparse_adam.engine.integers import integer
 from nb_sparse_adam.engine.intrinsics import array_at
 from nb_sparse_adam.engine.prefetching import (
     PIECE,
@@ -36,7 +37,7 @@ from nb_sparse_adam.engine.sums import (
     sum_blocks,
     sum_segment,
 )
-from nb_sparse_adam.engine.view import integer, open_gradient, open_table
+from nb_sparse_adam.engine.view import open_gradient, open_table
 
 __all__ = ["Appliers", "apply_for"]
 

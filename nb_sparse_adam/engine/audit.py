@@ -9,9 +9,10 @@ import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.formula import is_nonfinite
+from nb_sparse_adam.engine.integers import integer, integers
 from nb_sparse_adam.engine.records import COMPRESSED, DISTINCT, OVERFLOW, SEGMENTS
 from nb_sparse_adam.engine.sums import first_long, sum_blocks, sum_entry, sum_segment
-from nb_sparse_adam.engine.view import integer, integers, open_gradient
+from nb_sparse_adam.engine.view import open_gradient
 
 __all__ = ["audit_for"]
 
@@ -20,7 +21,7 @@ __all__ = ["audit_for"]
 def row_of_entry(gradient: Any, e: Any) -> Any:
     """The row of entry e, of the pointer of rows in the user's memory: for a message alone."""
     length = gradient["offsets_length"]
-    offsets = integers(gradient["offsets"], length, gradient["offsets_bytes"] == 8)
+    offsets = integers(gradient["offsets"], length, gradient["offsets_bytes"])
     low, high = np.int64(0), length
     while low + 1 < high:
         middle = (low + high) // 2

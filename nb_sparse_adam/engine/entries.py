@@ -10,6 +10,7 @@ import numpy as np
 from nb_sparse_adam.engine.codecs import Codec
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.formula import is_nonfinite
+from nb_sparse_adam.engine.integers import integer
 from nb_sparse_adam.engine.intrinsics import store_sum
 from nb_sparse_adam.engine.prefetching import (
     ENTRIES_AHEAD,
@@ -21,7 +22,6 @@ from nb_sparse_adam.engine.prefetching import (
 from nb_sparse_adam.engine.records import COMPRESSED, ELEMENT
 from nb_sparse_adam.engine.rows import row_update, updates
 from nb_sparse_adam.engine.sums import sum_entry
-from nb_sparse_adam.engine.view import integer
 
 __all__ = ["entries_worker"]
 

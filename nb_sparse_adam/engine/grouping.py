@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.scanning import integer_at
+from nb_sparse_adam.engine.integers import integer
 from nb_sparse_adam.engine.scratch import BLOCK, DIGIT_BITS
 
 # --- pack -------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def pack_positions(ids: Any, first: Any, last: Any, limit: Any, row_shift: Any, 
     """Pack each id with its position; return whether all are in 0..limit - 1."""
     largest = np.uint64(0)  # a negative number is a large one
     for i in range(np.uint64(first), np.uint64(last)):
-        row = integer_at(ids, i)
+        row = integer(ids, i)
         largest = max(largest, np.uint64(row))
         packed[i] = (row << row_shift) | np.int64(i)
     return bool(last <= first or largest < np.uint64(limit))
@@ -41,7 +41,7 @@ def first_bag(offsets: Any, bags: Any, position: Any) -> Any:
     lo, hi = np.int64(1), bags
     while lo < hi:
         middle = (lo + hi) // 2
-        if integer_at(offsets, middle) <= position:
+        if integer(offsets, middle) <= position:
             lo = middle + 1
         else:
             hi = middle
@@ -57,11 +57,11 @@ def pack_bags(
 
     Parameters
     ----------
-    ids : pair of `integers`, (n,)
+    ids : `Integers`, (n,)
     limit : int64
         What ids are less than.
     packed : (n,) int64
-    offsets : pair of `integers`
+    offsets : `Integers`
         Where bags begin, and perhaps the end of the last.
     offsets_length, bags, n : int64
     scales : pair of int64
@@ -82,18 +82,18 @@ def pack_bags(
     while start < last:
         if bag >= bags:
             return bool(largest < np.uint64(limit)), False
-        end = integer_at(offsets, bag + 1) if bag + 1 < offsets_length else n
+        end = integer(offsets, bag + 1) if bag + 1 < offsets_length else n
         if end < start:
             return bool(largest < np.uint64(limit)), False
         end = min(end, last)
         if id_scale == 0:
             for i in range(np.uint64(start), np.uint64(end)):
-                row = integer_at(ids, i)
+                row = integer(ids, i)
                 largest = max(largest, np.uint64(row))
                 packed[i] = (row << row_shift) | bag
         else:
             for i in range(np.uint64(start), np.uint64(end)):
-                row = integer_at(ids, i)
+                row = integer(ids, i)
                 largest = max(largest, np.uint64(row))
                 row = row if np.uint64(row) < np.uint64(limit) else np.int64(0)
                 packed[i] = ((row * id_scale + bag * bag_scale) << row_shift) | np.int64(i)
@@ -111,11 +111,11 @@ def pack_pairs(
 ) -> Any:
     """Pack the key of each entry, id * dim + column, with its position.
 
-    ``ids`` and ``columns`` are pairs of `integers`. Returns whether all ids and all columns are in range.
+    ``ids`` and ``columns`` are `Integers`. Returns whether all ids and all columns are in range.
     """
     rows_fit = columns_fit = True
     for i in range(first, last):
-        row, column = integer_at(ids, i), integer_at(columns, i)
+        row, column = integer(ids, i), integer(columns, i)
         if np.uint64(row) >= np.uint64(rows):
             rows_fit, row = False, np.int64(0)
         if np.uint64(column) >= np.uint64(dim):
@@ -130,13 +130,13 @@ def pack_listed_rows(
 ) -> bool:
     """Pack the key of each entry of the listed rows first:last; return whether all columns are in range.
 
-    ``columns`` is a pair of `integers`, ``rows`` and ``starts`` are lists.
+    ``columns`` is `Integers`, ``rows`` and ``starts`` are lists.
     """
     fit = True
     for s in range(first, last):
         row = np.int64(rows[np.uint64(s)])
         for i in range(np.int64(starts[np.uint64(s)]), np.int64(starts[np.uint64(s + 1)])):
-            column = integer_at(columns, i)
+            column = integer(columns, i)
             if np.uint64(column) >= np.uint64(dim):
                 fit, column = False, np.int64(0)
             packed[np.uint64(i)] = ((row * dim + column) << row_shift) | i

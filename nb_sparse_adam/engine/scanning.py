@@ -2,10 +2,6 @@
 
 Another thread can change that memory at any moment. What is found here decides how a gradient is prepared;
 where anything is written is decided by numbers that are read once and compared (`grouping`).
-
-Arrays of integers are int32 or int64, which is known at run time only: they are passed as a pair, of which
-one is empty, and read by `integer_at`. It asks for the same thing each time, so that the compiler asks once,
-before a loop.
 """
 
 from __future__ import annotations
@@ -15,45 +11,27 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.intrinsics import array_at
+from nb_sparse_adam.engine.integers import integer
 from nb_sparse_adam.engine.scratch import SPARE
 
 __all__ = [
     "count_falls",
     "first_id_out_of_range",
     "first_wrong_offset",
-    "integer_at",
-    "integers",
     "list_present",
     "scan_columns",
     "scan_ids_of_part",
 ]
 
 
-@jit
-def integers(place: Any, length: Any, size: Any) -> Any:
-    """Return the (length,) integers at an address as int32 and as int64; one of both is empty."""
-    narrow = array_at(place, length if size == 4 else 0, np.int32)
-    return narrow, array_at(place, length if size == 8 else 0, np.int64)
-
-
-@jit
-def integer_at(numbers: Any, i: Any) -> Any:
-    """Return number i of what `integers` gave, as int64."""
-    narrow, wide = numbers
-    if len(narrow) > 0:
-        return np.int64(narrow[np.uint64(i)])
-    return np.int64(wide[np.uint64(i)])
-
-
 @jit(inlined=False)
 def scan_ids_of_part(ids: Any, first: Any, last: Any) -> Any:
     """Smallest and largest of the ids first:last, at least one, and how often they fall, and repeat."""
-    smallest = largest = integer_at(ids, first)
+    smallest = largest = integer(ids, first)
     falls = repeats = np.int64(0)
     one = np.uint64(1)
     for i in range(np.uint64(first + 1), np.uint64(last)):
-        here, before = integer_at(ids, i), integer_at(ids, np.uint64(i) - one)
+        here, before = integer(ids, i), integer(ids, np.uint64(i) - one)
         smallest, largest = min(smallest, here), max(largest, here)
         falls += here < before
         repeats += here == before
@@ -66,7 +44,7 @@ def count_falls(offsets: Any, first: Any, last: Any) -> Any:
     falls = np.int64(0)
     one = np.uint64(1)
     for i in range(np.uint64(first), np.uint64(last)):
-        falls += integer_at(offsets, i) < integer_at(offsets, np.uint64(i) - one)
+        falls += integer(offsets, i) < integer(offsets, np.uint64(i) - one)
     return falls
 
 
@@ -76,7 +54,7 @@ def list_present(pointer: Any, first: Any, last: Any, rows: Any, starts: Any, at
 
     Parameters
     ----------
-    pointer : pair of `integers`, (all rows + 1,)
+    pointer : `Integers`, (all rows + 1,)
         The user's: each number is read once.
     first, last : int64
         Rows.
@@ -97,7 +75,7 @@ def list_present(pointer: Any, first: Any, last: Any, rows: Any, starts: Any, at
     one = np.uint64(1)
     place, limit = np.uint64(at), np.uint64(at + room - SPARE - 1)
     fitting = np.int64(2**31 - 1 if starts.itemsize == 4 else 2**63 - 1)  # bits, whatever a wild start has
-    begin = start = integer_at(pointer, first)
+    begin = start = integer(pointer, first)
     falls = np.int64(0)
     for block in range(first, last, SPARE):
         if place > limit:
@@ -106,7 +84,7 @@ def list_present(pointer: Any, first: Any, last: Any, rows: Any, starts: Any, at
             # Written always and kept where there are entries: no branch to mispredict.
             rows[place] = r
             starts[place] = start & fitting
-            end = integer_at(pointer, np.uint64(r) + one)
+            end = integer(pointer, np.uint64(r) + one)
             place += np.uint64(end > start)
             falls += end < start
             start = end
@@ -123,16 +101,16 @@ def scan_columns(columns: Any, first: Any, last: Any, starts: Any, at: Any, pres
     The rows' entries begin at ``starts[at]``, ``starts[at + 1]`` and so on, ``present`` of them, and are
     first:last together.
     """
-    lowest = highest = integer_at(columns, first) if last > first else np.int64(0)
+    lowest = highest = integer(columns, first) if last > first else np.int64(0)
     falls = np.int64(0)
     one = np.uint64(1)
     for e in range(np.uint64(first + 1), np.uint64(last)):  # row after row: that is vectorized
-        here, before = integer_at(columns, e), integer_at(columns, np.uint64(e) - one)
+        here, before = integer(columns, e), integer(columns, np.uint64(e) - one)
         lowest, highest = min(lowest, here), max(highest, here)
         falls += here <= before
     for s in range(np.uint64(at + 1), np.uint64(at + present)):  # where a row begins, one may be smaller
         start = np.int64(starts[s])
-        falls -= integer_at(columns, start) <= integer_at(columns, start - 1)
+        falls -= integer(columns, start) <= integer(columns, start - 1)
     return lowest, highest, falls
 
 
@@ -140,7 +118,7 @@ def scan_columns(columns: Any, first: Any, last: Any, starts: Any, at: Any, pres
 def first_id_out_of_range(ids: Any, n: Any, limit: Any) -> Any:
     """Place and value of the first id that is not in 0..limit - 1; -1 if all are."""
     for i in range(n):
-        value = integer_at(ids, i)
+        value = integer(ids, i)
         if value < 0 or value >= limit:
             return np.int64(i), value
     return np.int64(-1), np.int64(0)
@@ -154,7 +132,7 @@ def first_wrong_offset(offsets: Any, length: Any, n: Any, closed: Any) -> Any:
     """
     before = np.int64(0)
     for i in range(length):
-        value = integer_at(offsets, i)
+        value = integer(offsets, i)
         wrong = value > n or value < before or (i == 0 and value != 0)
         if wrong or (closed and i == length - 1 and value != n):
             return np.int64(i), value, before

@@ -12,6 +12,7 @@ import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.grouping import cut, turn_counts_into_places
+from nb_sparse_adam.engine.integers import integers
 from nb_sparse_adam.engine.intrinsics import array_at
 from nb_sparse_adam.engine.records import (
     BAGS,
@@ -33,7 +34,7 @@ from nb_sparse_adam.engine.records import (
     TOO_MANY_BITS,
     WEIGHT_NOT_FINITE,
 )
-from nb_sparse_adam.engine.scanning import first_id_out_of_range, first_wrong_offset, integers
+from nb_sparse_adam.engine.scanning import first_id_out_of_range, first_wrong_offset
 from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.engine.screening import first_not_finite, magnitude_of_bits, surely_finite
 from nb_sparse_adam.engine.stages import (

@@ -35,12 +35,11 @@ from nb_sparse_adam.engine.grouping import (
     write_row_starts,
     write_starts,
 )
+from nb_sparse_adam.engine.integers import integer, integers
 from nb_sparse_adam.engine.intrinsics import array_at
 from nb_sparse_adam.engine.records import BAGS, COO, CSC, CSR, PROPAGATE, ROWS
 from nb_sparse_adam.engine.scanning import (
     count_falls,
-    integer_at,
-    integers,
     list_present,
     scan_columns,
     scan_ids_of_part,
@@ -141,7 +140,7 @@ def scan(g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi:
     if form == ROWS and hi > lo:
         smallest, largest, part["falls"], part["repeats"] = scan_ids_of_part(ids, lo, hi)
         part["wrong"] = smallest < 0 or largest >= table["rows"]
-        part["first_id"], part["last_id"] = integer_at(ids, lo), integer_at(ids, hi - 1)
+        part["first_id"], part["last_id"] = integer(ids, lo), integer(ids, hi - 1)
     if form in (ROWS, COO):
         return
     offsets = integers(g["offsets"], g["offsets_length"], g["offsets_bytes"])
@@ -159,8 +158,8 @@ def scan(g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi:
         return
     length = g["offsets_length"]
     if length > 0:
-        part["begin"] = integer_at(offsets, 0) if which == 0 else 0
-        part["end"] = integer_at(offsets, length - 1) if which == parts - 1 else 0
+        part["begin"] = integer(offsets, 0) if which == 0 else 0
+        part["end"] = integer(offsets, length - 1) if which == parts - 1 else 0
         part["offsets_fall"] = count_falls(offsets, max(first, 1), min(last + 1, length))
     if g["mean"]:
         divide_by_sizes(g, places, first, last, offsets)
@@ -172,9 +171,9 @@ def divide_by_sizes(g: Any, places: Any, first: Any, last: Any, offsets: Any) ->
     place, bags, narrow = g["scratch"] + places.reciprocals, g["values_rows"], g["values_bytes"] == 4
     reciprocals4 = array_at(place, bags if narrow else 0, np.float32)
     reciprocals8 = array_at(place, 0 if narrow else bags, np.float64)
-    start = integer_at(offsets, first) if last > first else np.int64(0)
+    start = integer(offsets, first) if last > first else np.int64(0)
     for bag in range(first, last):
-        end = integer_at(offsets, bag + 1) if bag + 1 < g["offsets_length"] else g["ids_length"]
+        end = integer(offsets, bag + 1) if bag + 1 < g["offsets_length"] else g["ids_length"]
         size = end - start if 0 <= start < end else np.int64(1)  # whatever it is, it must not overflow
         if narrow:
             reciprocals4[np.uint64(bag)] = np.float32(1) / np.float32(size)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.engine.integers import integer
 from nb_sparse_adam.engine.intrinsics import address, load_sum, load_value, prefetch_line, store_sum
 from nb_sparse_adam.engine.prefetching import prefetch
 from nb_sparse_adam.engine.scratch import BLOCK
-from nb_sparse_adam.engine.view import MOST_PREFETCHED, integer
+from nb_sparse_adam.engine.view import MOST_PREFETCHED
 
 __all__ = ["first_long", "locate", "prefetch_values", "sum_blocks", "sum_entry", "sum_segment"]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.formula import after, most_of
+from nb_sparse_adam.engine.integers import integers
 from nb_sparse_adam.engine.intrinsics import array_at
 from nb_sparse_adam.engine.layout import state_spans
 from nb_sparse_adam.engine.records import COMPRESSED, DISTINCT, ELEMENT, ENTRIES, ROW
@@ -20,10 +21,7 @@ from nb_sparse_adam.engine.records import COMPRESSED, DISTINCT, ELEMENT, ENTRIES
 __all__ = [
     "MOST_PREFETCHED",
     "Gradient",
-    "Integers",
     "View",
-    "integer",
-    "integers",
     "open_gradient",
     "open_table",
     "viewed",
@@ -152,29 +150,6 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
 # --- a gradient -------------------------------------------------------------------------------------------
 
 
-class Integers(NamedTuple):
-    """A list of int32, or of int64 if it is wide; the other array is empty."""
-
-    narrow: Any
-    wide: Any
-    is_wide: Any
-
-
-@jit
-def integers(address: Any, length: Any, is_wide: Any) -> Any:
-    """Return the list of so many integers at an address."""
-    narrow = array_at(address, np.int64(0) if is_wide else length, np.int32)
-    return Integers(narrow, array_at(address, length if is_wide else np.int64(0), np.int64), is_wide)
-
-
-@jit
-def integer(numbers: Any, i: Any) -> Any:
-    """Return the i-th number of `Integers`, as int64."""
-    if numbers.is_wide:
-        return np.int64(numbers.wide[i])
-    return np.int64(numbers.narrow[i])
-
-
 class Gradient(NamedTuple):
     """A gradient as preparing has left it.
 
@@ -211,7 +186,8 @@ def open_gradient(real: np.dtype[Any]) -> Any:
     @jit
     def opened(gradient: Any, found: Any) -> Any:
         """Return the `Gradient` of a record of `records.GRADIENT` and one of `records.FOUND`."""
-        kind, n, units, wide = found["kind"], gradient["ids_length"], found["units"], found["wide"] != 0
+        kind, n, units = found["kind"], gradient["ids_length"], found["units"]
+        width = 8 if found["wide"] else 4
         none = np.int64(0)
         starts_length, rows_length = units + 1, none
         if kind == DISTINCT:
@@ -230,14 +206,14 @@ def open_gradient(real: np.dtype[Any]) -> Any:
             coefficients, coefficients_length = found["reciprocals"], values_rows
         return Gradient(
             kind,
-            integers(gradient["ids"], n, gradient["ids_bytes"] == 8),
+            integers(gradient["ids"], n, gradient["ids_bytes"]),
             array_at(found["packed"], n if is_sorted else none, np.int64),
             found["row_shift"],
             (np.int64(1) << found["row_shift"]) - 1,
-            integers(found["starts"], starts_length, wide),
-            integers(found["present_rows"], rows_length, wide),
-            integers(found["row_starts"], found["present"] + 1 if kind == ENTRIES else none, wide),
-            integers(found["bag_of"], n if weighted else none, wide),
+            integers(found["starts"], starts_length, width),
+            integers(found["present_rows"], rows_length, width),
+            integers(found["row_starts"], found["present"] + 1 if kind == ENTRIES else none, width),
+            integers(found["bag_of"], n if weighted else none, width),
             weighted,
             array_at(coefficients, coefficients_length, real_type),
             array_at(gradient["values"], length if values_rows > 0 else none, real_type),
