@@ -58,12 +58,14 @@ class HostReader:
         self, what: str, array: NDArray[Any], dtype: np.dtype[Any], target: Target, matrix: bool
     ) -> NDArray[Any]:
         """Give the array, or a copy: native, aligned, of a dtype, C-contiguous, if only within rows."""
-        memory, start, flags = self._backend.memory, address_of(array), array.flags
-        may_overlap = (start + array.nbytes > memory.first and start < memory.last) or not flags.c_contiguous
-        if may_overlap and memory.overlaps(array):
-            raise shares_memory(what, target)
-        if array.dtype is dtype and flags.carray:
+        memory, flags = self._backend.memory, array.flags
+        if array.dtype is dtype and flags.carray:  # as almost always: nothing to be done, and quickly seen
+            start = address_of(array)
+            if start < memory.last and start + array.nbytes > memory.first and memory.overlaps(array):
+                raise shares_memory(what, target)
             return array
+        if memory.overlaps(array):
+            raise shares_memory(what, target)
         if array.dtype != dtype:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity, by name
                 return array.astype(dtype, order="C")
