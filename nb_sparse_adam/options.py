@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,6 +127,24 @@ def threads(value: Any) -> int | None:
     return int(value)
 
 
+# What each of `Options` is checked by, in the dtypes of the tables.
+CHECKS: dict[str, Callable[[Any, Dtypes], Any]] = {
+    "lr": lambda value, dtypes: learning_rate(value, dtypes, zero_allowed=True),
+    "betas": decay_rates,
+    "eps": epsilon,
+    "eps_hat": lambda value, _: flag("eps_hat", value),
+    "maximize": lambda value, _: flag("maximize", value),
+    "on_nonfinite": lambda value, _: choice("on_nonfinite", value, ON_NONFINITE),
+    "num_threads": lambda value, _: threads(value),
+    "device_checks": lambda value, _: choice("device_checks", value, DEVICE_CHECKS),
+}
+
+
+def checked(given: Mapping[str, Any], dtypes: Dtypes) -> dict[str, Any]:
+    """Check those of `Options` that a state dict holds."""
+    return {name: CHECKS[name](given[name], dtypes) for name in SAVED if name in CHECKS}
+
+
 def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
     """Check the options of a state dict; return those of `Options`."""
     if not isinstance(given, Mapping):
@@ -140,13 +158,6 @@ def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
             "optimizer was made with and cannot change"
         )
     try:
-        return {
-            "lr": learning_rate(given["lr"], dtypes, zero_allowed=True),
-            "betas": decay_rates(given["betas"], dtypes),
-            "eps": epsilon(given["eps"], dtypes),
-            "eps_hat": flag("eps_hat", given["eps_hat"]),
-            "maximize": flag("maximize", given["maximize"]),
-            "on_nonfinite": choice("on_nonfinite", given["on_nonfinite"], ON_NONFINITE),
-        }
+        return checked(given, dtypes)
     except OptionError as error:
         raise StateError(f"state dict: {error}") from error

@@ -24,16 +24,14 @@ from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 
 __all__ = [
-    "FORMAT",
     "MANIFEST",
     "OURS",
-    "VERSION",
     "begins_as_manifest",
     "check_extra",
+    "content",
     "digest",
     "read_manifest",
     "refuse_foreign",
-    "write",
 ]
 
 FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
@@ -56,15 +54,20 @@ def check_extra(given: Any) -> None:
     """Refuse what would not come back from JSON, but for tuples, which do as lists."""
     try:
         _check_extra(given, "extra")
-        write({"extra": given})
+        _write({"extra": given})
     except CheckpointError:
         raise
     except (RecursionError, ValueError) as error:  # it contains itself, or an integer is too long to write
         raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
 
 
-def write(manifest: Mapping[str, Any]) -> bytes:
+def content(options: Mapping[str, Any], tables: list[dict[str, Any]], extra: Any) -> bytes:
     """Make the content of the file."""
+    manifest = {"format": FORMAT, "version": VERSION, "options": options, "tables": tables, "extra": extra}
+    return _write({**manifest, "sha256": digest(manifest)})
+
+
+def _write(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1, allow_nan=False).encode()
 
 

@@ -32,16 +32,13 @@ from nb_sparse_adam.checkpoint.files import (
     same_as,
 )
 from nb_sparse_adam.checkpoint.manifest import (
-    FORMAT,
     MANIFEST,
     OURS,
-    VERSION,
     begins_as_manifest,
     check_extra,
+    content,
     refuse_foreign,
-    write,
 )
-from nb_sparse_adam.checkpoint.manifest import digest as _digest
 from nb_sparse_adam.checkpoint.tensor_files import array_size, begins_as_written, write_tensors
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.state import TableState
@@ -124,17 +121,9 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
                 file = folder / f"table-{number}-{token}.safetensors"
                 written.append(file)
                 records.append(_save_table(file, table, tell))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "options": optimizer._saved(),
-            "tables": records,
-            "extra": extra,
-        }
-        manifest["sha256"] = _digest(manifest)
         temporary = folder / f".manifest-{token}.json"
         written.append(temporary)
-        _write_synced(temporary, write(manifest))
+        _write_synced(temporary, content(optimizer._saved(), records, extra))
         _reached("manifest written")
         _sync_folder(folder)  # its files are there before the manifest is
         os.replace(temporary, folder / MANIFEST)
@@ -308,7 +297,7 @@ def _load(
 
     def target(file: TableFile) -> dict[str, NDArray[Any]]:
         table = tables_of(optimizer)[file.name]
-        into = table.room_to_load(file.header.entries["steps"].dtype)()
+        into = table.room_to_load(file.entries["steps"].dtype)()
         return into if mmap else {"param": table.param, **into}
 
     read_all(files, target, progress, "loading", verify)
@@ -322,7 +311,7 @@ def _new_optimizer(folder: Path, manifest: dict[str, Any], files: list[TableFile
     values = _check_options(folder, manifest, None)
     tables: dict[str, NDArray[Any]] = {}
     for file in files:
-        dtype, shape, _ = file.header.entries["param"]
+        dtype, shape, _ = file.entries["param"]
         tables[file.name] = _map(file) if mmap and array_size(dtype, shape) else np.empty(shape, dtype)
     optimizer = SparseAdam(tables, step_counts=manifest["options"]["step_counts"])
     optimizer._set(**values)
@@ -331,7 +320,7 @@ def _new_optimizer(folder: Path, manifest: dict[str, Any], files: list[TableFile
 
 def _map(file: TableFile) -> NDArray[Any]:
     """Map a table's parameters, so that changes are copies in memory; the file is kept open."""
-    entry = file.header.entries["param"]
+    entry = file.entries["param"]
     if entry.start % entry.dtype.itemsize:  # as nothing writes it that we know of
         raise CheckpointError(f"{file.path} cannot be mapped: its arrays are not aligned; pass mmap=False")
     with file.reading() as opened:
@@ -405,7 +394,7 @@ def _restore(
             table.check_writeable()
         with nullcontext() if optimizer._folder is None else optimizer._folder.removed_on_error():
             rooms = [
-                table.room_to_load(file.header.entries["steps"].dtype)
+                table.room_to_load(file.entries["steps"].dtype)
                 for table, file in zip(tables, files, strict=True)
             ]
             _reached("verified")
@@ -454,7 +443,7 @@ def _check_fit(folder: Path, files: list[TableFile], optimizer: SparseAdam) -> N
             f"{folder} is of tables {sorted(file.name for file in files)}, expected {sorted(tables)}"
         )
     for file in files:
-        table, entry = tables[file.name], file.header.entries["param"]
+        table, entry = tables[file.name], file.entries["param"]
         if entry.shape != table.shape or entry.dtype != table.dtype:
             raise CheckpointError(
                 f"{file.path}: table {file.name!r} is {entry.shape} {entry.dtype}, expected {table.shape} "

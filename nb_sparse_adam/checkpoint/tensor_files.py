@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Header",
     "StoredArray",
     "TensorFileError",
     "array_size",
@@ -52,13 +51,6 @@ class StoredArray(NamedTuple):
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     start: int  # in the file
-
-
-class Header(NamedTuple):
-    """What a file holds."""
-
-    entries: dict[str, StoredArray]
-    size: int  # of the file
 
 
 def array_size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
@@ -112,8 +104,8 @@ def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
         yield slice(first, min(first + at_once, shape[0]))
 
 
-def check_header(file: BinaryIO, size: int) -> Header:
-    """Read the header of a file of a known size; the file is at the first array then.
+def check_header(file: BinaryIO, size: int) -> dict[str, StoredArray]:
+    """Read the header of a file of a known size: where its arrays are. The file is at the first one then.
 
     Raises
     ------
@@ -140,7 +132,7 @@ def check_header(file: BinaryIO, size: int) -> Header:
         raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
     if 8 + length + end != size:
         raise TensorFileError(f"has {size} bytes, and its header needs {8 + length + end}")
-    return Header(entries, size)
+    return entries
 
 
 def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
@@ -156,7 +148,7 @@ def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
 
 def read_pieces(
     file: BinaryIO,
-    header: Header,
+    entries: Mapping[str, StoredArray],
     into: Mapping[str, NDArray[Any]] | None,
     check: Callable[[str, NDArray[Any], bytes], None],
     progress: Progress,
@@ -167,8 +159,8 @@ def read_pieces(
     Parameters
     ----------
     file : binary file
-    header : Header
-        As `check_header` gave it.
+    entries : mapping
+        As `check_header` gave it, of one array or more.
     into : mapping of str to array, or None
         What each array of the file is copied to, in its shape, with any strides; None to look only.
     check : callable
@@ -186,9 +178,8 @@ def read_pieces(
     """
     digest = hashlib.sha256()
     file.seek(0)
-    start = min((entry.start for entry in header.entries.values()), default=header.size)
-    digest.update(_read(file, start))
-    for name, entry in header.entries.items():
+    digest.update(_read(file, min(entry.start for entry in entries.values())))
+    for name, entry in entries.items():
         shape = entry.shape or (1,)
         target = None if into is None else into.get(name)
         if target is None and not whole:

@@ -125,7 +125,7 @@ class Fused(_Module):
         _refuse_strides(name, weight)
         if self.optimizer.device_checks != "immediate":
             self._group()
-            self.optimizer.check_device_checks()
+            self.optimizer.check_device_checks(self.optimizer.device_checks)
         if not weight.is_leaf or "weight" not in self._parameters:
             raise TableError(
                 f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "

@@ -153,11 +153,6 @@ class ParamState:
         return int(self.table.launched if self.on_gpu else self.table.totals[0])
 
     @property
-    def has_refused(self) -> bool:
-        """Whether it is known by now that a deferred step was refused."""
-        return bool(self.table.backend.has_refused)
-
-    @property
     def skipped_rows(self) -> int:
         """How often ``on_nonfinite="skip"`` has left out a row; it waits for the GPU."""
         return int(self.table.skipped_rows)
