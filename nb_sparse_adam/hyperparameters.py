@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from nb_sparse_adam import options
 from nb_sparse_adam.backend import Backend
 from nb_sparse_adam.errors import OptionError
 from nb_sparse_adam.options import Options
+from nb_sparse_adam.views import Shown
 
 if TYPE_CHECKING:
     from nb_sparse_adam.engine.state import TableState
@@ -21,30 +22,21 @@ __all__ = ["HyperParameters"]
 T = TypeVar("T")
 
 
-class Option(Generic[T]):
+class Option(Shown[T]):
     """An option as a property: what is set is checked, and another `Options` put in the old one's place.
 
     Parameters
     ----------
+    name : str
+        One of `Options`.
     doc : str
     also : callable, optional
         Called before a value in the option's domain is taken over; it may refuse it.
     """
 
-    def __init__(self, doc: str, also: Callable[[HyperParameters, T], None] | None = None) -> None:
-        self.__doc__, self._also = doc, also
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Option[T]: ...
-
-    @overload
-    def __get__(self, instance: HyperParameters, owner: type) -> T: ...
-
-    def __get__(self, instance: HyperParameters | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance._options, self._name)
+    def __init__(self, name: str, doc: str, also: Callable[[HyperParameters, T], None] | None = None) -> None:
+        super().__init__(f"_options.{name}", doc)
+        self._name, self._also = name, also
 
     def __set__(self, instance: HyperParameters, value: T) -> None:
         value = options.CHECKS[self._name](value, instance._dtypes())
@@ -111,20 +103,25 @@ class HyperParameters:
             for backend in self._backends():
                 backend.synchronize()
 
-    lr = Option[float]("Learning rate, 0 ≤ lr < ∞; settable between steps.")
-    betas = Option[tuple[float, float]]("Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps.")
-    eps = Option[float]("Term added to the denominator, > 0; settable between steps.")
-    eps_hat = Option[bool]("Whether ε is added before the correction of v; settable between steps.")
-    maximize = Option[bool]("Whether steps ascend; settable between steps.")
+    lr = Option[float]("lr", "Learning rate, 0 ≤ lr < ∞; settable between steps.")
+    betas = Option[tuple[float, float]]("betas", "Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps.")
+    eps = Option[float]("eps", "Term added to the denominator, > 0; settable between steps.")
+    eps_hat = Option[bool](
+        "eps_hat", "Whether ε is added before the correction of v; settable between steps."
+    )
+    maximize = Option[bool]("maximize", "Whether steps ascend; settable between steps.")
     on_nonfinite = Option[str](
+        "on_nonfinite",
         "What happens to values that are not finite; settable between steps.",
         lambda self, value: _refuse_unseen(value, self._options.device_checks),
     )
     num_threads = Option[int | None](
+        "num_threads",
         "Threads for large steps, None for numba's setting or fewer; settable between steps.",
         _check_threads,
     )
     device_checks = Option[str](
+        "device_checks",
         "When gradients of tables on a GPU are checked, and who waits; settable between steps.",
         _leave_device_checks,
     )

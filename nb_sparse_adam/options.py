@@ -66,18 +66,24 @@ def in_dtype(value: float, dtype: np.dtype[Any]) -> float:
         return float(dtype.type(value))
 
 
+def _positive(name: str, value: float, dtypes: Dtypes, expected: str, there: str = "") -> float:
+    """Check that a number is positive and finite, also in the dtype of every table."""
+    if not 0 < value < math.inf:
+        raise OptionError(f"{name} is {value}, expected {expected}")
+    for dtype in dtypes:
+        rounded = in_dtype(value, dtype)
+        if not 0 < rounded < math.inf:
+            raise OptionError(f"{name} is {value}, which is {rounded} as {dtype}; expected {expected}{there}")
+    return value
+
+
 def learning_rate(value: Any, dtypes: Dtypes, zero_allowed: bool) -> float:
     """Check lr in the dtype of every table."""
     lr = number("lr", value)
     if zero_allowed and lr == 0:
         return lr
     expected = "0 <= lr < inf" if zero_allowed else "0 < lr < inf (0 only later, between steps)"
-    if not 0 < lr < math.inf:
-        raise OptionError(f"lr is {lr}, expected {expected}")
-    for dtype in dtypes:
-        if not 0 < in_dtype(lr, dtype) < math.inf:
-            raise OptionError(f"lr is {lr}, which is {in_dtype(lr, dtype)} as {dtype}; expected {expected}")
-    return lr
+    return _positive("lr", lr, dtypes, expected)
 
 
 def decay_rates(value: Any, dtypes: Dtypes) -> tuple[float, float]:
@@ -101,16 +107,7 @@ def decay_rates(value: Any, dtypes: Dtypes) -> tuple[float, float]:
 
 def epsilon(value: Any, dtypes: Dtypes) -> float:
     """Check eps: positive and finite in the dtype of every table."""
-    eps = number("eps", value)
-    if not 0 < eps < math.inf:
-        raise OptionError(f"eps is {eps}, expected 0 < eps < inf")
-    for dtype in dtypes:
-        if not 0 < in_dtype(eps, dtype) < math.inf:
-            raise OptionError(
-                f"eps is {eps}, which is {in_dtype(eps, dtype)} as {dtype}; expected 0 < eps < inf in the "
-                "dtype of every table"
-            )
-    return eps
+    return _positive("eps", number("eps", value), dtypes, "0 < eps < inf", " in the dtype of every table")
 
 
 def threads(value: Any) -> int | None:

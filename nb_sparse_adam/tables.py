@@ -46,12 +46,12 @@ class Tables(HyperParameters):
         if self._unfinished is not None:
             raise StateError(self._unfinished)
 
-    def _table_named(self, caller: str, name: str | None) -> TableState:
+    def _table_named(self, request: str, name: str | None) -> TableState:
         if name is None and len(self._tables) == 1:
             return next(iter(self._tables.values()))
         if name not in self._tables:
             names = ", ".join(map(repr, self._tables))
-            raise TableError(f"{caller} got {name!r}, expected one of {names}")
+            raise TableError(f"{request} {name!r}, expected one of {names}")
         return self._tables[name]
 
     @property
@@ -178,7 +178,7 @@ class Tables(HyperParameters):
         array([1, 1, 0], dtype=int32)
         """
         with self._lock:
-            old = self._table_named("rearrange", name)
+            old = self._table_named("rearrange got", name)
             old.check_replacement(table)
             self._check_whole()
             old.backend.before_step(self._options, self._tables)
@@ -236,7 +236,7 @@ class Tables(HyperParameters):
         array([0.1, 0.1], dtype=float32)
         """
         with self._lock:
-            table = self._table_named("kernel_table", name)
+            table = self._table_named("kernel_table got", name)
             table.check_lendable()
             if self.on_nonfinite == "raise":
                 raise OptionError(

@@ -6,7 +6,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 
-__all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading", "same_as"]
+__all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading"]
 
 ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
 _TRIES = 10  # more, of reading a checkpoint that is being replaced meanwhile
@@ -73,6 +72,7 @@ class TableFile:
         self.record = record
         self._step_counts = step_counts
         self._kept: BufferedReader | None = None
+        self._seen: list[bytes] | None = None
 
     def open(self, stack: ExitStack | None) -> None:
         """Check size and header; keep it open until the stack is closed, if there is one."""
@@ -106,6 +106,34 @@ class TableFile:
                 raise CheckpointError(f"{self.path} has been changed while it was read")
             yield opened
 
+    def read(
+        self, into: Mapping[str, NDArray[Any] | None], tell: Callable[[int], None], verify: bool
+    ) -> None:
+        """Read it, and copy what is wanted; when it is read again, only what was there the first time."""
+        seen: list[bytes] = []  # the SHA-256 up to the end of each piece
+        before = None if self._seen is None else iter(self._seen)
+
+        def check(name: str, piece: NDArray[Any], so_far: bytes) -> None:
+            if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
+                raise TensorFileError(f"has a negative number in {name}")
+            if name == "steps" and (piece > MAX_COUNT).any():
+                raise TensorFileError("has a count beyond 2**62 in steps, more than there can be steps")
+            if before is not None and so_far != next(before, None):
+                raise TensorFileError("has been changed since it was verified")
+            seen.append(so_far)
+
+        try:
+            with self.reading() as opened:
+                digest = read_pieces(opened, self.entries, into, check, tell, verify)
+        except TensorFileError as error:
+            raise CheckpointError(f"{self.path} is damaged: it {error}") from error
+        if verify and digest != self.record["sha256"]:
+            raise CheckpointError(
+                f"{self.path} is damaged: its SHA-256 is {digest}, expected {self.record['sha256']}; go back "
+                "to an older checkpoint"
+            )
+        self._seen = seen
+
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -125,49 +153,16 @@ def _open(path: Path, stack: ExitStack) -> BufferedReader:
 
 def read_all(
     files: list[TableFile],
-    target: Callable[[TableFile], Mapping[str, NDArray[Any]] | None],
+    targets: Mapping[str, Mapping[str, NDArray[Any] | None]],
     progress: bool,
     what: str,
     verify: bool = True,
-    check: Callable[[TableFile], Callable[[bytes], None]] = lambda _: lambda _: None,
 ) -> None:
-    """Read files into what `target` gives for each, None to look only.
-
-    Before a piece is copied, what `check` gives for its file is called with the SHA-256 up to its end.
-    """
+    """Read files into the arrays that there are for a table, if any."""
     entries = [entry for file in files for entry in file.entries.values()]
     with progress_bar(sum(array_size(entry.dtype, entry.shape) for entry in entries), what, progress) as tell:
         for file in files:
-            check_piece = partial(_check_piece, check(file))
-            try:
-                with file.reading() as opened:
-                    digest = read_pieces(opened, file.entries, target(file), check_piece, tell, verify)
-            except TensorFileError as error:
-                raise CheckpointError(f"{file.path} is damaged: it {error}") from error
-            if verify and digest != file.record["sha256"]:
-                raise CheckpointError(
-                    f"{file.path} is damaged: its SHA-256 is {digest}, expected {file.record['sha256']}; go "
-                    "back to an older checkpoint"
-                )
-
-
-def _check_piece(check: Callable[[bytes], None], name: str, piece: NDArray[Any], so_far: bytes) -> None:
-    if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
-        raise TensorFileError(f"has a negative number in {name}")
-    if name == "steps" and (piece > MAX_COUNT).any():
-        raise TensorFileError("has a count beyond 2**62 in steps, more than there can be steps")
-    check(so_far)
-
-
-def same_as(seen: list[bytes]) -> Callable[[bytes], None]:
-    """Return a check that compares a second reading with the first, piece by piece."""
-    expected = iter(seen)
-
-    def check(so_far: bytes) -> None:
-        if so_far != next(expected, None):
-            raise TensorFileError("has been changed since it was verified")
-
-    return check
+            file.read(targets.get(file.name, {}), tell, verify)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
 def read_pieces(
     file: BinaryIO,
     entries: Mapping[str, StoredArray],
-    into: Mapping[str, NDArray[Any]] | None,
+    into: Mapping[str, NDArray[Any] | None],
     check: Callable[[str, NDArray[Any], bytes], None],
     progress: Progress,
     whole: bool = True,
@@ -161,8 +161,8 @@ def read_pieces(
     file : binary file
     entries : mapping
         As `check_header` gave it, of one array or more.
-    into : mapping of str to array, or None
-        What each array of the file is copied to, in its shape, with any strides; None to look only.
+    into : mapping of str to array
+        What arrays of the file are copied to, in their shapes, with any strides; the others are looked at.
     check : callable
         Is given the name and each piece of an array before it is copied, and the SHA-256 of all that has
         been read so far.
@@ -181,7 +181,7 @@ def read_pieces(
     digest.update(_read(file, min(entry.start for entry in entries.values())))
     for name, entry in entries.items():
         shape = entry.shape or (1,)
-        target = None if into is None else into.get(name)
+        target = into.get(name)
         if target is None and not whole:
             continue
         file.seek(entry.start)

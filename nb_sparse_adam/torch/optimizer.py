@@ -187,7 +187,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         with self.turn:
             states = self._param_states.items()
-            return {param: param_state.skipped_rows for param, param_state in states if param_state.is_shown}
+            return {param: int(each.table.skipped_rows) for param, each in states if each.is_shown}
 
     @property
     def param_states(self) -> list[ParamState]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nb_sparse_adam.engine.rearranging import checked_source
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
 from nb_sparse_adam.torch.param_state import STATE_KEYS
-from nb_sparse_adam.torch.tensors import check_parameter
+from nb_sparse_adam.torch.tensors import check_parameter, check_shape
 
 __all__ = ["check_replacement", "rearranged", "source_of"]
 
@@ -62,13 +62,9 @@ def rearranged(name: str, entry: Any, source: Any, new: Tensor, step_counts: str
     for key in ("exp_avg", "exp_avg_sq"):
         moment = given[key]
         rows = len(moment) if rows is None and isinstance(moment, Tensor) and moment.dim() else rows
-        if not isinstance(moment, Tensor) or tuple(moment.shape) != (rows, *new.shape[1:]):
-            got = f"of shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else type(moment).__name__
-            raise StateError(
-                f"{where}: {key} is {got}, expected a tensor of shape "
-                f"{('rows' if rows is None else rows, *new.shape[1:])}, to be rearranged; to begin anew, "
-                "del optimizer.state[parameter] before"
-            )
+        expected = ("rows" if rows is None else rows, *new.shape[1:])
+        advice = ", to be rearranged; to begin anew, del optimizer.state[parameter] before"
+        check_shape(f"{where}: {key}", moment, expected, advice)
     assert rows is not None
     places = torch.from_numpy(source_of(name, source, len(new), rows))
     taken = places >= 0

@@ -10,13 +10,14 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from nb_sparse_adam.errors import DenseGradientError, GradientError, TableError, TableTypeError
+from nb_sparse_adam.errors import DenseGradientError, GradientError, StateError, TableError, TableTypeError
 
 __all__ = [
     "Gpu",
     "array_of",
     "check_memory",
     "check_parameter",
+    "check_shape",
     "contiguous_strides",
     "coo",
     "host_array",
@@ -106,6 +107,13 @@ def check_memory(name: str, param: Tensor) -> None:
             f"parameter {name} of shape {tuple(param.shape)} has {param.untyped_storage().nbytes()} bytes of "
             f"memory, expected {needed}: its storage has been resized; give it back before the step"
         )
+
+
+def check_shape(what: str, given: Any, expected: tuple[Any, ...], advice: str) -> None:
+    """Refuse what is not a tensor of a shape."""
+    if not isinstance(given, Tensor) or tuple(given.shape) != expected:
+        got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise StateError(f"{what} is {got}, expected a tensor of shape {expected}{advice}")
 
 
 def coo(name: str, grad: Tensor, device: torch.device) -> Tensor:
