@@ -318,10 +318,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
+    repeated = 0
     if arguments.test is not None:
         split = read_split(arguments.interactions, arguments.test, arguments.format)
         description = split.description
-        print(split.description)
     else:
         interactions: Interactions
         if arguments.interactions is None:
@@ -329,13 +329,12 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
             interactions = generate(seed=options.seed)
         else:
             interactions = read_interactions(arguments.interactions, arguments.format)
-        pairs = interactions.pairs
-        description = interactions.description
+        pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
-        print(split.description)
-        if interactions.repeated:
-            print(f"{interactions.repeated:,} repeated (user, item) pairs were used once")
+    print(split.description)
+    if repeated:
+        print(f"{repeated:,} repeated (user, item) pairs were used once")
     for note in split.notes:
         print(note)
     print(f"{len(split.train):,} interactions to train on, {len(split.test):,} to predict", flush=True)

@@ -14,7 +14,7 @@ from nb_sparse_adam.engine import records
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError
 from nb_sparse_adam.gradients import Given, Target
 
-__all__ = ["changed_meanwhile", "fault_error", "shares_memory", "too_many_bits"]
+__all__ = ["fault_error", "shares_memory", "too_many_bits"]
 
 
 def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientError:

@@ -283,10 +283,8 @@ class SparseAdam(Tables):
         return requests
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
-        is_one = isinstance(gradient, _FORMS)  # asked first: it is quick
-        if (
-            is_one or not isinstance(gradient, Mapping) or hasattr(gradient, "format")
-        ):  # scipy's DOK is a dict
+        # What is quick is asked first; and scipy's DOK is a dict.
+        if isinstance(gradient, _FORMS) or not isinstance(gradient, Mapping) or hasattr(gradient, "format"):
             if len(self._tables) == 1:
                 return {next(iter(self._tables)): gradient}
             names = ", ".join(map(repr, self._tables))

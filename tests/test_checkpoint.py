@@ -350,7 +350,7 @@ def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved)
     """A negative count would be an index."""
     folder, opt = saved
     file, state = one_file(folder), opt.state["user"]
-    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in saving.ARRAYS[1:]}}
+    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in manifests.ARRAYS[1:]}}
     arrays[name][4] = -1
     if name == "exp_avg_sq":
         arrays[name][3] = np.nan  # which a negative number may hide behind

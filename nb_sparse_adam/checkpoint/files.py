@@ -13,16 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam.checkpoint.manifest import MANIFEST, read_manifest
+from nb_sparse_adam.checkpoint.manifest import ARRAYS, MANIFEST, read_manifest
 from nb_sparse_adam.checkpoint.tensor_files import TensorFileError, array_size, check_header, read_pieces
 from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 
-__all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading"]
+__all__ = ["TOO_MANY", "TableFile", "progress_bar", "read_all", "reading"]
 
-ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
 _TRIES = 10  # more, of reading a checkpoint that is being replaced meanwhile
 TOO_MANY = (errno.EMFILE, errno.ENFILE)  # files are open, in this process or in all
 _KEPT_OPEN = 100  # files, while a checkpoint is read: of a usual limit of 256 or 1,024 for the whole process

@@ -22,20 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
-from nb_sparse_adam.checkpoint.files import ARRAYS, TOO_MANY, TableFile, progress_bar, read_all, reading
-from nb_sparse_adam.checkpoint.manifest import (
-    MANIFEST,
-    OURS,
-    begins_as_manifest,
-    check_extra,
-    content,
-    refuse_foreign,
-)
-from nb_sparse_adam.checkpoint.tensor_files import array_size, begins_as_written, write_tensors
+from nb_sparse_adam.checkpoint.files import TOO_MANY, TableFile, progress_bar, read_all, reading
+from nb_sparse_adam.checkpoint.manifest import MANIFEST, check_extra, content, old_files, refuse_foreign
+from nb_sparse_adam.checkpoint.tensor_files import array_size, write_tensors
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
-from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
+from nb_sparse_adam.files import descriptor
 from nb_sparse_adam.optimizer import SparseAdam, tables_of
 
 __all__ = ["load", "restore", "save"]
@@ -131,22 +124,10 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
     with contextlib.suppress(OSError):
         _sync_folder(folder)
         _reached("folder synced")
-        for name in os.listdir(folder):
-            if OURS.fullmatch(name) and name not in kept:
-                with contextlib.suppress(OSError, NoRegularFileError):
-                    if _is_ours(folder / name):
-                        (folder / name).unlink(missing_ok=True)
-                _reached("an old file deleted")
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether a file that is called as ours are was written by a save, which may not have come to its end."""
-    with open_regular(file) as opened:
-        if not opened.peek(1):
-            return True  # begun, or somebody else's without content: no loss
-        if file.suffix == ".json":
-            return begins_as_manifest(opened.read(100))
-        return begins_as_written(opened, ARRAYS)
+        for file in old_files(folder, kept):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+            _reached("an old file deleted")
 
 
 def _names(folder: Path, token: str) -> bool:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "StoredArray",
     "TensorFileError",
     "array_size",
     "begins_as_written",
     "check_header",
+    "framed",
+    "header_of",
     "read_pieces",
     "unique_keys",
     "write_tensors",
@@ -66,17 +67,32 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def header_of(
+    arrays: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
+) -> dict[str, Any]:
+    """Describe arrays that lie one after the other, each by name, code of its dtype, shape and bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, code, shape, size in arrays:
+        start, end = end, end + size
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    return header
+
+
+def framed(header: dict[str, Any], multiple: int, separators: tuple[str, str] = (", ", ": ")) -> bytes:
+    """Write a header, with its length in front, so that what follows it begins at a multiple of bytes."""
+    text = json.dumps(header, separators=separators).encode()
+    text += b" " * (-(8 + len(text)) % multiple)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> str:
     """Write arrays of float32, float64, int32 or int64, of any strides; return the SHA-256 of all that."""
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        code = _CODES[array.dtype.newbyteorder("<")]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    head = len(text).to_bytes(8, "little") + text
+    described = [
+        (name, _CODES[array.dtype.newbyteorder("<")], array.shape, array.nbytes)
+        for name, array in arrays.items()
+    ]
+    head = framed(header_of(described, {"format": "np"}), ALIGNMENT, (",", ":"))
     digest = hashlib.sha256(head)
     file.write(head)
     for piece in _in_order(arrays.values()):

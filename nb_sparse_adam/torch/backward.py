@@ -25,7 +25,7 @@ from nb_sparse_adam.torch.tensors import Gpu, array_of
 if TYPE_CHECKING:
     from nb_sparse_adam.torch.fused import Fused
 
-__all__ = ["Accumulating", "Block", "Lookup", "check_pass", "collect", "is_pending", "this_pass"]
+__all__ = ["Accumulating", "Lookup", "check_pass", "collect", "is_pending", "this_pass"]
 
 
 class Lookup(NamedTuple):
@@ -59,7 +59,7 @@ class _Pass:
 
     def __call__(self) -> None:
         now: Found = {}
-        later: dict[int, tuple[Block, Found]] = {}
+        later: dict[int, tuple[Accumulating, Found]] = {}
         for layer, lookups in self.lookups.items():
             block = _open_block(layer)
             if block is None:
@@ -142,19 +142,7 @@ def collect(layer: Fused, lookup: Lookup) -> None:
     current.lookups.setdefault(layer, []).append(lookup)
 
 
-class Block:
-    """What the backward passes in an `accumulate` block have met.
-
-    The block alone holds it, layers only refer to it: whatever interrupts its beginning or its end, no layer
-    waits for a block that is gone.
-    """
-
-    def __init__(self) -> None:
-        self.is_open = True
-        self.passes: list[Found] = []
-
-
-def _open_block(layer: Fused) -> Block | None:
+def _open_block(layer: Fused) -> Accumulating | None:
     """The block that a layer's lookups wait for the end of."""
     block = None if layer.accumulated is None else layer.accumulated()
     return block if block is not None and block.is_open else None
@@ -167,11 +155,15 @@ def is_pending(layer: Fused) -> bool:
 
 
 class Accumulating(ContextDecorator):
-    """Lets the backward passes of the body be one step, at its end; none if it raises."""
+    """Lets the backward passes of the body be one step, at its end; none if it raises.
+
+    It alone holds what they have met, layers only refer to it: whatever interrupts its beginning or its end,
+    no layer waits for a block that is gone.
+    """
 
     def __init__(self, layers: Sequence[Fused]) -> None:
-        self._layers = layers
-        self._block: Block | None = None
+        self._layers, self.is_open = layers, False
+        self.passes: list[Found] = []
 
     def _recreate_cm(self) -> Accumulating:
         return Accumulating(self._layers)  # one for each call of a function that is decorated
@@ -179,14 +171,13 @@ class Accumulating(ContextDecorator):
     def __enter__(self) -> None:
         if any(_open_block(layer) is not None for layer in self._layers):
             raise RuntimeError("accumulate: already accumulating for a layer of this module")
-        block = self._block = Block()
+        self.is_open, self.passes = True, []
         for layer in self._layers:
-            layer.accumulated = weakref.ref(block)
+            layer.accumulated = weakref.ref(self)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._block is not None
-        self._block.is_open = False
-        passes, self._block = self._block.passes, None
+        self.is_open = False
+        passes, self.passes = self.passes, []
         if kind is None:
             lookups: Found = {}
             for found in passes:

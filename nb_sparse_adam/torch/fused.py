@@ -24,7 +24,7 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import layer_state, sharing
-from nb_sparse_adam.torch.backward import Block, is_pending
+from nb_sparse_adam.torch.backward import Accumulating, is_pending
 from nb_sparse_adam.torch.optimizer import SparseAdam
 from nb_sparse_adam.torch.param_state import has_state
 from nb_sparse_adam.torch.steps import Job
@@ -74,7 +74,7 @@ class Fused(_Module):
     num_embeddings: int
     padding_idx: int | None
     optimizer: SparseAdam
-    accumulated: weakref.ref[Block] | None
+    accumulated: weakref.ref[Accumulating] | None
     grad_scaler: Any
 
     def _set_up(self, given: Mapping[str, Any] | None) -> None:
@@ -110,6 +110,13 @@ class Fused(_Module):
     def _is_training(self) -> bool:
         """Whether a lookup is to update the table when the backward pass comes to it."""
         return self.training and torch.is_grad_enabled() and self.weight.requires_grad
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _train(self, function: Any, *args: Any) -> Tensor:
+        """Look up by an autograd function, which updates the table when the backward pass comes to it."""
+        self._check_training()
+        out: Tensor = function.apply(self.weight, *args)
+        return out
 
     def _check_training(self) -> None:
         """Refuse what cannot be trained."""

@@ -14,16 +14,7 @@ from nb_sparse_adam import options
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.torch.tensors import check_parameter
 
-__all__ = [
-    "OWN",
-    "check_defaults",
-    "check_group",
-    "complete",
-    "name_of",
-    "options_of",
-    "place_of",
-    "used_options",
-]
+__all__ = ["check_defaults", "check_group", "complete", "name_of", "options_of", "place_of", "used_options"]
 
 # The options that a step looks at.
 USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")

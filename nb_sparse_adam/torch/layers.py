@@ -103,14 +103,8 @@ class Embedding(Fused, torch.nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Look up ids of any shape: (...) -> (..., dim)."""
         if self._is_training():
-            return self._train(input)
+            return self._train(_Rows, self, input)
         return functional.embedding(input, self.weight.detach(), self.padding_idx)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _train(self, ids: Tensor) -> Tensor:
-        self._check_training()
-        out: Tensor = _Rows.apply(self.weight, self, ids)  # type: ignore[no-untyped-call]
-        return out
 
 
 class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
@@ -202,16 +196,10 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
     ) -> Tensor:
         """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
         if self._is_training():
-            return self._train(input, offsets, per_sample_weights)
+            return self._train(_Bags, per_sample_weights, self, input, offsets)
         if _is_there(offsets) and bags.are_offsets(input, offsets):
             bags.check_order("EmbeddingBag", offsets, len(input))
         return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _train(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        self._check_training()
-        out: Tensor = _Bags.apply(self.weight, weights, self, ids, offsets)  # type: ignore[no-untyped-call]
-        return out
 
     def _checked(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Give offsets as the step is to see them, and such as can be read with, or refuse them."""
