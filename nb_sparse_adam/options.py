@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,12 +142,17 @@ def checked(given: Mapping[str, Any], dtypes: Dtypes) -> dict[str, Any]:
     return {name: CHECKS[name](given[name], dtypes) for name in SAVED if name in CHECKS}
 
 
+def check_part(what: str, has: str, given: Any, keys: Collection[str]) -> None:
+    """Refuse a part of a state dict that is no mapping with these keys."""
+    if not isinstance(given, Mapping):
+        raise StateTypeError(f"state dict's {what} are a {type(given).__name__}, expected a mapping")
+    if set(given) != set(keys):
+        raise StateError(f"state dict {has} {sorted(map(str, given))}, expected {sorted(keys)}")
+
+
 def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
     """Check the options of a state dict; return those of `Options`."""
-    if not isinstance(given, Mapping):
-        raise StateTypeError(f"state dict's options are a {type(given).__name__}, expected a mapping")
-    if set(given) != set(SAVED):
-        raise StateError(f"state dict has options {sorted(map(str, given))}, expected {sorted(SAVED)}")
+    check_part("options", "has options", given, SAVED)
     counts = given["step_counts"]
     if not isinstance(counts, str) or counts != step_counts:
         raise StateError(

@@ -134,10 +134,8 @@ def _names(folder: Path, token: str) -> bool:
     """Whether the manifest that is there was written by this save; True also if it cannot be read."""
     try:
         return token.encode() in (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
 
 
 def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:

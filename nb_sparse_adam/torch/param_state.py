@@ -80,7 +80,7 @@ class ParamState:
         self.engine = SparseAdam({name: tensors.array_of(matrix, self.on_gpu)}, step_counts=step_counts)
         self.table = tables_of(self.engine)[name]
         self.given: tuple[Any, ...] | None = None  # the options in use, as the group had them
-        self._counted, self._counted_at = 0, 0
+        self._not_launched = 0  # steps of the count on a GPU
         self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
         self._shown_step: Any = None  # what is called step there
         self._is_loaded = False  # with a state, which may not have been shown yet
@@ -116,10 +116,8 @@ class ParamState:
     def _view(self, flat: Tensor, stride: int, offset: int) -> Tensor:
         """A part of every row's record, in the parameter's shape."""
         outer, inner = self.shape[: self.sparse_dim], self.shape[self.sparse_dim :]
-        strides = [stride * step for step in tensors.contiguous_strides(outer)] + tensors.contiguous_strides(
-            inner
-        )
-        return flat.as_strided(self.shape, strides, offset)
+        strides = [stride * step for step in tensors.contiguous_strides(outer)]
+        return flat.as_strided(self.shape, strides + tensors.contiguous_strides(inner), offset)
 
     @property
     def step(self) -> int | Tensor:
@@ -131,7 +129,7 @@ class ParamState:
         if self.counts is not None:
             return self.counts
         if self.on_gpu:
-            return self._counted + int(self.table.launched) - self._counted_at
+            return self._not_launched + int(self.table.launched)
         return int(self.table.arrays.counts[0])
 
     @property
@@ -145,7 +143,7 @@ class ParamState:
         return int(self.table.launched if self.on_gpu else self.table.totals[0])
 
     def _note_count(self, number: int) -> None:
-        self._counted, self._counted_at = number, int(self.table.launched)
+        self._not_launched = number - int(self.table.launched)
 
     def recount(self) -> None:
         """Ask the GPU for the count, and show it; it waits."""

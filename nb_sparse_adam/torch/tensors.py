@@ -73,12 +73,9 @@ def array_of(tensor: Tensor, on_gpu: bool) -> Any:
     """See a tensor that requires no gradient as an array where it is; what is an array is not copied."""
     if not on_gpu:
         return tensor.numpy()
-    return Gpu.for_engine(tensor.contiguous() if _is_expanded(tensor) else tensor)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one place in memory."""
-    return any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
+    lengths = zip(tensor.shape, tensor.stride(), strict=True)
+    is_expanded = any(length > 1 and step == 0 for length, step in lengths)  # so elements are one place
+    return Gpu.for_engine(tensor.contiguous() if is_expanded else tensor)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
