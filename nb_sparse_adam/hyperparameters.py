@@ -35,14 +35,17 @@ class Option(Shown[T]):
     """
 
     def __init__(self, name: str, doc: str, also: Callable[[HyperParameters, T], None] | None = None) -> None:
-        super().__init__(f"_options.{name}", doc)
-        self._name, self._also = name, also
+        def change(owner: HyperParameters, value: Any) -> None:
+            value = options.CHECKS[name](value, owner._dtypes())
+            if also is not None:
+                also(owner, value)
+            owner._set(**{name: value})
 
-    def __set__(self, instance: HyperParameters, value: T) -> None:
-        value = options.CHECKS[self._name](value, instance._dtypes())
-        if self._also is not None:
-            self._also(instance, value)
-        instance._set(**{self._name: value})
+        super().__init__(f"_options.{name}", doc, change)
+
+    if TYPE_CHECKING:
+
+        def __set__(self, instance: HyperParameters, value: T) -> None: ...
 
 
 def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import numpy as np
 
@@ -17,27 +17,33 @@ __all__ = ["Shown", "StateView", "States"]
 T = TypeVar("T")
 
 
-class Shown(Generic[T]):
-    """An attribute that shows one of what its object holds: read-only, and typed.
+class Shown(property, Generic[T]):
+    """A property that shows one of what its object holds: read-only, and typed.
 
     Parameters
     ----------
     path : str
         Where it is, with dots, seen from the object.
     doc : str
+    change : callable, optional
+        Called with the object and another value, if there may be one.
     """
 
-    def __init__(self, path: str, doc: str) -> None:
-        self._value_in, self.__doc__ = attrgetter(path), doc
+    def __init__(self, path: str, doc: str, change: Callable[[Any, Any], None] | None = None) -> None:
+        super().__init__(attrgetter(path), change)
+        self.__doc__ = doc
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Shown[T]: ...
+    if TYPE_CHECKING:
 
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
+        @overload
+        def __get__(self, instance: None, owner: type | None = None) -> Shown[T]: ...
 
-    def __get__(self, instance: Any, owner: type) -> Any:
-        return self if instance is None else self._value_in(instance)
+        @overload
+        def __get__(self, instance: object, owner: type | None = None) -> T: ...
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
+
+        def __set__(self, instance: Any, value: NoReturn) -> None: ...
 
 
 class StateView:
