@@ -65,10 +65,7 @@ def _check_threads(self: HyperParameters, value: int | None) -> None:
 
 def _leave_device_checks(self: HyperParameters, value: str) -> None:
     if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
-        raise OptionError(
-            f"device_checks is {value!r}, expected 'immediate': no table is on a GPU, and what is on the "
-            "host is always checked"
-        )
+        raise options.needless_checks(value, "table", "host")
     _refuse_unseen(self.on_nonfinite, value)
     if self.device_checks != "immediate":
         self.synchronize()

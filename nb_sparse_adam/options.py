@@ -110,6 +110,14 @@ def epsilon(value: Any, dtypes: Dtypes) -> float:
     return _positive("eps", number("eps", value), dtypes, "0 < eps < inf", " in the dtype of every table")
 
 
+def needless_checks(value: str, what: str, place: str) -> OptionError:
+    """Refuse ``device_checks`` where there is no GPU."""
+    return OptionError(
+        f"device_checks is {value!r}, expected 'immediate': no {what} is on a GPU, and what is on the "
+        f"{place} is always checked"
+    )
+
+
 def threads(value: Any) -> int | None:
     """Check num_threads: None, or no more than numba can start."""
     if value is None:

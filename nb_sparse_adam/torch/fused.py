@@ -382,14 +382,11 @@ class Fused(_Module):
 
 
 def _refuse_shape(name: str, weight: Any) -> None:
+    expected = "expected a Tensor (rows, dim)"
     if not isinstance(weight, Tensor):
-        raise TableTypeError(
-            f"{name}: the new weight is a {type(weight).__name__}, expected a Tensor (rows, dim)"
-        )
+        raise TableTypeError(f"{name}: the new weight is a {type(weight).__name__}, {expected}")
     if weight.dim() != 2:
-        raise TableError(
-            f"{name}: the new weight has shape {tuple(weight.shape)}, expected a Tensor (rows, dim)"
-        )
+        raise TableError(f"{name}: the new weight has shape {tuple(weight.shape)}, {expected}")
 
 
 def _refuse_meta(name: str, weight: Tensor) -> None:

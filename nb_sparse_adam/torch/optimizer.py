@@ -174,10 +174,7 @@ class SparseAdam(torch.optim.Optimizer):
         """Refuse `device_checks` that mean nothing where the parameters are."""
         params = (param for group in self.param_groups for param in group["params"])
         if value != "immediate" and not any(map(Gpu.has, params)):
-            raise OptionError(
-                f"device_checks is {value!r}, expected 'immediate': no parameter is on a GPU, "
-                "and what is on the CPU is always checked"
-            )
+            raise options.needless_checks(value, "parameter", "CPU")
 
     @property
     def skipped_rows(self) -> Mapping[Tensor, int]:

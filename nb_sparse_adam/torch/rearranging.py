@@ -20,20 +20,16 @@ __all__ = ["check_replacement", "rearranged", "source_of"]
 
 def check_replacement(name: str, old: Tensor, new: Any) -> None:
     """Refuse what cannot take a parameter's place, whatever rows it has."""
+    what = f"rearrange of parameter {name}: the new one"
     if not isinstance(new, Tensor):
-        raise TableTypeError(
-            f"rearrange of parameter {name}: the new one is a {type(new).__name__}, expected a Parameter"
-        )
+        raise TableTypeError(f"{what} is a {type(new).__name__}, expected a Parameter")
     if new.layout is not torch.strided or not new.is_leaf or new.dtype != old.dtype:
-        raise TableError(
-            f"rearrange of parameter {name}: the new one is of {new.dtype} and {new.layout}"
-            f"{'' if new.is_leaf else ' and computed from others'}, expected a dense Parameter of {old.dtype}"
-        )
+        computed = "" if new.is_leaf else " and computed from others"
+        expected = f"expected a dense Parameter of {old.dtype}"
+        raise TableError(f"{what} is of {new.dtype} and {new.layout}{computed}, {expected}")
     if new.dim() == 0 or new.shape[1:] != old.shape[1:]:
-        raise TableError(
-            f"rearrange of parameter {name}: the new one has shape {tuple(new.shape)}, expected "
-            f"{('rows', *old.shape[1:])}, rows as those of the old one"
-        )
+        expected = f"expected {('rows', *old.shape[1:])}, rows as those of the old one"
+        raise TableError(f"{what} has shape {tuple(new.shape)}, {expected}")
     check_parameter(name, new)
 
 
