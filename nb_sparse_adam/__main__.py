@@ -58,10 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit code: 0; 1 for an error; 130 after Ctrl-C. Wrong arguments exit with 2, as argparse does.
     """
-    parser, train_parser, bench_parser = _parsers()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     with _any_text(sys.stdout):
-        return _run(arguments, train_parser, bench_parser)
+        return _run(arguments)
 
 
 @contextmanager
@@ -77,82 +76,44 @@ def _any_text(stream: Any) -> Iterator[None]:
         stream.reconfigure(errors="strict")
 
 
-def _run(
-    arguments: argparse.Namespace,
-    train_parser: argparse.ArgumentParser,
-    bench_parser: argparse.ArgumentParser,
-) -> int:
+def _run(arguments: argparse.Namespace) -> int:
+    parser: argparse.ArgumentParser = arguments.parser
     try:
-        if arguments.command == "info":
-            for line in info.report_lines():
-                print(line)
-            return 0
-        if arguments.command == "bench":
-            return _bench(arguments)
-        return _train(arguments, train_parser)
+        return int(arguments.run(arguments))
     except KeyboardInterrupt:
         print("\ninterrupted before there were results: nothing was saved", file=sys.stderr)
         return _INTERRUPTED
     except OptionError as error:
-        (bench_parser if arguments.command == "bench" else train_parser).error(str(error))
+        parser.error(str(error))
     except NonFiniteGradientError as error:
-        print(f"error: the training diverged ({error}); try a smaller --lr or --init-std", file=sys.stderr)
-        return 1
+        message = f"the training diverged ({error}); try a smaller --lr or --init-std"
     except MemoryError as error:
         hint = "; a smaller --dim takes less" if arguments.command == "train" else ""
-        print(f"error: there is not enough memory: {error}{hint}", file=sys.stderr)
-        return 1
+        message = f"there is not enough memory: {error}{hint}"
     except (SparseAdamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nb-sparse-adam", description="Sparse Adam in Numba, on CPUs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_bench(commands)
+    text = "show versions, threads, the kernel cache, and which extras work"
+    info_parser = commands.add_parser("info", help=text)
+    info_parser.set_defaults(run=_info, parser=info_parser)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a recommender on interactions",
         description="Train a matrix-factorization recommender with the BPR loss (Rendle et al. 2009), "
         "compare it with a popularity ranking on held-out items, and save its vectors.",
     )
-    bench = commands.add_parser(
-        "bench",
-        help="measure speed on this machine, beside other libraries",
-        description="Time steps beside kernels that only move the same bytes, and beside other libraries, "
-        "taking turns in one run; print a table, and write bench.json and bench.png. Without --quick it "
-        "takes about ten minutes and up to 8 GB of memory (19 for one of the lines).",
-    )
-    bench.add_argument(
-        "--peers",
-        metavar="NAMES",
-        help="torch, fbgemm and paddle, separated by commas, or none (default: those that are installed)",
-    )
-    bench.add_argument(
-        "--quick",
-        action="store_true",
-        help="small tables and few repeats: to see that it works, in about a minute",
-    )
-    bench.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="only the lines whose names in bench.json begin so, for example bag or rows-64; a wrong name is "
-        "answered with all of them",
-    )
-    bench.add_argument(
-        "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"
-    )
-    bench.add_argument(
-        "--out",
-        type=Path,
-        default=Path("nb-sparse-adam-bench"),
-        metavar="DIR",
-        help="folder for bench.json and bench.png (default: %(default)s)",
-    )
-    commands.add_parser("info", help="show versions, threads, the kernel cache, and which extras work")
-
     data = train.add_argument_group("data")
     data.add_argument(
         "interactions",
@@ -184,17 +145,49 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argpar
         _add_option(model, option.name, option.default)
 
     output = train.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("nb-sparse-adam-run"),
-        metavar="DIR",
-        help="folder for the results (default: %(default)s)",
-    )
+    _add_out(output, "nb-sparse-adam-run", "the results")
     output.add_argument(
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
-    return parser, train, bench
+    train.set_defaults(run=_train, parser=train)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed on this machine, beside other libraries",
+        description="Time steps beside kernels that only move the same bytes, and beside other libraries, "
+        "taking turns in one run; print a table, and write bench.json and bench.png. Without --quick it "
+        "takes about ten minutes and up to 8 GB of memory (19 for one of the lines).",
+    )
+    bench.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help="torch, fbgemm and paddle, separated by commas, or none (default: those that are installed)",
+    )
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        help="small tables and few repeats: to see that it works, in about a minute",
+    )
+    bench.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only the lines whose names in bench.json begin so, for example bag or rows-64; a wrong name is "
+        "answered with all of them",
+    )
+    bench.add_argument(
+        "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"
+    )
+    _add_out(bench, "nb-sparse-adam-bench", "bench.json and bench.png")
+    bench.set_defaults(run=_bench, parser=bench)
+
+
+def _add_out(group: argparse._ActionsContainer, default: str, what: str) -> None:
+    text = f"folder for {what} (default: %(default)s)"
+    group.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)
 
 
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
@@ -236,9 +229,15 @@ def _number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
 _fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
 
 
-def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _info(_: argparse.Namespace) -> int:
+    for line in info.report_lines():
+        print(line)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
     if arguments.interactions is None and (arguments.test is not None or arguments.format != "auto"):
-        parser.error("--test and --format need INTERACTIONS: generated data come with a hold-out")
+        arguments.parser.error("--test and --format need INTERACTIONS: generated data come with a hold-out")
     values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
     options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
     folder = report.prepare_output(arguments.out)
@@ -254,7 +253,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     print(f"popularity ranking: {_describe(popularity, options.top)}", flush=True)
 
     interrupted = False
-    with _Progress(model, popularity, not arguments.no_progress) as progress:
+    with _Progress(model, not arguments.no_progress) as progress:
         try:
             model.fit(progress.on_batch, progress.on_epoch)
         except KeyboardInterrupt:
@@ -319,10 +318,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
+    repeated = 0
     if arguments.test is not None:
         split = read_split(arguments.interactions, arguments.test, arguments.format)
         description = split.description
-        print(split.description)
     else:
         interactions: Interactions
         if arguments.interactions is None:
@@ -330,13 +329,12 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
             interactions = generate(seed=options.seed)
         else:
             interactions = read_interactions(arguments.interactions, arguments.format)
-        pairs = interactions.pairs
-        description = interactions.description
+        pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
-        print(split.description)
-        if interactions.repeated:
-            print(f"{interactions.repeated:,} repeated (user, item) pairs were used once")
+    print(split.description)
+    if repeated:
+        print(f"{repeated:,} repeated (user, item) pairs were used once")
     for note in split.notes:
         print(note)
     print(f"{len(split.train):,} interactions to train on, {len(split.test):,} to predict", flush=True)
@@ -354,8 +352,8 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
 class _Progress:
     """A bar on a terminal, and a line on stdout for each evaluation."""
 
-    def __init__(self, model: BPRModel, popularity: Quality, wanted: bool) -> None:
-        self._options, self._popularity, self._bar, self._seen = model.options, popularity, None, 0
+    def __init__(self, model: BPRModel, wanted: bool) -> None:
+        self._options, self._bar = model.options, None
         if wanted and sys.stderr.isatty():
             self._bar = require("tqdm", "train", "the progress bar (see --no-progress)").tqdm(
                 total=model.interactions * model.options.epochs,

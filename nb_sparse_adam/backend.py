@@ -54,21 +54,12 @@ class Run(Protocol):
 class Backend(Protocol):
     """A place where tables are, with what they share there."""
 
-    @property
-    def kind(self) -> str:
-        """Name of the place; requests of one kind are prepared by one call, of any optimizers."""
+    kind: str  # name of the place; requests of one kind are prepared by one call, of any optimizers
+    has_streams: bool  # whether steps run on streams, and may be checked later
 
     @property
     def reader(self) -> Reader:
         """What reads gradients' arrays."""
-
-    @property
-    def has_threads(self) -> bool:
-        """Whether ``num_threads`` means anything."""
-
-    @property
-    def has_streams(self) -> bool:
-        """Whether steps run on streams, and may be checked later."""
 
     def new_table(self, name: str, array: Any, step_counts: str) -> TableState:
         """Take in a table."""
@@ -123,21 +114,16 @@ def backends_for(tables: Mapping[str, Any], folder: StateFolder | None) -> dict[
     """
     from nb_sparse_adam.engine.host import HostBackend
 
-    host: Backend = HostBackend(folder)
-    device: Backend | None = None
-    found = {}
-    for name, table in tables.items():
-        if not on_gpu(table):
-            found[name] = host
-            continue
-        if folder is not None:
-            raise OptionError(
-                f"state_dir with table {name!r}, which is on a GPU: expected tables in the memory of the "
-                "host, whose state can be mapped from files"
-            )
-        if device is None:
-            from nb_sparse_adam.cuda.backend import DeviceBackend
+    host = HostBackend(folder)
+    found: dict[str, Backend] = dict.fromkeys(tables, host)
+    on_gpus = [name for name, table in tables.items() if on_gpu(table)]
+    if on_gpus and folder is not None:
+        raise OptionError(
+            f"state_dir with table {on_gpus[0]!r}, which is on a GPU: expected tables in the memory of the "
+            "host, whose state can be mapped from files"
+        )
+    if on_gpus:
+        from nb_sparse_adam.cuda.backend import DeviceBackend
 
-            device = DeviceBackend()
-        found[name] = device
+        found.update(dict.fromkeys(on_gpus, DeviceBackend()))
     return found

@@ -10,22 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from nb_sparse_adam.engine.records import (
-    CHANGED,
-    COLUMN,
-    COO,
-    CSC,
-    CSR,
-    ID,
-    NOT_FINITE,
-    OFFSET,
-    TOO_MANY_BITS,
-    WEIGHT_NOT_FINITE,
-)
+from nb_sparse_adam.engine import records
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError
 from nb_sparse_adam.gradients import Given, Target
 
-__all__ = ["changed_meanwhile", "fault_error", "shares_memory", "too_many_bits"]
+__all__ = ["fault_error", "shares_memory", "too_many_bits"]
 
 
 def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientError:
@@ -44,22 +33,21 @@ def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientErr
     """
     fault, place, got = int(found["fault"]), int(found["place"]), int(found["got"])
     names = given.names
-    if fault in (ID, COLUMN):
-        column = fault == COLUMN and given.form == COO
-        of_columns = column or given.form == CSR
+    if fault in (records.ID, records.COLUMN):
+        column = fault == records.COLUMN and given.form == records.COO
+        of_columns = column or given.form == records.CSR
         what, of = (names.columns, "column") if column else (names.ids, names.of)
         return _id_error(what, place, got, target.dim if of_columns else target.rows, of, target)
-    if fault == OFFSET:
+    if fault == records.OFFSET:
         return _offset_error(given, place, got, int(found["before"]), n, target)
-    if fault == CHANGED:
+    if fault == records.CHANGED:
         return changed_meanwhile(target)
-    if fault == TOO_MANY_BITS:
+    if fault == records.TOO_MANY_BITS:
         return too_many_bits(target, n)
-    if fault == NOT_FINITE:
-        entries = given.form in (CSR, CSC, COO)
-        at = (place,) if entries else divmod(place, target.dim)
-        return _nonfinite_error("data" if entries else names.values, at, float(found["value"]), target)
-    if fault == WEIGHT_NOT_FINITE:
+    if fault == records.NOT_FINITE:
+        at = (place,) if given.entries else divmod(place, target.dim)
+        return _nonfinite_error("data" if given.entries else names.values, at, float(found["value"]), target)
+    if fault == records.WEIGHT_NOT_FINITE:
         return _nonfinite_error(names.weights, (place,), float(found["value"]), target)
     return _overflow_error(target, got, 1 if given.entries else int(found["before"]))
 
@@ -82,7 +70,7 @@ def _offset_error(given: Given, place: int, got: int, before: int, n: int, targe
         why = f"less than {what}[{place - 1}] = {before}; expected a sequence that never decreases"
     elif 0 <= got <= n:
         why = f"expected len(indices) = {n}"
-        if given.form == CSR:  # no index is out of range: some entries belong to no row
+        if given.form == records.CSR:  # no index is out of range: some entries belong to no row
             kind = GradientError
     else:
         why = f"expected at most {n}"

@@ -197,19 +197,14 @@ def read(gradient: object, target: Target) -> Given:
     if isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape"):  # as scipy's
         return _read_scipy(gradient, target)
     got, forms = type(gradient).__name__, target.reader.forms
+    advice = ""
     if isinstance(gradient, np.ndarray):
-        raise target.refuse(
-            GradientTypeError,
-            f"got a dense array of shape {gradient.shape}, expected {forms}; for a dense gradient g pass "
-            "RowGradient(np.arange(len(g)), g)",
-        )
-    if on_gpu(gradient) and target.reader.layouts == ("csr",):
-        raise target.refuse(
-            GradientTypeError,
-            f"got a dense {got}, expected {forms}; for a dense gradient g pass RowGradient with the rows "
-            "0..len(g) - 1",
-        )
-    raise target.refuse(GradientTypeError, f"got {got}, expected {forms}")
+        got = f"a dense array of shape {gradient.shape}"
+        advice = "; for a dense gradient g pass RowGradient(np.arange(len(g)), g)"
+    elif on_gpu(gradient) and target.reader.layouts == ("csr",):
+        got = f"a dense {got}"
+        advice = "; for a dense gradient g pass RowGradient with the rows 0..len(g) - 1"
+    raise target.refuse(GradientTypeError, f"got {got}, expected {forms}{advice}")
 
 
 def on_gpu(given: object) -> bool:
@@ -371,14 +366,10 @@ def _read_scipy(gradient: Any, target: Target) -> Given:
     what = "sparse" if reader.layouts == ("csr",) else "scipy.sparse"
     what = f"{what} {layout.upper()}"
     if layout not in reader.layouts:
+        why = "array, expected CSR, CSC or COO"
         if reader.layouts == ("csr",):
-            raise target.refuse(
-                GradientTypeError,
-                f"got a {what} matrix, which is not offered on a GPU, expected CSR; convert it with .tocsr()",
-            )
-        raise target.refuse(
-            GradientTypeError, f"got a {what} array, expected CSR, CSC or COO; convert it with .tocsr()"
-        )
+            why = "matrix, which is not offered on a GPU, expected CSR"
+        raise target.refuse(GradientTypeError, f"got a {what} {why}; convert it with .tocsr()")
     one_d = len(gradient.shape) == 1
     needed = {"coo": ("coords",) if one_d else ("row", "col")}.get(layout, ("indptr", "indices"))
     for attribute in (*needed, "data"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -11,121 +11,41 @@ from nb_sparse_adam import options
 from nb_sparse_adam.backend import Backend
 from nb_sparse_adam.errors import OptionError
 from nb_sparse_adam.options import Options
+from nb_sparse_adam.views import Shown
+
+if TYPE_CHECKING:
+    from nb_sparse_adam.engine.state import TableState
 
 __all__ = ["HyperParameters"]
 
 
-class HyperParameters:
-    """Properties that check what is set, and put another `Options` in the place of the old one."""
+T = TypeVar("T")
 
-    # No __dict__: a misspelt option is an AttributeError, not a new attribute.
-    __slots__ = ("_lock", "_options")
-    _lock: Any
-    _options: Options
 
-    def _dtypes(self) -> set[np.dtype[Any]]:
-        """Return the dtypes of all tables."""
-        raise NotImplementedError
+class Option(Shown[T]):
+    """An option as a property: what is set is checked, and another `Options` put in the old one's place.
 
-    def _backends(self) -> Collection[Backend]:
-        """Return where the tables are."""
-        raise NotImplementedError
+    Parameters
+    ----------
+    name : str
+        One of `Options`.
+    doc : str
+    also : callable, optional
+        Called before a value in the option's domain is taken over; it may refuse it.
+    """
 
-    def synchronize(self) -> None:
-        """Wait until all steps are done."""
-        raise NotImplementedError
+    def __init__(self, name: str, doc: str, also: Callable[[HyperParameters, T], None] | None = None) -> None:
+        def change(owner: HyperParameters, value: Any) -> None:
+            value = options.CHECKS[name](value, owner._dtypes())
+            if also is not None:
+                also(owner, value)
+            owner._set(**{name: value})
 
-    def _set(self, **values: Any) -> None:
-        with self._lock:
-            self._options = self._options._replace(**values)
+        super().__init__(f"_options.{name}", doc, change)
 
-    @property
-    def lr(self) -> float:
-        """Learning rate, 0 ≤ lr < ∞; settable between steps."""
-        return self._options.lr
+    if TYPE_CHECKING:
 
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._set(lr=options.learning_rate(value, self._dtypes(), zero_allowed=True))
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps."""
-        return self._options.betas
-
-    @betas.setter
-    def betas(self, value: tuple[float, float]) -> None:
-        self._set(betas=options.decay_rates(value, self._dtypes()))
-
-    @property
-    def eps(self) -> float:
-        """Term added to the denominator, > 0; settable between steps."""
-        return self._options.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._set(eps=options.epsilon(value, self._dtypes()))
-
-    @property
-    def eps_hat(self) -> bool:
-        """Whether ε is added before the correction of v; settable between steps."""
-        return self._options.eps_hat
-
-    @eps_hat.setter
-    def eps_hat(self, value: bool) -> None:
-        self._set(eps_hat=options.flag("eps_hat", value))
-
-    @property
-    def maximize(self) -> bool:
-        """Whether steps ascend; settable between steps."""
-        return self._options.maximize
-
-    @maximize.setter
-    def maximize(self, value: bool) -> None:
-        self._set(maximize=options.flag("maximize", value))
-
-    @property
-    def on_nonfinite(self) -> str:
-        """What happens to values that are not finite; settable between steps."""
-        return self._options.on_nonfinite
-
-    @on_nonfinite.setter
-    def on_nonfinite(self, value: str) -> None:
-        value = options.choice("on_nonfinite", value, options.ON_NONFINITE)
-        _refuse_unseen(value, self._options.device_checks)
-        self._set(on_nonfinite=value)
-
-    @property
-    def num_threads(self) -> int | None:
-        """Threads for large steps, None for numba's setting or fewer; settable between steps."""
-        return self._options.num_threads
-
-    @num_threads.setter
-    def num_threads(self, value: int | None) -> None:
-        value = options.threads(value)
-        if value is not None and not any(backend.has_threads for backend in self._backends()):
-            raise OptionError(
-                f"num_threads is {value}, expected None: all tables are on a GPU, with threads of its own"
-            )
-        self._set(num_threads=value)
-
-    @property
-    def device_checks(self) -> str:
-        """When gradients of tables on a GPU are checked, and who waits; settable between steps."""
-        return self._options.device_checks
-
-    @device_checks.setter
-    def device_checks(self, value: str) -> None:
-        value = options.choice("device_checks", value, options.DEVICE_CHECKS)
-        if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
-            raise OptionError(
-                f"device_checks is {value!r}, expected 'immediate': no table is on a GPU, and what is on the "
-                "host is always checked"
-            )
-        _refuse_unseen(self._options.on_nonfinite, value)
-        if self._options.device_checks != "immediate":
-            self.synchronize()
-        self._set(device_checks=value)
+        def __set__(self, instance: HyperParameters, value: T) -> None: ...
 
 
 def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
@@ -134,3 +54,74 @@ def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
             "device_checks='off' with on_nonfinite='raise': nobody would see that a gradient is refused; set "
             "on_nonfinite to 'skip', which leaves out rows without telling the host, or to 'propagate'"
         )
+
+
+def _check_threads(self: HyperParameters, value: int | None) -> None:
+    if value is not None and all(backend.has_streams for backend in self._backends()):
+        raise OptionError(
+            f"num_threads is {value}, expected None: all tables are on a GPU, with threads of its own"
+        )
+
+
+def _leave_device_checks(self: HyperParameters, value: str) -> None:
+    if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
+        raise options.needless_checks(value, "table", "host")
+    _refuse_unseen(self.on_nonfinite, value)
+    if self.device_checks != "immediate":
+        self.synchronize()
+
+
+class HyperParameters:
+    """Options of tables: properties that check what is set."""
+
+    # No __dict__: a misspelt option is an AttributeError, not a new attribute.
+    __slots__ = ("_lock", "_options", "_tables")
+    _lock: Any
+    _options: Options
+    _tables: dict[str, TableState]
+
+    def _dtypes(self) -> set[np.dtype[Any]]:
+        return {table.dtype for table in self._tables.values()}
+
+    def _backends(self) -> Collection[Backend]:
+        return dict.fromkeys(table.backend for table in self._tables.values())
+
+    def _set(self, **values: Any) -> None:
+        with self._lock:
+            self._options = self._options._replace(**values)
+
+    def synchronize(self) -> None:
+        """Wait until all steps on a GPU are done; with tables of the host there is nothing to wait for.
+
+        Raises
+        ------
+        GradientError
+            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
+            after it, have changed nothing; the next one is a new beginning.
+        """
+        with self._lock:
+            for backend in self._backends():
+                backend.synchronize()
+
+    lr = Option[float]("lr", "Learning rate, 0 ≤ lr < ∞; settable between steps.")
+    betas = Option[tuple[float, float]]("betas", "Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps.")
+    eps = Option[float]("eps", "Term added to the denominator, > 0; settable between steps.")
+    eps_hat = Option[bool](
+        "eps_hat", "Whether ε is added before the correction of v; settable between steps."
+    )
+    maximize = Option[bool]("maximize", "Whether steps ascend; settable between steps.")
+    on_nonfinite = Option[str](
+        "on_nonfinite",
+        "What happens to values that are not finite; settable between steps.",
+        lambda self, value: _refuse_unseen(value, self._options.device_checks),
+    )
+    num_threads = Option[int | None](
+        "num_threads",
+        "Threads for large steps, None for numba's setting or fewer; settable between steps.",
+        _check_threads,
+    )
+    device_checks = Option[str](
+        "device_checks",
+        "When gradients of tables on a GPU are checked, and who waits; settable between steps.",
+        _leave_device_checks,
+    )

@@ -61,11 +61,6 @@ def layers() -> dict[str, str | None]:
     return reasons
 
 
-def _mends_tbb() -> str:
-    """Say how to get TBB: pip puts its library where the system's loader does not look."""
-    return f" (pip install tbb, and set LD_LIBRARY_PATH={os.path.join(sys.prefix, 'lib')})"
-
-
 def gpus() -> str:
     """Say which GPUs numba-cuda finds, or why it finds none."""
     reasons = unusable("cuda")
@@ -126,7 +121,9 @@ def report_lines() -> Iterator[str]:
     yield f"{'layers':16} {', '.join(name for name, reason in found.items() if reason is None)}"
     for name, reason in found.items():
         if reason is not None:
-            yield f"{'':16} {name} cannot be loaded: {reason}{_mends_tbb() if name == 'tbb' else ''}"
+            # pip puts TBB's library where the system's loader does not look.
+            remedy = f" (pip install tbb, and set LD_LIBRARY_PATH={os.path.join(sys.prefix, 'lib')})"
+            yield f"{'':16} {name} cannot be loaded: {reason}{remedy if name == 'tbb' else ''}"
     yield f"{'GPUs':16} {gpus()}"
     yield f"{'kernel cache':16} {_cache_folder()}"
     for extra in EXTRAS:

@@ -33,7 +33,6 @@ from nb_sparse_adam.tables import Tables, refuse_overlap
 
 __all__ = ["SparseAdam", "tables_of"]
 
-UNNAMED = "table"
 _FORMS = (RowGradient, BagGradient, CSRGradient)
 
 
@@ -184,11 +183,8 @@ class SparseAdam(Tables):
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name}: {table.shape} {table.dtype}" for name, table in self._tables.items())
-        return (
-            f"SparseAdam({{{tables}}}, lr={self.lr}, betas={self.betas}, eps={self.eps}, "
-            f"step_counts={self.step_counts!r}, eps_hat={self.eps_hat}, maximize={self.maximize}, "
-            f"on_nonfinite={self.on_nonfinite!r}, num_threads={self.num_threads})"
-        )
+        names = (*options.SAVED, "num_threads")
+        return f"SparseAdam({{{tables}}}, {', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tables, counts and moments of one moment, whoever steps meanwhile.
@@ -287,10 +283,8 @@ class SparseAdam(Tables):
         return requests
 
     def _named_gradients(self, gradient: Any) -> Mapping[str, Any]:
-        is_one = isinstance(gradient, _FORMS)  # asked first: it is quick
-        if (
-            is_one or not isinstance(gradient, Mapping) or hasattr(gradient, "format")
-        ):  # scipy's DOK is a dict
+        # What is quick is asked first; and scipy's DOK is a dict.
+        if isinstance(gradient, _FORMS) or not isinstance(gradient, Mapping) or hasattr(gradient, "format"):
             if len(self._tables) == 1:
                 return {next(iter(self._tables)): gradient}
             names = ", ".join(map(repr, self._tables))
@@ -300,8 +294,7 @@ class SparseAdam(Tables):
             )
         for name in gradient:
             if name not in self._tables:
-                names = ", ".join(map(repr, self._tables))
-                raise TableError(f"step got a gradient for table {name!r}, expected one of {names}")
+                self._table_named("step got a gradient for table", name)
         return gradient
 
 
@@ -312,7 +305,7 @@ def tables_of(optimizer: SparseAdam) -> Mapping[str, TableState]:
 
 def _named_tables(tables: Any) -> Mapping[str, Any]:
     if not isinstance(tables, Mapping):
-        return {UNNAMED: tables}
+        return {"table": tables}
     if not tables:
         raise TableError("got an empty mapping of tables, expected at least one: SparseAdam({'user': array})")
     for name in tables:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,18 +66,24 @@ def in_dtype(value: float, dtype: np.dtype[Any]) -> float:
         return float(dtype.type(value))
 
 
+def _positive(name: str, value: float, dtypes: Dtypes, expected: str, there: str = "") -> float:
+    """Check that a number is positive and finite, also in the dtype of every table."""
+    if not 0 < value < math.inf:
+        raise OptionError(f"{name} is {value}, expected {expected}")
+    for dtype in dtypes:
+        rounded = in_dtype(value, dtype)
+        if not 0 < rounded < math.inf:
+            raise OptionError(f"{name} is {value}, which is {rounded} as {dtype}; expected {expected}{there}")
+    return value
+
+
 def learning_rate(value: Any, dtypes: Dtypes, zero_allowed: bool) -> float:
     """Check lr in the dtype of every table."""
     lr = number("lr", value)
     if zero_allowed and lr == 0:
         return lr
     expected = "0 <= lr < inf" if zero_allowed else "0 < lr < inf (0 only later, between steps)"
-    if not 0 < lr < math.inf:
-        raise OptionError(f"lr is {lr}, expected {expected}")
-    for dtype in dtypes:
-        if not 0 < in_dtype(lr, dtype) < math.inf:
-            raise OptionError(f"lr is {lr}, which is {in_dtype(lr, dtype)} as {dtype}; expected {expected}")
-    return lr
+    return _positive("lr", lr, dtypes, expected)
 
 
 def decay_rates(value: Any, dtypes: Dtypes) -> tuple[float, float]:
@@ -101,16 +107,15 @@ def decay_rates(value: Any, dtypes: Dtypes) -> tuple[float, float]:
 
 def epsilon(value: Any, dtypes: Dtypes) -> float:
     """Check eps: positive and finite in the dtype of every table."""
-    eps = number("eps", value)
-    if not 0 < eps < math.inf:
-        raise OptionError(f"eps is {eps}, expected 0 < eps < inf")
-    for dtype in dtypes:
-        if not 0 < in_dtype(eps, dtype) < math.inf:
-            raise OptionError(
-                f"eps is {eps}, which is {in_dtype(eps, dtype)} as {dtype}; expected 0 < eps < inf in the "
-                "dtype of every table"
-            )
-    return eps
+    return _positive("eps", number("eps", value), dtypes, "0 < eps < inf", " in the dtype of every table")
+
+
+def needless_checks(value: str, what: str, place: str) -> OptionError:
+    """Refuse ``device_checks`` where there is no GPU."""
+    return OptionError(
+        f"device_checks is {value!r}, expected 'immediate': no {what} is on a GPU, and what is on the "
+        f"{place} is always checked"
+    )
 
 
 def threads(value: Any) -> int | None:
@@ -127,12 +132,35 @@ def threads(value: Any) -> int | None:
     return int(value)
 
 
+# What each of `Options` is checked by, in the dtypes of the tables.
+CHECKS: dict[str, Callable[[Any, Dtypes], Any]] = {
+    "lr": lambda value, dtypes: learning_rate(value, dtypes, zero_allowed=True),
+    "betas": decay_rates,
+    "eps": epsilon,
+    "eps_hat": lambda value, _: flag("eps_hat", value),
+    "maximize": lambda value, _: flag("maximize", value),
+    "on_nonfinite": lambda value, _: choice("on_nonfinite", value, ON_NONFINITE),
+    "num_threads": lambda value, _: threads(value),
+    "device_checks": lambda value, _: choice("device_checks", value, DEVICE_CHECKS),
+}
+
+
+def checked(given: Mapping[str, Any], dtypes: Dtypes) -> dict[str, Any]:
+    """Check those of `Options` that a state dict holds."""
+    return {name: CHECKS[name](given[name], dtypes) for name in SAVED if name in CHECKS}
+
+
+def check_part(what: str, has: str, given: Any, keys: Collection[str]) -> None:
+    """Refuse a part of a state dict that is no mapping with these keys."""
+    if not isinstance(given, Mapping):
+        raise StateTypeError(f"state dict's {what} are a {type(given).__name__}, expected a mapping")
+    if set(given) != set(keys):
+        raise StateError(f"state dict {has} {sorted(map(str, given))}, expected {sorted(keys)}")
+
+
 def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
     """Check the options of a state dict; return those of `Options`."""
-    if not isinstance(given, Mapping):
-        raise StateTypeError(f"state dict's options are a {type(given).__name__}, expected a mapping")
-    if set(given) != set(SAVED):
-        raise StateError(f"state dict has options {sorted(map(str, given))}, expected {sorted(SAVED)}")
+    check_part("options", "has options", given, SAVED)
     counts = given["step_counts"]
     if not isinstance(counts, str) or counts != step_counts:
         raise StateError(
@@ -140,13 +168,6 @@ def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
             "optimizer was made with and cannot change"
         )
     try:
-        return {
-            "lr": learning_rate(given["lr"], dtypes, zero_allowed=True),
-            "betas": decay_rates(given["betas"], dtypes),
-            "eps": epsilon(given["eps"], dtypes),
-            "eps_hat": flag("eps_hat", given["eps_hat"]),
-            "maximize": flag("maximize", given["maximize"]),
-            "on_nonfinite": choice("on_nonfinite", given["on_nonfinite"], ON_NONFINITE),
-        }
+        return checked(given, dtypes)
     except OptionError as error:
         raise StateError(f"state dict: {error}") from error

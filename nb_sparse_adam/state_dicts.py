@@ -9,6 +9,7 @@ import numpy as np
 
 from nb_sparse_adam.engine.state import STATE_VERSION
 from nb_sparse_adam.errors import StateError, StateTypeError
+from nb_sparse_adam.options import check_part
 
 __all__ = ["check_state_dict"]
 
@@ -27,12 +28,5 @@ def check_state_dict(given: Any, tables: Collection[str]) -> tuple[Any, Mapping[
             f"state dict has version {version!r}, expected {STATE_VERSION}: it was written by "
             "another version of nb_sparse_adam"
         )
-    if not isinstance(given["tables"], Mapping):
-        raise StateTypeError(
-            f"state dict's tables are a {type(given['tables']).__name__}, expected a mapping"
-        )
-    if set(given["tables"]) != set(tables):
-        raise StateError(
-            f"state dict is for tables {sorted(map(str, given['tables']))}, expected {sorted(tables)}"
-        )
+    check_part("tables", "is for tables", given["tables"], tables)
     return given["options"], given["tables"]

@@ -51,13 +51,12 @@ def step_alone(steps: Sequence[tuple[SparseAdam, Any, Any]]) -> None:
 
 def prepare(requests: Sequence[Request]) -> Sequence[Run]:
     """Make a step ready, whatever backends its tables are on, up to the first write."""
-    first = requests[0].table.backend if requests else None
-    if first is None or all(request.table.backend.kind == first.kind for request in requests):
-        return first.prepare(requests, False) if first is not None else []
     by_kind: dict[str, list[Request]] = {}
-    for request in sorted(requests, key=lambda request: request.table.backend.has_streams):  # the host first
+    for request in requests:
         by_kind.setdefault(request.table.backend.kind, []).append(request)
-    return [run for group in by_kind.values() for run in group[0].table.backend.prepare(group, waits=True)]
+    groups = sorted(by_kind.values(), key=lambda group: group[0].table.backend.has_streams)  # the host first
+    waits = len(groups) > 1
+    return [run for group in groups for run in group[0].table.backend.prepare(group, waits)]
 
 
 def finish(runs: Sequence[Run]) -> None:

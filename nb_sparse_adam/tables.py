@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
-from nb_sparse_adam.backend import Backend
 from nb_sparse_adam.engine.mapped import StateFolder
 from nb_sparse_adam.engine.records import GLOBAL
 from nb_sparse_adam.engine.state import MAX_INT64, STATE_VERSION, TableState
@@ -28,22 +27,15 @@ __all__ = ["Tables", "refuse_overlap"]
 class Tables(HyperParameters):
     """The part of `SparseAdam` that is about its tables between steps."""
 
-    __slots__ = ("_folder", "_step_counts", "_tables", "_unfinished")
+    __slots__ = ("_folder", "_step_counts", "_unfinished")
     _folder: StateFolder | None
     _step_counts: str
-    _tables: dict[str, TableState]
     _unfinished: str | None  # why tables and state are not of one moment
 
     @property
     def step_counts(self) -> str:
         """What k counts: "element", "row" or "global"; fixed."""
         return self._step_counts
-
-    def _dtypes(self) -> set[np.dtype[Any]]:
-        return {table.dtype for table in self._tables.values()}
-
-    def _backends(self) -> Collection[Backend]:
-        return dict.fromkeys(table.backend for table in self._tables.values())
 
     def _saved(self) -> dict[str, Any]:
         """Return the options that a state dict holds."""
@@ -54,12 +46,12 @@ class Tables(HyperParameters):
         if self._unfinished is not None:
             raise StateError(self._unfinished)
 
-    def _table_named(self, caller: str, name: str | None) -> TableState:
+    def _table_named(self, request: str, name: str | None) -> TableState:
         if name is None and len(self._tables) == 1:
             return next(iter(self._tables.values()))
         if name not in self._tables:
             names = ", ".join(map(repr, self._tables))
-            raise TableError(f"{caller} got {name!r}, expected one of {names}")
+            raise TableError(f"{request} {name!r}, expected one of {names}")
         return self._tables[name]
 
     @property
@@ -76,19 +68,6 @@ class Tables(HyperParameters):
     def skipped_rows(self) -> Mapping[str, int]:
         """For each table, how often a row was left out of a step by ``on_nonfinite="skip"``."""
         return MappingProxyType({name: table.skipped_rows for name, table in self._tables.items()})
-
-    def synchronize(self) -> None:
-        """Wait until all steps on a GPU are done; with tables of the host there is nothing to wait for.
-
-        Raises
-        ------
-        GradientError
-            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
-            after it, have changed nothing; the next one is a new beginning.
-        """
-        with self._lock:
-            for backend in self._backends():
-                backend.synchronize()
 
     def flush(self) -> None:
         """Write to their files what steps have changed in `state_dir`, and in tables that are ``np.memmap``.
@@ -199,7 +178,7 @@ class Tables(HyperParameters):
         array([1, 1, 0], dtype=int32)
         """
         with self._lock:
-            old = self._table_named("rearrange", name)
+            old = self._table_named("rearrange got", name)
             old.check_replacement(table)
             self._check_whole()
             old.backend.before_step(self._options, self._tables)
@@ -257,7 +236,7 @@ class Tables(HyperParameters):
         array([0.1, 0.1], dtype=float32)
         """
         with self._lock:
-            table = self._table_named("kernel_table", name)
+            table = self._table_named("kernel_table got", name)
             table.check_lendable()
             if self.on_nonfinite == "raise":
                 raise OptionError(

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
     from nb_sparse_adam.engine.state import TableState
 
-__all__ = ["StateView", "States"]
+__all__ = ["Shown", "StateView", "States"]
+
+T = TypeVar("T")
+
+
+class Shown(property, Generic[T]):
+    """A property that shows one of what its object holds: read-only, and typed.
+
+    Parameters
+    ----------
+    path : str
+        Where it is, with dots, seen from the object.
+    doc : str
+    change : callable, optional
+        Called with the object and another value, if there may be one.
+    """
+
+    def __init__(self, path: str, doc: str, change: Callable[[Any, Any], None] | None = None) -> None:
+        super().__init__(attrgetter(path), change)
+        self.__doc__ = doc
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, instance: None, owner: type | None = None) -> Shown[T]: ...
+
+        @overload
+        def __get__(self, instance: object, owner: type | None = None) -> T: ...
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
+
+        def __set__(self, instance: Any, value: NoReturn) -> None: ...
 
 
 class StateView:
@@ -43,45 +75,16 @@ class StateView:
         held = ("name", "given", "shape", "dtype", "exp_avg", "exp_avg_sq", "steps", "skipped_rows")
         return _kept, ({name: getattr(self._table, name) for name in held},)
 
-    @property
-    def name(self) -> str:
-        """Name of the table."""
-        return self._table.name
-
-    @property
-    def param(self) -> Any:
-        """The parameter table, as it was given."""
-        return self._table.given
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter table."""
-        return self._table.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Dtype of the parameter table and of its moments."""
-        return self._table.dtype
-
-    @property
-    def exp_avg(self) -> Any:
-        """Running mean of the gradient (m)."""
-        return self._table.exp_avg
-
-    @property
-    def exp_avg_sq(self) -> Any:
-        """Running mean of the squared gradient (v)."""
-        return self._table.exp_avg_sq
-
-    @property
-    def steps(self) -> Any:
-        """Active steps so far (k)."""
-        return self._table.steps
-
-    @property
-    def skipped_rows(self) -> int:
-        """How often a row was left out of a step by ``on_nonfinite="skip"``."""
-        return self._table.skipped_rows
+    name = Shown[str]("_table.name", "Name of the table.")
+    param = Shown[Any]("_table.given", "The parameter table, as it was given.")
+    shape = Shown[tuple[int, ...]]("_table.shape", "Shape of the parameter table.")
+    dtype = Shown[np.dtype[Any]]("_table.dtype", "Dtype of the parameter table and of its moments.")
+    exp_avg = Shown[Any]("_table.exp_avg", "Running mean of the gradient (m).")
+    exp_avg_sq = Shown[Any]("_table.exp_avg_sq", "Running mean of the squared gradient (v).")
+    steps = Shown[Any]("_table.steps", "Active steps so far (k).")
+    skipped_rows = Shown[int](
+        "_table.skipped_rows", 'How often a row was left out of a step by ``on_nonfinite="skip"``.'
+    )
 
 
 def _kept(arrays: dict[str, Any]) -> StateView:

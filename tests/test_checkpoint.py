@@ -15,6 +15,7 @@ from backends import CPU, CUDA, host
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
+from nb_sparse_adam.checkpoint import manifest as manifests
 from nb_sparse_adam.checkpoint import saving, tensor_files
 from nb_sparse_adam.errors import CheckpointError, OptionTypeError, TableError
 
@@ -229,7 +230,7 @@ def rewrite(folder, change):
     manifest = json.loads(file.read_text(encoding="utf-8"))
     del manifest["sha256"]
     change(manifest)
-    manifest["sha256"] = saving._digest(manifest)
+    manifest["sha256"] = manifests.digest(manifest)
     file.write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -349,7 +350,7 @@ def test_negative_numbers_are_refused_even_with_the_right_checksums(name, saved)
     """A negative count would be an index."""
     folder, opt = saved
     file, state = one_file(folder), opt.state["user"]
-    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in saving.ARRAYS[1:]}}
+    arrays = {"param": state.param, **{key: np.array(getattr(state, key)) for key in manifests.ARRAYS[1:]}}
     arrays[name][4] = -1
     if name == "exp_avg_sq":
         arrays[name][3] = np.nan  # which a negative number may hide behind

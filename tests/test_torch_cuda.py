@@ -654,7 +654,7 @@ def test_a_step_waits_for_the_streams_of_all_lookups(place, monkeypatch):
     )
     weight, ids, grads = torch.zeros(ROWS, DIM), torch.arange(3), torch.zeros(3, DIM)
     for stream in (None, Stream("a"), Stream("b")):
-        backward._wait_for(backward.RowLookup(weight, ids, grads, stream))
+        backward._wait_for(backward.Lookup(weight, ids, grads, stream=stream))
     assert asked == [("a", "waits for", "b"), ("a", 3), ("a", 3)]
 
 

@@ -6,7 +6,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,22 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam.checkpoint.manifest import MANIFEST, read_manifest
-from nb_sparse_adam.checkpoint.tensor_files import (
-    Header,
-    TensorFileError,
-    array_size,
-    check_header,
-    read_pieces,
-)
+from nb_sparse_adam.checkpoint.manifest import ARRAYS, MANIFEST, read_manifest
+from nb_sparse_adam.checkpoint.tensor_files import TensorFileError, array_size, check_header, read_pieces
 from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 
-__all__ = ["ARRAYS", "TOO_MANY", "TableFile", "progress_bar", "read_all", "reading", "same_as"]
+__all__ = ["TOO_MANY", "TableFile", "progress_bar", "read_all", "reading"]
 
-ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")
 _TRIES = 10  # more, of reading a checkpoint that is being replaced meanwhile
 TOO_MANY = (errno.EMFILE, errno.ENFILE)  # files are open, in this process or in all
 _KEPT_OPEN = 100  # files, while a checkpoint is read: of a usual limit of 256 or 1,024 for the whole process
@@ -37,11 +29,7 @@ _T = TypeVar("_T")
 
 
 class _CannotOpenError(Exception):
-    """A checkpoint's file is missing, or one too many for this process to open."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error)
-        self.error = error
+    """A checkpoint's file is missing, or one too many for this process to open: its argument, an OSError."""
 
 
 def reading(folder: Path, work: Callable[[dict[str, Any], list[TableFile]], _T]) -> _T:
@@ -61,7 +49,7 @@ def reading(folder: Path, work: Callable[[dict[str, Any], list[TableFile]], _T])
                     file.open(stack if i < keep else None)
                 return work(manifest, files)
         except _CannotOpenError as caught:
-            error = caught.error
+            (error,) = caught.args
             if error.errno in TOO_MANY:
                 if not keep:
                     raise error from caught
@@ -83,104 +71,97 @@ class TableFile:
         self.record = record
         self._step_counts = step_counts
         self._kept: BufferedReader | None = None
+        self._seen: list[bytes] | None = None
 
     def open(self, stack: ExitStack | None) -> None:
         """Check size and header; keep it open until the stack is closed, if there is one."""
         with ExitStack() as briefly:
-            opened = (briefly if stack is None else stack).enter_context(_open(self.path))
+            opened = _open(self.path, briefly if stack is None else stack)
             status = os.fstat(opened.fileno())
             try:
                 if status.st_size != self.record["size"]:
                     raise TensorFileError(f"has {status.st_size} bytes, expected {self.record['size']}")
-                self.header = check_header(opened, status.st_size)
-                _check_entries(self.header, self.record, self._step_counts)
+                self.entries = check_header(opened, status.st_size)
+                self._check_entries()
             except TensorFileError as error:
                 raise CheckpointError(f"{self.path} is damaged: it {error}") from error
             self._identity = _identity(status)
             self._kept = None if stack is None else opened
 
+    def _check_entries(self) -> None:
+        shape, dtype = tuple(self.record["shape"]), np.dtype(self.record["dtype"])
+        found = {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()}
+        expected: dict[str, Any] = dict.fromkeys(ARRAYS[:3], (dtype, shape))
+        counted = {"element": shape, "row": shape[:1], "global": ()}[self._step_counts]
+        if found != {**expected, "steps": (np.dtype(self.record["steps"]), counted)}:
+            raise TensorFileError(f"holds {sorted(self.entries)}, not what the manifest says of it")
+
     @contextmanager
     def reading(self) -> Iterator[BufferedReader]:
         """Open it again, if it is not open, and refuse one that has been changed since."""
         with ExitStack() as stack:
-            opened = self._kept if self._kept is not None else stack.enter_context(_open(self.path))
+            opened = self._kept if self._kept is not None else _open(self.path, stack)
             if _identity(os.fstat(opened.fileno())) != self._identity:
                 raise CheckpointError(f"{self.path} has been changed while it was read")
             yield opened
+
+    def read(
+        self, into: Mapping[str, NDArray[Any] | None], tell: Callable[[int], None], verify: bool
+    ) -> None:
+        """Read it, and copy what is wanted; when it is read again, only what was there the first time."""
+        seen: list[bytes] = []  # the SHA-256 up to the end of each piece
+        before = None if self._seen is None else iter(self._seen)
+
+        def check(name: str, piece: NDArray[Any], so_far: bytes) -> None:
+            if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
+                raise TensorFileError(f"has a negative number in {name}")
+            if name == "steps" and (piece > MAX_COUNT).any():
+                raise TensorFileError("has a count beyond 2**62 in steps, more than there can be steps")
+            if before is not None and so_far != next(before, None):
+                raise TensorFileError("has been changed since it was verified")
+            seen.append(so_far)
+
+        try:
+            with self.reading() as opened:
+                digest = read_pieces(opened, self.entries, into, check, tell, verify)
+        except TensorFileError as error:
+            raise CheckpointError(f"{self.path} is damaged: it {error}") from error
+        if verify and digest != self.record["sha256"]:
+            raise CheckpointError(
+                f"{self.path} is damaged: its SHA-256 is {digest}, expected {self.record['sha256']}; go back "
+                "to an older checkpoint"
+            )
+        self._seen = seen
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BufferedReader]:
-    with ExitStack() as stack:
-        try:
-            opened = stack.enter_context(open_regular(path))
-        except NoRegularFileError as error:
-            raise CheckpointError(f"{path} {error}") from error
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in TOO_MANY:
-                raise _CannotOpenError(error) from error
-            raise
-        yield opened
-
-
-def _check_entries(header: Header, record: Mapping[str, Any], step_counts: str) -> None:
-    shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
-    found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
-    expected: dict[str, Any] = dict.fromkeys(ARRAYS[:3], (dtype, shape))
-    counted = {"element": shape, "row": shape[:1], "global": ()}[step_counts]
-    if found != {**expected, "steps": (np.dtype(record["steps"]), counted)}:
-        raise TensorFileError(f"holds {sorted(header.entries)}, not what the manifest says of it")
+def _open(path: Path, stack: ExitStack) -> BufferedReader:
+    """Open a file until the stack is closed."""
+    try:
+        return stack.enter_context(open_regular(path))
+    except NoRegularFileError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in TOO_MANY:
+            raise _CannotOpenError(error) from error
+        raise
 
 
 def read_all(
     files: list[TableFile],
-    target: Callable[[TableFile], Mapping[str, NDArray[Any]] | None],
+    targets: Mapping[str, Mapping[str, NDArray[Any] | None]],
     progress: bool,
     what: str,
     verify: bool = True,
-    check: Callable[[TableFile], Callable[[bytes], None]] = lambda _: lambda _: None,
 ) -> None:
-    """Read files into what `target` gives for each, None to look only.
-
-    Before a piece is copied, what `check` gives for its file is called with the SHA-256 up to its end.
-    """
-    entries = [entry for file in files for entry in file.header.entries.values()]
+    """Read files into the arrays that there are for a table, if any."""
+    entries = [entry for file in files for entry in file.entries.values()]
     with progress_bar(sum(array_size(entry.dtype, entry.shape) for entry in entries), what, progress) as tell:
         for file in files:
-            check_piece = partial(_check_piece, check(file))
-            try:
-                with file.reading() as opened:
-                    digest = read_pieces(opened, file.header, target(file), check_piece, tell, verify)
-            except TensorFileError as error:
-                raise CheckpointError(f"{file.path} is damaged: it {error}") from error
-            if verify and digest != file.record["sha256"]:
-                raise CheckpointError(
-                    f"{file.path} is damaged: its SHA-256 is {digest}, expected {file.record['sha256']}; go "
-                    "back to an older checkpoint"
-                )
-
-
-def _check_piece(check: Callable[[bytes], None], name: str, piece: NDArray[Any], so_far: bytes) -> None:
-    if name in ("steps", "exp_avg_sq") and (piece < 0).any():  # NaN would hide one from min()
-        raise TensorFileError(f"has a negative number in {name}")
-    if name == "steps" and (piece > MAX_COUNT).any():
-        raise TensorFileError("has a count beyond 2**62 in steps, more than there can be steps")
-    check(so_far)
-
-
-def same_as(seen: list[bytes]) -> Callable[[bytes], None]:
-    """Return a check that compares a second reading with the first, piece by piece."""
-    expected = iter(seen)
-
-    def check(so_far: bytes) -> None:
-        if so_far != next(expected, None):
-            raise TensorFileError("has been changed since it was verified")
-
-    return check
+            file.read(targets.get(file.name, {}), tell, verify)
 
 
 @contextmanager

@@ -6,39 +6,30 @@ caller's ``extra``, and has a checksum of all that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nb_sparse_adam import options
-from nb_sparse_adam.checkpoint.tensor_files import array_size, unique_keys
+from nb_sparse_adam.checkpoint.tensor_files import array_size, begins_as_written, unique_keys
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.files import NoRegularFileError, open_regular
 
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "OURS",
-    "VERSION",
-    "begins_as_manifest",
-    "check_extra",
-    "digest",
-    "read_manifest",
-    "refuse_foreign",
-    "write",
-]
+__all__ = ["ARRAYS", "MANIFEST", "check_extra", "content", "old_files", "read_manifest", "refuse_foreign"]
 
 FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
 MANIFEST = "manifest.json"
-OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
+ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")  # of a table's file
+_OURS = re.compile(r"table-\d+-[0-9a-f]{16}\.safetensors|\.manifest-[0-9a-f]{16}\.json")
 _BEGINNING = re.compile(rb'\s*\{\s*"format"\s*:\s*"' + FORMAT.encode() + b'"')
 _RECORD: dict[str, type] = {
     "name": str,
@@ -56,15 +47,20 @@ def check_extra(given: Any) -> None:
     """Refuse what would not come back from JSON, but for tuples, which do as lists."""
     try:
         _check_extra(given, "extra")
-        write({"extra": given})
+        _write({"extra": given})
     except CheckpointError:
         raise
     except (RecursionError, ValueError) as error:  # it contains itself, or an integer is too long to write
         raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
 
 
-def write(manifest: Mapping[str, Any]) -> bytes:
+def content(options: Mapping[str, Any], tables: list[dict[str, Any]], extra: Any) -> bytes:
     """Make the content of the file."""
+    manifest = {"format": FORMAT, "version": VERSION, "options": options, "tables": tables, "extra": extra}
+    return _write({**manifest, "sha256": digest(manifest)})
+
+
+def _write(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1, allow_nan=False).encode()
 
 
@@ -169,7 +165,7 @@ def _check_record(record: Any) -> None:
     for key, kind in _RECORD.items():
         if type(record[key]) is not kind:
             raise ValueError(f"{key} is {record[key]!r}")
-    if not OURS.fullmatch(record["file"]):
+    if not _OURS.fullmatch(record["file"]):
         raise ValueError(f"file is {record['file']!r}")
     if record["dtype"] not in ("float32", "float64") or record["steps"] not in ("int32", "int64"):
         raise ValueError(f"dtypes are {record['dtype']!r} and {record['steps']!r}")
@@ -214,7 +210,7 @@ def refuse_foreign(folder: Path) -> None:
             if _parse(content).get("format") == FORMAT:
                 return
         except (ValueError, RecursionError):
-            if begins_as_manifest(content):
+            if _begins_as_manifest(content):
                 return
         found = "is not of a checkpoint"
     raise CheckpointError(
@@ -222,6 +218,25 @@ def refuse_foreign(folder: Path) -> None:
     )
 
 
-def begins_as_manifest(content: bytes) -> bool:
+def old_files(folder: Path, kept: Collection[str]) -> Iterator[Path]:
+    """Find the files that a save wrote there, but for those to be kept; it may not have come to its end."""
+    for name in os.listdir(folder):
+        if _OURS.fullmatch(name) and name not in kept:
+            with contextlib.suppress(OSError, NoRegularFileError):
+                if _is_ours(folder / name):
+                    yield folder / name
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file that is called as ours are was written by a save."""
+    with open_regular(file) as opened:
+        if not opened.peek(1):
+            return True  # begun, or somebody else's without content: no loss
+        if file.suffix == ".json":
+            return _begins_as_manifest(opened.read(100))
+        return begins_as_written(opened, ARRAYS)
+
+
+def _begins_as_manifest(content: bytes) -> bool:
     """Whether a file may be a manifest of ours that is damaged; one of nothing but zeros is no loss."""
     return _BEGINNING.match(content) is not None or not content.strip(b"\0")

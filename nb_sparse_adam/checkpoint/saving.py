@@ -22,31 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
-from nb_sparse_adam.checkpoint.files import (
-    ARRAYS,
-    TOO_MANY,
-    TableFile,
-    progress_bar,
-    read_all,
-    reading,
-    same_as,
-)
-from nb_sparse_adam.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    OURS,
-    VERSION,
-    begins_as_manifest,
-    check_extra,
-    refuse_foreign,
-    write,
-)
-from nb_sparse_adam.checkpoint.manifest import digest as _digest
-from nb_sparse_adam.checkpoint.tensor_files import array_size, begins_as_written, write_tensors
+from nb_sparse_adam.checkpoint.files import TOO_MANY, TableFile, progress_bar, read_all, reading
+from nb_sparse_adam.checkpoint.manifest import MANIFEST, check_extra, content, old_files, refuse_foreign
+from nb_sparse_adam.checkpoint.tensor_files import array_size, write_tensors
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
-from nb_sparse_adam.files import NoRegularFileError, descriptor, open_regular
+from nb_sparse_adam.files import descriptor
 from nb_sparse_adam.optimizer import SparseAdam, tables_of
 
 __all__ = ["load", "restore", "save"]
@@ -124,17 +106,9 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
                 file = folder / f"table-{number}-{token}.safetensors"
                 written.append(file)
                 records.append(_save_table(file, table, tell))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "options": optimizer._saved(),
-            "tables": records,
-            "extra": extra,
-        }
-        manifest["sha256"] = _digest(manifest)
         temporary = folder / f".manifest-{token}.json"
         written.append(temporary)
-        _write_synced(temporary, write(manifest))
+        _write_synced(temporary, content(optimizer._saved(), records, extra))
         _reached("manifest written")
         _sync_folder(folder)  # its files are there before the manifest is
         os.replace(temporary, folder / MANIFEST)
@@ -150,32 +124,18 @@ def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress:
     with contextlib.suppress(OSError):
         _sync_folder(folder)
         _reached("folder synced")
-        for name in os.listdir(folder):
-            if OURS.fullmatch(name) and name not in kept:
-                with contextlib.suppress(OSError, NoRegularFileError):
-                    if _is_ours(folder / name):
-                        (folder / name).unlink(missing_ok=True)
-                _reached("an old file deleted")
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether a file that is called as ours are was written by a save, which may not have come to its end."""
-    with open_regular(file) as opened:
-        if not opened.peek(1):
-            return True  # begun, or somebody else's without content: no loss
-        if file.suffix == ".json":
-            return begins_as_manifest(opened.read(100))
-        return begins_as_written(opened, ARRAYS)
+        for file in old_files(folder, kept):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+            _reached("an old file deleted")
 
 
 def _names(folder: Path, token: str) -> bool:
     """Whether the manifest that is there was written by this save; True also if it cannot be read."""
     try:
         return token.encode() in (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
 
 
 def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:
@@ -293,45 +253,28 @@ def load(
         If a file cannot be read.
     """
     folder = _folder(path)
-    return reading(folder, partial(_load, folder, mmap, not mmap if verify is None else verify, progress))
+    verify = not mmap if verify is None else verify
+
+    def make(manifest: dict[str, Any], files: list[TableFile]) -> tuple[SparseAdam, Any]:
+        values = _check_options(folder, manifest, None)
+        params = {file.name: _new_param(file, mmap) for file in files}
+        optimizer = SparseAdam(params, step_counts=manifest["options"]["step_counts"])
+        optimizer._set(**values)
+        _fill(optimizer, files, _rooms(optimizer, files), "loading", progress, verify, mmap)
+        return optimizer, manifest["extra"]
+
+    return reading(folder, make)
 
 
-def _load(
-    folder: Path,
-    mmap: bool,
-    verify: bool,
-    progress: bool,
-    manifest: dict[str, Any],
-    files: list[TableFile],
-) -> tuple[SparseAdam, Any]:
-    optimizer = _new_optimizer(folder, manifest, files, mmap)
-
-    def target(file: TableFile) -> dict[str, NDArray[Any]]:
-        table = tables_of(optimizer)[file.name]
-        into = table.room_to_load(file.header.entries["steps"].dtype)()
-        return into if mmap else {"param": table.param, **into}
-
-    read_all(files, target, progress, "loading", verify)
-    for file in files:
-        tables_of(optimizer)[file.name].loaded(file.record["skipped_rows"])
-    return optimizer, manifest["extra"]
-
-
-def _new_optimizer(folder: Path, manifest: dict[str, Any], files: list[TableFile], mmap: bool) -> SparseAdam:
-    """Make an optimizer for what a checkpoint holds, with parameters that are mapped or to be read."""
-    values = _check_options(folder, manifest, None)
-    tables: dict[str, NDArray[Any]] = {}
-    for file in files:
-        dtype, shape, _ = file.header.entries["param"]
-        tables[file.name] = _map(file) if mmap and array_size(dtype, shape) else np.empty(shape, dtype)
-    optimizer = SparseAdam(tables, step_counts=manifest["options"]["step_counts"])
-    optimizer._set(**values)
-    return optimizer
+def _new_param(file: TableFile, mmap: bool) -> NDArray[Any]:
+    """Make an array for a table's parameters: mapped, or to be read."""
+    dtype, shape, _ = file.entries["param"]
+    return _map(file) if mmap and array_size(dtype, shape) else np.empty(shape, dtype)
 
 
 def _map(file: TableFile) -> NDArray[Any]:
     """Map a table's parameters, so that changes are copies in memory; the file is kept open."""
-    entry = file.header.entries["param"]
+    entry = file.entries["param"]
     if entry.start % entry.dtype.itemsize:  # as nothing writes it that we know of
         raise CheckpointError(f"{file.path} cannot be mapped: its arrays are not aligned; pass mmap=False")
     with file.reading() as opened:
@@ -390,8 +333,7 @@ def _restore(
 ) -> Any:
     values = _check_options(folder, manifest, optimizer)
     _check_fit(folder, files, optimizer)
-    seen: dict[str, list[bytes]] = {file.name: [] for file in files}
-    read_all(files, lambda _: None, progress, "verifying", check=lambda file: seen[file.name].append)
+    read_all(files, {}, progress, "verifying")
     if optimizer._folder is not None:
         optimizer._folder.check_process()
     if locks.is_lost(optimizer._lock):
@@ -400,14 +342,10 @@ def _restore(
     with optimizer._lock:
         optimizer.synchronize()
         _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
-        tables = [tables_of(optimizer)[file.name] for file in files]
-        for table in tables:
+        for table in tables_of(optimizer).values():
             table.check_writeable()
         with nullcontext() if optimizer._folder is None else optimizer._folder.removed_on_error():
-            rooms = [
-                table.room_to_load(file.header.entries["steps"].dtype)
-                for table, file in zip(tables, files, strict=True)
-            ]
+            rooms = _rooms(optimizer, files)
             _reached("verified")
             for file in files:
                 with file.reading():
@@ -416,25 +354,39 @@ def _restore(
             f"restoring {folder} into this optimizer did not come to its end: its tables and state are of "
             "two moments. Restore it again, or another checkpoint"
         )
-        targets = {
-            file.name: {"param": table.param_to_load(), **room()}
-            for table, file, room in zip(tables, files, rooms, strict=True)
-        }
         try:
-            read_all(
-                files,
-                lambda file: targets[file.name],
-                progress,
-                "restoring",
-                check=lambda file: same_as(seen[file.name]),
-            )
+            _fill(optimizer, files, rooms, "restoring", progress)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {optimizer._unfinished}") from error
-        for table, file in zip(tables, files, strict=True):
-            table.loaded(file.record["skipped_rows"])
         optimizer._set(**values)
         optimizer._unfinished = None
     return manifest["extra"]
+
+
+def _rooms(optimizer: SparseAdam, files: list[TableFile]) -> list[Callable[[], dict[str, Any]]]:
+    """Make room in an optimizer for what files hold (see `TableState.room_to_load`)."""
+    tables = tables_of(optimizer)
+    return [tables[file.name].room_to_load(file.entries["steps"].dtype) for file in files]
+
+
+def _fill(
+    optimizer: SparseAdam,
+    files: list[TableFile],
+    rooms: list[Callable[[], dict[str, Any]]],
+    what: str,
+    progress: bool,
+    verify: bool = True,
+    mmap: bool = False,
+) -> None:
+    """Read files into an optimizer that has room for them, but for parameters that are mapped."""
+    tables = tables_of(optimizer)
+    targets = {
+        file.name: {"param": None if mmap else tables[file.name].param_to_load(), **room()}
+        for file, room in zip(files, rooms, strict=True)
+    }
+    read_all(files, targets, progress, what, verify)
+    for file in files:
+        tables[file.name].loaded(file.record["skipped_rows"])
 
 
 def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam | None) -> dict[str, Any]:
@@ -454,7 +406,7 @@ def _check_fit(folder: Path, files: list[TableFile], optimizer: SparseAdam) -> N
             f"{folder} is of tables {sorted(file.name for file in files)}, expected {sorted(tables)}"
         )
     for file in files:
-        table, entry = tables[file.name], file.header.entries["param"]
+        table, entry = tables[file.name], file.entries["param"]
         if entry.shape != table.shape or entry.dtype != table.dtype:
             raise CheckpointError(
                 f"{file.path}: table {file.name!r} is {entry.shape} {entry.dtype}, expected {table.shape} "

@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Header",
-    "StoredArray",
     "TensorFileError",
     "array_size",
     "begins_as_written",
     "check_header",
+    "framed",
+    "header_of",
     "read_pieces",
     "unique_keys",
     "write_tensors",
@@ -54,13 +54,6 @@ class StoredArray(NamedTuple):
     start: int  # in the file
 
 
-class Header(NamedTuple):
-    """What a file holds."""
-
-    entries: dict[str, StoredArray]
-    size: int  # of the file
-
-
 def array_size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Return the bytes of an array."""
     return int(dtype.itemsize) * math.prod(shape)
@@ -74,17 +67,32 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def header_of(
+    arrays: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
+) -> dict[str, Any]:
+    """Describe arrays that lie one after the other, each by name, code of its dtype, shape and bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, code, shape, size in arrays:
+        start, end = end, end + size
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    return header
+
+
+def framed(header: dict[str, Any], multiple: int, separators: tuple[str, str] = (", ", ": ")) -> bytes:
+    """Write a header, with its length in front, so that what follows it begins at a multiple of bytes."""
+    text = json.dumps(header, separators=separators).encode()
+    text += b" " * (-(8 + len(text)) % multiple)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> str:
     """Write arrays of float32, float64, int32 or int64, of any strides; return the SHA-256 of all that."""
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        code = _CODES[array.dtype.newbyteorder("<")]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    head = len(text).to_bytes(8, "little") + text
+    described = [
+        (name, _CODES[array.dtype.newbyteorder("<")], array.shape, array.nbytes)
+        for name, array in arrays.items()
+    ]
+    head = framed(header_of(described, {"format": "np"}), ALIGNMENT, (",", ":"))
     digest = hashlib.sha256(head)
     file.write(head)
     for piece in _in_order(arrays.values()):
@@ -112,8 +120,8 @@ def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
         yield slice(first, min(first + at_once, shape[0]))
 
 
-def check_header(file: BinaryIO, size: int) -> Header:
-    """Read the header of a file of a known size; the file is at the first array then.
+def check_header(file: BinaryIO, size: int) -> dict[str, StoredArray]:
+    """Read the header of a file of a known size: where its arrays are. The file is at the first one then.
 
     Raises
     ------
@@ -140,7 +148,7 @@ def check_header(file: BinaryIO, size: int) -> Header:
         raise TensorFileError(f"has a header that cannot be read ({error!r})") from error
     if 8 + length + end != size:
         raise TensorFileError(f"has {size} bytes, and its header needs {8 + length + end}")
-    return Header(entries, size)
+    return entries
 
 
 def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
@@ -156,8 +164,8 @@ def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
 
 def read_pieces(
     file: BinaryIO,
-    header: Header,
-    into: Mapping[str, NDArray[Any]] | None,
+    entries: Mapping[str, StoredArray],
+    into: Mapping[str, NDArray[Any] | None],
     check: Callable[[str, NDArray[Any], bytes], None],
     progress: Progress,
     whole: bool = True,
@@ -167,10 +175,10 @@ def read_pieces(
     Parameters
     ----------
     file : binary file
-    header : Header
-        As `check_header` gave it.
-    into : mapping of str to array, or None
-        What each array of the file is copied to, in its shape, with any strides; None to look only.
+    entries : mapping
+        As `check_header` gave it, of one array or more.
+    into : mapping of str to array
+        What arrays of the file are copied to, in their shapes, with any strides; the others are looked at.
     check : callable
         Is given the name and each piece of an array before it is copied, and the SHA-256 of all that has
         been read so far.
@@ -186,11 +194,10 @@ def read_pieces(
     """
     digest = hashlib.sha256()
     file.seek(0)
-    start = min((entry.start for entry in header.entries.values()), default=header.size)
-    digest.update(_read(file, start))
-    for name, entry in header.entries.items():
+    digest.update(_read(file, min(entry.start for entry in entries.values())))
+    for name, entry in entries.items():
         shape = entry.shape or (1,)
-        target = None if into is None else into.get(name)
+        target = into.get(name)
         if target is None and not whole:
             continue
         file.seek(entry.start)

@@ -24,7 +24,7 @@ class DeviceBackend:
     """Tables of one optimizer on a GPU."""
 
     kind = "cuda"
-    has_threads, has_streams = False, True
+    has_streams = True
     reader: Any = None  # each step has its own: it reads on the step's stream
 
     def __init__(self) -> None:

@@ -65,7 +65,7 @@ class HostBackend:
     """
 
     kind = "host"
-    has_threads, has_streams, has_refused = True, False, False
+    has_streams, has_refused = False, False
 
     def __init__(self, folder: StateFolder | None) -> None:
         self._folder = folder

@@ -7,10 +7,11 @@ updated or none.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from contextlib import ContextDecorator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,67 +19,33 @@ from torch import Tensor
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import deferred, sharing
-from nb_sparse_adam.torch.optimizer import SparseAdam
-from nb_sparse_adam.torch.steps import Job, in_turn, step_jobs
+from nb_sparse_adam.torch.steps import in_turn, step_jobs
 from nb_sparse_adam.torch.tensors import Gpu, array_of
 
-__all__ = [
-    "Accumulating",
-    "BagLookup",
-    "Block",
-    "Layer",
-    "RowLookup",
-    "check_pass",
-    "collect",
-    "is_pending",
-    "this_pass",
-]
+if TYPE_CHECKING:
+    from nb_sparse_adam.torch.fused import Fused
+
+__all__ = ["Accumulating", "Lookup", "check_pass", "collect", "is_pending", "this_pass"]
 
 
-class RowLookup(NamedTuple):
-    """Ids that were looked up one by one."""
+class Lookup(NamedTuple):
+    """Ids that were looked up, one by one or, with ``starts``, pooled."""
 
     weight: Tensor  # the table
     ids: Tensor  # (n,)
-    grad_output: Tensor  # (n, dim)
+    grad_output: Tensor  # (n, dim) or (bags, dim)
+    starts: Tensor | None = None  # (bags,)
+    weights: Tensor | None = None  # (n,), a copy: it may be trained, and change before the pass ends
+    mode: str = "sum"
     stream: Any = None  # of a GPU, on which all of this is ready
 
-    def copied(self) -> RowLookup:
+    def copied(self) -> Lookup:
         """Return one that nobody else can change."""
-        return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone())
+        starts = None if self.starts is None else self.starts.clone()
+        return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone(), starts=starts)
 
 
-class BagLookup(NamedTuple):
-    """Ids that were looked up and pooled."""
-
-    weight: Tensor  # the table
-    ids: Tensor  # (n,)
-    starts: Tensor  # (bags,)
-    grad_output: Tensor  # (bags, dim)
-    weights: Tensor | None  # (n,), a copy: it may be trained, and change before the pass ends
-    mode: str
-    stream: Any = None
-
-    def copied(self) -> BagLookup:
-        """Return one that nobody else can change."""
-        return self._replace(
-            ids=self.ids.clone(), starts=self.starts.clone(), grad_output=self.grad_output.clone()
-        )
-
-
-class Layer(Protocol):
-    """What is needed of a layer."""
-
-    weight: Tensor
-    accumulated: weakref.ref[Block] | None
-    optimizer: SparseAdam
-    grad_scaler: Any
-
-    def job(self, gradient: RowGradient | BagGradient) -> Job:
-        """Make a gradient of the table a part of a step."""
-
-
-Found = dict[Any, list[Any]]  # the lookups of each layer
+Found: TypeAlias = "dict[Fused, list[Lookup]]"  # the lookups of each layer
 
 
 class _Pass:
@@ -92,7 +59,7 @@ class _Pass:
 
     def __call__(self) -> None:
         now: Found = {}
-        later: dict[int, tuple[Block, Found]] = {}
+        later: dict[int, tuple[Accumulating, Found]] = {}
         for layer, lookups in self.lookups.items():
             block = _open_block(layer)
             if block is None:
@@ -165,7 +132,7 @@ def _refuse_compiled() -> None:
     )
 
 
-def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
+def collect(layer: Fused, lookup: Lookup) -> None:
     """Keep a lookup until the end of the backward pass that is going on."""
     current = _pass_of(this_pass())
     if _open_block(layer) is not None:
@@ -175,36 +142,28 @@ def collect(layer: Layer, lookup: RowLookup | BagLookup) -> None:
     current.lookups.setdefault(layer, []).append(lookup)
 
 
-class Block:
-    """What the backward passes in an `accumulate` block have met.
-
-    The block alone holds it, layers only refer to it: whatever interrupts its beginning or its end, no layer
-    waits for a block that is gone.
-    """
-
-    def __init__(self) -> None:
-        self.is_open = True
-        self.passes: list[Found] = []
-
-
-def _open_block(layer: Any) -> Block | None:
+def _open_block(layer: Fused) -> Accumulating | None:
     """The block that a layer's lookups wait for the end of."""
     block = None if layer.accumulated is None else layer.accumulated()
     return block if block is not None and block.is_open else None
 
 
-def is_pending(layer: Any) -> bool:
+def is_pending(layer: Fused) -> bool:
     """Whether lookups of a layer have been met by a backward pass, and wait for a step."""
     passes = [reference() for reference in list(_passes.values())]
     return _open_block(layer) is not None or any(each and layer in each.lookups for each in passes)
 
 
 class Accumulating(ContextDecorator):
-    """Lets the backward passes of the body be one step, at its end; none if it raises."""
+    """Lets the backward passes of the body be one step, at its end; none if it raises.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
-        self._block: Block | None = None
+    It alone holds what they have met, layers only refer to it: whatever interrupts its beginning or its end,
+    no layer waits for a block that is gone.
+    """
+
+    def __init__(self, layers: Sequence[Fused]) -> None:
+        self._layers, self.is_open = layers, False
+        self.passes: list[Found] = []
 
     def _recreate_cm(self) -> Accumulating:
         return Accumulating(self._layers)  # one for each call of a function that is decorated
@@ -212,14 +171,13 @@ class Accumulating(ContextDecorator):
     def __enter__(self) -> None:
         if any(_open_block(layer) is not None for layer in self._layers):
             raise RuntimeError("accumulate: already accumulating for a layer of this module")
-        block = self._block = Block()
+        self.is_open, self.passes = True, []
         for layer in self._layers:
-            layer.accumulated = weakref.ref(block)
+            layer.accumulated = weakref.ref(self)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._block is not None
-        self._block.is_open = False
-        passes, self._block = self._block.passes, None
+        self.is_open = False
+        passes, self.passes = self.passes, []
         if kind is None:
             lookups: Found = {}
             for found in passes:
@@ -231,9 +189,8 @@ class Accumulating(ContextDecorator):
 def _step(lookups: Found) -> None:
     for layer, found in lookups.items():
         _refuse_other_weights(layer, found)
-    for found in lookups.values():
-        for lookup in found:
-            _wait_for(lookup)
+    for lookup in itertools.chain(*lookups.values()):
+        _wait_for(lookup)
     if not lookups or _scaler_will_skip(lookups):
         return
     in_turn((layer.optimizer for layer in lookups), lambda: _step_in_turn(lookups))
@@ -246,7 +203,7 @@ def _step_in_turn(lookups: Found) -> None:
     step_jobs(jobs)
 
 
-def _refuse_other_weights(layer: Any, found: list[Any]) -> None:
+def _refuse_other_weights(layer: Fused, found: list[Lookup]) -> None:
     weight = layer.weight
     for lookup in found:
         if lookup.weight is not weight:
@@ -258,7 +215,7 @@ def _refuse_other_weights(layer: Any, found: list[Any]) -> None:
             )
 
 
-def _wait_for(lookup: RowLookup | BagLookup) -> None:
+def _wait_for(lookup: Lookup) -> None:
     """Make the stream of the step wait for the one on which a lookup was collected.
 
     Autograd runs a node on the stream of its forward pass. What was queued for the end of the pass it runs
@@ -287,7 +244,7 @@ def _scaler_will_skip(lookups: Found) -> bool:
     )
 
 
-def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
+def _gradient(lookups: list[Lookup]) -> RowGradient | BagGradient:
     """Make the lookups of one layer one gradient; a single one is not copied."""
     first = lookups[0]
     on_gpu = Gpu.has(first.weight)
@@ -297,19 +254,19 @@ def _gradient(lookups: list[Any]) -> RowGradient | BagGradient:
 
     ids = joined([lookup.ids for lookup in lookups])
     grad_output = joined([lookup.grad_output for lookup in lookups])
-    if isinstance(first, RowLookup):
+    if first.starts is None:
         return RowGradient(ids, grad_output)
     before, starts = 0, []
     for lookup in lookups:
+        assert lookup.starts is not None
         starts.append(lookup.starts + before if before else lookup.starts)
         before += len(lookup.ids)
     weights = None
     if any(lookup.weights is not None for lookup in lookups):
-        weights = joined([_weights_of(lookup) for lookup in lookups])
+        weights = joined(
+            [
+                lookup.grad_output.new_ones(len(lookup.ids)) if lookup.weights is None else lookup.weights
+                for lookup in lookups
+            ]
+        )
     return BagGradient(ids, joined(starts), grad_output, weights, first.mode)
-
-
-def _weights_of(lookup: BagLookup) -> Tensor:
-    if lookup.weights is None:
-        return lookup.grad_output.new_ones(len(lookup.ids))
-    return lookup.weights

@@ -7,6 +7,8 @@ wherever the lookup ends up among others, and `within` makes wrong offsets harml
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -79,10 +81,16 @@ def _array(offsets: Tensor) -> NDArray[np.int64]:
     return np.ascontiguousarray(offsets.cpu().numpy(), np.int64)
 
 
-def _error(name: str, offsets: NDArray[np.int64], n: int, include_last: bool) -> GradientIndexError:
+def _wrong(offsets: Any, n: int) -> Any:
+    """For each offset, whether it cannot be where a bag of n ids starts."""
     wrong = offsets > n
-    wrong[0] |= offsets[0] != 0
+    wrong[:1] |= offsets[:1] != 0
     wrong[1:] |= offsets[1:] < offsets[:-1]
+    return wrong
+
+
+def _error(name: str, offsets: NDArray[np.int64], n: int, include_last: bool) -> GradientIndexError:
+    wrong = _wrong(offsets, n)
     wrong[-1] |= include_last and offsets[-1] != n
     place = int(np.flatnonzero(wrong)[0])
     if place == 0 and offsets[0] != 0:
@@ -105,9 +113,7 @@ def marked(offsets: Tensor, n: int, include_last: bool) -> Tensor:
     """
     if offsets.dtype not in (torch.int32, torch.int64):
         offsets = offsets.long()
-    wrong = offsets > n
-    wrong[:1] |= offsets[:1] != 0
-    wrong[1:] |= offsets[1:] < offsets[:-1]
+    wrong = _wrong(offsets, n)
     if include_last:
         wrong[:1] |= offsets[-1:] != n
     return offsets.masked_fill(wrong, torch.iinfo(offsets.dtype).min)

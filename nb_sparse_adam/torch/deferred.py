@@ -20,7 +20,7 @@ __all__ = ["one_step", "raise_what_is_known", "settle"]
 def raise_what_is_known(param_states: Iterable[ParamState]) -> None:
     """Raise the error of an earlier step, if it is known by now; wait for nothing."""
     concerned = _with_others(param_states)
-    if any(each.has_refused for each in concerned):
+    if any(each.table.backend.has_refused for each in concerned):
         settle(concerned)
 
 
@@ -38,9 +38,9 @@ def settle(param_states: Iterable[ParamState]) -> None:
 
 
 @contextmanager
-def one_step(param_states: list[ParamState | None]) -> Iterator[None]:
-    """Take a step of these parameters in the body; None stands for those on the CPU."""
-    on_gpu = [each for each in param_states if each is not None]
+def one_step(param_states: list[ParamState]) -> Iterator[None]:
+    """Take a step of these parameters in the body."""
+    on_gpu = [each for each in param_states if each.on_gpu]
     if all(each.checks != "deferred" for each in on_gpu):
         yield
         return

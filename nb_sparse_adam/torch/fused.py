@@ -24,7 +24,7 @@ from nb_sparse_adam.errors import (
 )
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import layer_state, sharing
-from nb_sparse_adam.torch.backward import Block, is_pending
+from nb_sparse_adam.torch.backward import Accumulating, is_pending
 from nb_sparse_adam.torch.optimizer import SparseAdam
 from nb_sparse_adam.torch.param_state import has_state
 from nb_sparse_adam.torch.steps import Job
@@ -74,7 +74,7 @@ class Fused(_Module):
     num_embeddings: int
     padding_idx: int | None
     optimizer: SparseAdam
-    accumulated: weakref.ref[Block] | None
+    accumulated: weakref.ref[Accumulating] | None
     grad_scaler: Any
 
     def _set_up(self, given: Mapping[str, Any] | None) -> None:
@@ -111,6 +111,13 @@ class Fused(_Module):
         """Whether a lookup is to update the table when the backward pass comes to it."""
         return self.training and torch.is_grad_enabled() and self.weight.requires_grad
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _train(self, function: Any, *args: Any) -> Tensor:
+        """Look up by an autograd function, which updates the table when the backward pass comes to it."""
+        self._check_training()
+        out: Tensor = function.apply(self.weight, *args)
+        return out
+
     def _check_training(self) -> None:
         """Refuse what cannot be trained."""
         name, weight = type(self).__name__, self.weight
@@ -125,7 +132,7 @@ class Fused(_Module):
         _refuse_strides(name, weight)
         if self.optimizer.device_checks != "immediate":
             self._group()
-            self.optimizer.check_device_checks()
+            self.optimizer.check_device_checks(self.optimizer.device_checks)
         if not weight.is_leaf or "weight" not in self._parameters:
             raise TableError(
                 f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
@@ -375,14 +382,11 @@ class Fused(_Module):
 
 
 def _refuse_shape(name: str, weight: Any) -> None:
+    expected = "expected a Tensor (rows, dim)"
     if not isinstance(weight, Tensor):
-        raise TableTypeError(
-            f"{name}: the new weight is a {type(weight).__name__}, expected a Tensor (rows, dim)"
-        )
+        raise TableTypeError(f"{name}: the new weight is a {type(weight).__name__}, {expected}")
     if weight.dim() != 2:
-        raise TableError(
-            f"{name}: the new weight has shape {tuple(weight.shape)}, expected a Tensor (rows, dim)"
-        )
+        raise TableError(f"{name}: the new weight has shape {tuple(weight.shape)}, {expected}")
 
 
 def _refuse_meta(name: str, weight: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,7 @@ from nb_sparse_adam import options
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 from nb_sparse_adam.torch.tensors import check_parameter
 
-__all__ = [
-    "OWN",
-    "check_defaults",
-    "check_group",
-    "complete",
-    "name_of",
-    "options_of",
-    "place_of",
-    "used_options",
-]
+__all__ = ["check_defaults", "check_group", "complete", "name_of", "options_of", "place_of", "used_options"]
 
 # The options that a step looks at.
 USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
@@ -53,7 +45,7 @@ def check_group(group: Mapping[str, Any], g: int) -> None:
     """Refuse parameters that the engine cannot update, and options outside their domain."""
     params = group["params"]
     for what, is_one, refusal in (
-        ("Sparse", _is_sparse, "requires dense parameter tensors"),
+        ("Sparse", attrgetter("is_sparse"), "requires dense parameter tensors"),
         ("Complex", torch.is_complex, "does not support complex parameters"),
     ):
         found = [[g, i] for i, p in enumerate(params) if is_one(p)]
@@ -86,10 +78,6 @@ def complete(group: dict[str, Any], g: int, before: Mapping[str, Any] | None) ->
             f"{before['step_counts']!r}, which this optimizer was made with and cannot change"
         )
     options_of(group)
-
-
-def _is_sparse(param: Tensor) -> bool:
-    return param.is_sparse
 
 
 def place_of(groups: Sequence[Mapping[str, Any]], old_param: Tensor, new_param: Tensor) -> tuple[int, int]:
@@ -138,11 +126,5 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     lr = _number(group["lr"])
     if isinstance(lr, float) and 0 < lr < 1 and any(dtype.type(lr) == 0 for dtype in dtypes):
         lr = 0.0  # where a scheduler that halves it ends
-    return {
-        "lr": options.learning_rate(lr, dtypes, zero_allowed=True),
-        "betas": options.decay_rates((_number(beta1), _number(beta2)), dtypes),
-        "eps": options.epsilon(_number(group["eps"]), dtypes),
-        "maximize": options.flag("maximize", group.get("maximize", False)),
-        "eps_hat": options.flag("eps_hat", group["eps_hat"]),
-        "on_nonfinite": options.choice("on_nonfinite", group["on_nonfinite"], options.ON_NONFINITE),
-    }
+    numbers = {"lr": lr, "betas": (_number(beta1), _number(beta2)), "eps": _number(group["eps"])}
+    return options.checked({"maximize": False, **group, **numbers}, dtypes)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nb_sparse_adam.checkpoint.tensor_files import framed, header_of
 from nb_sparse_adam.errors import SparseAdamWarning, StateError
 
 __all__ = ["check_state_dict", "pack", "unpack"]
@@ -63,34 +64,25 @@ def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapp
     metadata = {"format": LAYER_FORMAT, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
     if entry is not None:
         metadata.update(entry=json.dumps(_all_plain(entry, tensors)), crc32="0" * 8)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for key, value in tensors.items():
-        start, end = end, end + value.numel() * value.element_size()
-        header[key] = {
-            "dtype": _CODES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % HEADER)
-    head = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    described = [
+        (key, _CODES[value.dtype], value.shape, value.numel() * value.element_size())
+        for key, value in tensors.items()
+    ]
+    header = header_of(described, metadata)
+    first = len(framed(header, HEADER))
     device = next((value.device for value in tensors.values()), torch.device("cpu"))
-    size = len(head) + end
+    size = first + sum(length for *_, length in described)
     if device.type == "cpu":
         packed = torch.from_numpy(np.zeros(size, np.uint8))  # takes memory only where it is written to
     else:
         packed = torch.zeros(size, dtype=torch.uint8, device=device)
-    packed[: len(head)] = head
     if entry is not None:
         for key, value in tensors.items():
             start, end = header[key]["data_offsets"]
             if end > start:
-                part = packed[len(head) + start : len(head) + end].view(value.dtype)
-                part.view(value.shape).copy_(value)
-        crc = torch.frombuffer(bytearray(_crc(packed[len(head) :]).encode()), dtype=torch.uint8)
-        place = text.index(b'"crc32": "') + len(b'"crc32": "') + 8
-        packed[place : place + 8] = crc
+                packed[first + start : first + end].view(value.dtype).view(value.shape).copy_(value)
+        metadata["crc32"] = _crc(packed[first:])
+    packed[:first] = torch.frombuffer(bytearray(framed(header, HEADER)), dtype=torch.uint8)
     return packed
 
 
@@ -154,18 +146,15 @@ def unpack(where: str, packed: Tensor) -> dict[str, Any] | None:
                 dtype, (start, end) = _DTYPES[described["dtype"]], described["data_offsets"]
                 if not 0 <= start <= end <= len(data):
                     raise _damaged(where, f"it ends before its {key}")
-                entry[key] = _tensor(data[start:end], dtype, described["shape"])
+                part, shape = data[start:end], described["shape"]
+                entry[key] = (
+                    part.view(dtype).view(shape) if end > start else part.new_empty(shape, dtype=dtype)
+                )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, StateError):
             raise
         raise _damaged(where, f"{type(error).__name__}: {error}") from error
     return {"state": {} if entry is None else {0: entry}, "param_groups": [{**group, "params": [0]}]}
-
-
-def _tensor(data: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if len(data) == 0:
-        return data.new_empty(shape, dtype=dtype)
-    return data.view(dtype).view(shape)
 
 
 def _damaged(where: str, why: str) -> StateError:

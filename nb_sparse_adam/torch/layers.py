@@ -11,25 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nb_sparse_adam.errors import GradientError, OptionError, TableError
-from nb_sparse_adam.torch.backward import (
-    Accumulating,
-    BagLookup,
-    RowLookup,
-    check_pass,
-    collect,
-    this_pass,
-)
-from nb_sparse_adam.torch.bags import (
-    are_offsets,
-    bags_of,
-    check_number,
-    check_offsets,
-    check_order,
-    marked,
-    starts_of,
-    within,
-    without,
-)
+from nb_sparse_adam.torch import bags
+from nb_sparse_adam.torch.backward import Accumulating, Lookup, check_pass, collect, this_pass
 from nb_sparse_adam.torch.fused import Fused
 from nb_sparse_adam.torch.tensors import Gpu
 
@@ -120,14 +103,8 @@ class Embedding(Fused, torch.nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Look up ids of any shape: (...) -> (..., dim)."""
         if self._is_training():
-            return self._train(input)
+            return self._train(_Rows, self, input)
         return functional.embedding(input, self.weight.detach(), self.padding_idx)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _train(self, ids: Tensor) -> Tensor:
-        self._check_training()
-        out: Tensor = _Rows.apply(self.weight, self, ids)  # type: ignore[no-untyped-call]
-        return out
 
 
 class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
@@ -219,26 +196,20 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
     ) -> Tensor:
         """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
         if self._is_training():
-            return self._train(input, offsets, per_sample_weights)
-        if _is_there(offsets) and are_offsets(input, offsets):
-            check_order("EmbeddingBag", offsets, len(input))
+            return self._train(_Bags, per_sample_weights, self, input, offsets)
+        if _is_there(offsets) and bags.are_offsets(input, offsets):
+            bags.check_order("EmbeddingBag", offsets, len(input))
         return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _train(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        self._check_training()
-        out: Tensor = _Bags.apply(self.weight, weights, self, ids, offsets)  # type: ignore[no-untyped-call]
-        return out
 
     def _checked(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Give offsets as the step is to see them, and such as can be read with, or refuse them."""
         n, last, checks = len(ids), self.include_last_offset, self.optimizer.device_checks
-        check_number("EmbeddingBag", offsets, n, last)
+        bags.check_number("EmbeddingBag", offsets, n, last)
         if checks == "immediate" or not Gpu.has(self.weight):
-            check_offsets("EmbeddingBag", offsets, n, last)
+            bags.check_offsets("EmbeddingBag", offsets, n, last)
         elif checks == "deferred":
-            offsets = marked(offsets, n, last)
-            return offsets, within(offsets, n)
+            offsets = bags.marked(offsets, n, last)
+            return offsets, bags.within(offsets, n)
         return offsets, offsets
 
     def pool(
@@ -299,7 +270,7 @@ class _Rows(torch.autograd.Function):
                 kept = ids != layer.padding_idx
                 if not kept.all():
                     ids, grads = ids[kept], grads[kept]
-            collect(layer, RowLookup(ctx.weight, ids, grads))
+            collect(layer, Lookup(ctx.weight, ids, grads))
         return None, None, None
 
 
@@ -316,7 +287,7 @@ class _Bags(torch.autograd.Function):
         ctx.layer, ctx.seen_in = layer, this_pass()
         ctx.weight, ctx.version = weight, weight._version
         read = offsets
-        if offsets is not None and are_offsets(ids, offsets):
+        if offsets is not None and bags.are_offsets(ids, offsets):
             offsets, read = layer._checked(ids, offsets)
         ctx.save_for_backward(ids, offsets, per_sample_weights)
         return layer.pool(weight, ids, read, per_sample_weights)
@@ -326,7 +297,7 @@ class _Bags(torch.autograd.Function):
         check_pass(ctx.seen_in)
         ids, offsets, weights = ctx.saved_tensors
         layer = ctx.layer
-        ids, starts = starts_of(ids, offsets, layer.include_last_offset)
+        ids, starts = bags.starts_of(ids, offsets, layer.include_last_offset)
         weights_grad = None
         if weights is not None and ctx.needs_input_grad[1]:
             if ctx.weight._version != ctx.version:
@@ -338,16 +309,19 @@ class _Bags(torch.autograd.Function):
                 )
             padding = -1 if layer.padding_idx is None else layer.padding_idx
             # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
-            bags = bags_of(ids, within(starts, len(ids))) if Gpu.has(ctx.weight) else starts.new_empty(0)
+            if Gpu.has(ctx.weight):
+                bag_of = bags.bags_of(ids, bags.within(starts, len(ids)))
+            else:
+                bag_of = starts.new_empty(0)
             weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_output, ctx.weight.detach(), ids, starts, bags, 0, padding
+                grad_output, ctx.weight.detach(), ids, starts, bag_of, 0, padding
             ).reshape(weights.shape)
         if _is_wanted(ctx):
             weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
             grads = layer.unscaled(grad_output)
             if layer.padding_idx is not None:
-                ids, starts, weights = without(layer.padding_idx, ids, starts, weights)
-            collect(layer, BagLookup(ctx.weight, ids, starts, grads, weights, layer.mode))
+                ids, starts, weights = bags.without(layer.padding_idx, ids, starts, weights)
+            collect(layer, Lookup(ctx.weight, ids, grads, starts, weights, layer.mode))
         return None, weights_grad, None, None, None
 
 

@@ -158,14 +158,10 @@ class SparseAdam(torch.optim.Optimizer):
 
     @device_checks.setter
     def device_checks(self, value: str) -> None:
+        value = options.choice("device_checks", value, options.DEVICE_CHECKS)
         with self.turn:
-            before = self._device_checks
-            try:
-                self.set_device_checks(value)
-                self.check_device_checks()
-            except BaseException:
-                self._device_checks = before
-                raise
+            self.check_device_checks(value)
+            self.set_device_checks(value)
 
     def set_device_checks(self, value: str) -> None:
         """Set `device_checks` for parameters that may yet be moved to a GPU."""
@@ -174,15 +170,11 @@ class SparseAdam(torch.optim.Optimizer):
             self.synchronize()  # without "deferred", nothing would ask for an earlier error
             self._device_checks = value
 
-    def check_device_checks(self) -> None:
+    def check_device_checks(self, value: str) -> None:
         """Refuse `device_checks` that mean nothing where the parameters are."""
-        if self._device_checks != "immediate" and not any(
-            Gpu.has(param) for group in self.param_groups for param in group["params"]
-        ):
-            raise OptionError(
-                f"device_checks is {self._device_checks!r}, expected 'immediate': no parameter is on a GPU, "
-                "and what is on the CPU is always checked"
-            )
+        params = (param for group in self.param_groups for param in group["params"])
+        if value != "immediate" and not any(map(Gpu.has, params)):
+            raise options.needless_checks(value, "parameter", "CPU")
 
     @property
     def skipped_rows(self) -> Mapping[Tensor, int]:
@@ -192,7 +184,7 @@ class SparseAdam(torch.optim.Optimizer):
         """
         with self.turn:
             states = self._param_states.items()
-            return {param: param_state.skipped_rows for param, param_state in states if param_state.is_shown}
+            return {param: int(each.table.skipped_rows) for param, each in states if each.is_shown}
 
     @property
     def param_states(self) -> list[ParamState]:

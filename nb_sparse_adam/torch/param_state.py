@@ -17,15 +17,7 @@ from nb_sparse_adam.engine.threads import max_threads, numba_threads
 from nb_sparse_adam.errors import GradientError, GradientIndexError, StateError
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam, tables_of
-from nb_sparse_adam.torch.tensors import (
-    Gpu,
-    array_of,
-    check_memory,
-    check_parameter,
-    contiguous_strides,
-    host_array,
-    identity_of,
-)
+from nb_sparse_adam.torch import tensors
 
 __all__ = ["STATE_KEYS", "ParamState", "has_state"]
 
@@ -74,36 +66,34 @@ class ParamState:
                 f"gradient of parameter {name} has {sparse_dim} sparse dimensions, with step_counts='row' "
                 "expected 1: it names entries, not rows; use step_counts='element' or 'global'"
             )
-        check_parameter(name, param)
-        check_memory(name, param)
+        tensors.check_parameter(name, param)
+        tensors.check_memory(name, param)
         self.name, self.sparse_dim, self.step_counts = name, sparse_dim, step_counts
         self.shape = tuple(param.shape)
-        self.identity = identity_of(param)
+        self.identity = tensors.identity_of(param)
         data = param.detach()
         self.shadow = None if data.is_contiguous() else data.clone(memory_format=torch.contiguous_format)
         self.rows, self.dim = math.prod(self.shape[:sparse_dim]), math.prod(self.shape[sparse_dim:])
-        self.device, self.on_gpu = param.device, Gpu.has(param)
+        self.device, self.on_gpu = param.device, tensors.Gpu.has(param)
         self.together: weakref.WeakSet[ParamState] = weakref.WeakSet([self])
         matrix = (data if self.shadow is None else self.shadow).reshape(self.rows, self.dim)
-        self.engine = SparseAdam({name: array_of(matrix, self.on_gpu)}, step_counts=step_counts)
+        self.engine = SparseAdam({name: tensors.array_of(matrix, self.on_gpu)}, step_counts=step_counts)
         self.table = tables_of(self.engine)[name]
         self.given: tuple[Any, ...] | None = None  # the options in use, as the group had them
-        self._counted, self._counted_at = 0, 0
+        self._not_launched = 0  # steps of the count on a GPU
         self._entry: MutableMapping[str, Any] | None = None  # where the state has been shown last
         self._shown_step: Any = None  # what is called step there
         self._is_loaded = False  # with a state, which may not have been shown yet
-        with torch.inference_mode(
-            False
-        ):  # tensors made under it have no version, which says when they change
-            self._make_views()
+        self._make_views()
         if after is not None:
-            self.table.set_skipped_rows(after.skipped_rows)
+            self.table.set_skipped_rows(after.table.skipped_rows)
 
     @property
     def checks(self) -> str | None:
         """The engine's ``device_checks``; None on the CPU."""
         return self.engine.device_checks if self.on_gpu else None
 
+    @torch.inference_mode(False)  # tensors made under it have no version, which says when they change
     def _make_views(self) -> None:
         """Make the tensors that show the state."""
         self._viewed = arrays = self.table.arrays
@@ -117,17 +107,17 @@ class ParamState:
             counts = self._tensor(arrays.counts)
             self.counts = counts.as_strided((self.rows,), (arrays.count_stride,))
         views = (self.exp_avg, self.exp_avg_sq, self.counts)
-        self._view_identities = [None if tensor is None else identity_of(tensor) for tensor in views]
+        self._view_identities = [None if tensor is None else tensors.identity_of(tensor) for tensor in views]
         self._counts_version = None if self.counts is None else self.counts._version
 
     def _tensor(self, array: Any) -> Tensor:
-        return Gpu.for_torch(array, self.device) if self.on_gpu else torch.from_numpy(array)
+        return tensors.Gpu.for_torch(array, self.device) if self.on_gpu else torch.from_numpy(array)
 
     def _view(self, flat: Tensor, stride: int, offset: int) -> Tensor:
         """A part of every row's record, in the parameter's shape."""
         outer, inner = self.shape[: self.sparse_dim], self.shape[self.sparse_dim :]
-        strides = [stride * step for step in contiguous_strides(outer)] + contiguous_strides(inner)
-        return flat.as_strided(self.shape, strides, offset)
+        strides = [stride * step for step in tensors.contiguous_strides(outer)]
+        return flat.as_strided(self.shape, strides + tensors.contiguous_strides(inner), offset)
 
     @property
     def step(self) -> int | Tensor:
@@ -139,7 +129,7 @@ class ParamState:
         if self.counts is not None:
             return self.counts
         if self.on_gpu:
-            return self._counted + int(self.table.launched) - self._counted_at
+            return self._not_launched + int(self.table.launched)
         return int(self.table.arrays.counts[0])
 
     @property
@@ -152,18 +142,8 @@ class ParamState:
         """How many steps the engine has taken; on a GPU, launched."""
         return int(self.table.launched if self.on_gpu else self.table.totals[0])
 
-    @property
-    def has_refused(self) -> bool:
-        """Whether it is known by now that a deferred step was refused."""
-        return bool(self.table.backend.has_refused)
-
-    @property
-    def skipped_rows(self) -> int:
-        """How often ``on_nonfinite="skip"`` has left out a row; it waits for the GPU."""
-        return int(self.table.skipped_rows)
-
     def _note_count(self, number: int) -> None:
-        self._counted, self._counted_at = number, int(self.table.launched)
+        self._not_launched = number - int(self.table.launched)
 
     def recount(self) -> None:
         """Ask the GPU for the count, and show it; it waits."""
@@ -176,8 +156,7 @@ class ParamState:
     def show(self, entry: MutableMapping[str, Any]) -> None:
         """Show the state in a parameter's entry, as live tensors; the user's own keys there are kept."""
         if self._viewed is not self.table.arrays:  # counts have been widened
-            with torch.inference_mode(False):
-                self._make_views()
+            self._make_views()
         step = self.step
         entry.update({"step": step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq})
         self._entry, self._shown_step = entry, step
@@ -193,7 +172,7 @@ class ParamState:
         StateError
             For a count that is negative, or larger than any number of steps. Nothing has been changed then.
         """
-        if sparse_dim != self.sparse_dim or self.identity != identity_of(param):
+        if sparse_dim != self.sparse_dim or self.identity != tensors.identity_of(param):
             return False
         shown = entry if isinstance(entry, dict) else {}
         exp_avg, exp_avg_sq, step = shown.get("exp_avg"), shown.get("exp_avg_sq"), shown.get("step")
@@ -202,10 +181,10 @@ class ParamState:
             return not self.is_shown and not self._is_loaded and not has_state(entry)
         # The same tensors, and their memory has not been exchanged either.
         noted = self._view_identities
-        if identity_of(exp_avg) != noted[0] or identity_of(exp_avg_sq) != noted[1]:
+        if tensors.identity_of(exp_avg) != noted[0] or tensors.identity_of(exp_avg_sq) != noted[1]:
             return False
         if self.counts is not None:
-            if step is not self.counts or identity_of(step) != noted[2]:
+            if step is not self.counts or tensors.identity_of(step) != noted[2]:
                 return False
             if step._version != self._counts_version:
                 self._check_counts(step)
@@ -248,13 +227,11 @@ class ParamState:
         given: dict[str, Any] = {"skipped_rows": self.table.skipped_rows}
         for key in ("exp_avg", "exp_avg_sq"):
             value = entry[key]
-            if not isinstance(value, Tensor) or tuple(value.shape) != self.shape:
-                kind = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise StateError(
-                    f"{where}: {key} is {kind}, expected a tensor of shape {self.shape}; a parameter that "
-                    "has another shape now starts anew after del optimizer.state[parameter]"
-                )
-            given[key] = host_array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
+            advice = (
+                "; a parameter that has another shape now starts anew after del optimizer.state[parameter]"
+            )
+            tensors.check_shape(f"{where}: {key}", value, self.shape, advice)
+            given[key] = tensors.host_array(value.to(self.exp_avg.dtype)).reshape(self.rows, self.dim)
         given["steps"] = self._given_counts(where, entry["step"])
         load: Callable[[], None] = self.table.check_load(given)
 
@@ -288,7 +265,7 @@ class ParamState:
                 f"{where}: step is {got}, with step_counts={self.step_counts!r} expected counts of shape "
                 f"{expected}: a checkpoint of torch.optim.SparseAdam goes on with step_counts='global'"
             )
-        return _whole(where, host_array(step)).reshape(as_loaded)
+        return _whole(where, tensors.host_array(step)).reshape(as_loaded)
 
     def use(self, options: Mapping[str, Any], device_checks: str) -> None:
         """Set the engine's options."""
@@ -326,7 +303,7 @@ class ParamState:
             places = tuple(indices)
             self.shadow[places] = param.detach()[places]
         values = values.reshape(len(rows), self.dim)
-        return RowGradient(array_of(rows, self.on_gpu), array_of(values, self.on_gpu))
+        return RowGradient(tensors.array_of(rows, self.on_gpu), tensors.array_of(values, self.on_gpu))
 
     def _flat(self, indices: Tensor) -> Tensor:
         """Number places of several dimensions; one that is out of range must not become another's number."""
@@ -335,7 +312,7 @@ class ParamState:
         # torch's indexing, which a shadow needs, leaves a GPU unusable when a place is out of range.
         waits = self.checks in (None, "immediate") or self.shadow is not None
         for d, (index, length, stride) in enumerate(
-            zip(indices, outer, contiguous_strides(outer), strict=True)
+            zip(indices, outer, tensors.contiguous_strides(outer), strict=True)
         ):
             wrong = (index < 0) | (index >= length)
             if waits:

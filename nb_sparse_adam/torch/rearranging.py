@@ -13,27 +13,23 @@ from torch import Tensor
 from nb_sparse_adam.engine.rearranging import checked_source
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
 from nb_sparse_adam.torch.param_state import STATE_KEYS
-from nb_sparse_adam.torch.tensors import check_parameter
+from nb_sparse_adam.torch.tensors import check_parameter, check_shape
 
 __all__ = ["check_replacement", "rearranged", "source_of"]
 
 
 def check_replacement(name: str, old: Tensor, new: Any) -> None:
     """Refuse what cannot take a parameter's place, whatever rows it has."""
+    what = f"rearrange of parameter {name}: the new one"
     if not isinstance(new, Tensor):
-        raise TableTypeError(
-            f"rearrange of parameter {name}: the new one is a {type(new).__name__}, expected a Parameter"
-        )
+        raise TableTypeError(f"{what} is a {type(new).__name__}, expected a Parameter")
     if new.layout is not torch.strided or not new.is_leaf or new.dtype != old.dtype:
-        raise TableError(
-            f"rearrange of parameter {name}: the new one is of {new.dtype} and {new.layout}"
-            f"{'' if new.is_leaf else ' and computed from others'}, expected a dense Parameter of {old.dtype}"
-        )
+        computed = "" if new.is_leaf else " and computed from others"
+        expected = f"expected a dense Parameter of {old.dtype}"
+        raise TableError(f"{what} is of {new.dtype} and {new.layout}{computed}, {expected}")
     if new.dim() == 0 or new.shape[1:] != old.shape[1:]:
-        raise TableError(
-            f"rearrange of parameter {name}: the new one has shape {tuple(new.shape)}, expected "
-            f"{('rows', *old.shape[1:])}, rows as those of the old one"
-        )
+        expected = f"expected {('rows', *old.shape[1:])}, rows as those of the old one"
+        raise TableError(f"{what} has shape {tuple(new.shape)}, {expected}")
     check_parameter(name, new)
 
 
@@ -62,13 +58,9 @@ def rearranged(name: str, entry: Any, source: Any, new: Tensor, step_counts: str
     for key in ("exp_avg", "exp_avg_sq"):
         moment = given[key]
         rows = len(moment) if rows is None and isinstance(moment, Tensor) and moment.dim() else rows
-        if not isinstance(moment, Tensor) or tuple(moment.shape) != (rows, *new.shape[1:]):
-            got = f"of shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else type(moment).__name__
-            raise StateError(
-                f"{where}: {key} is {got}, expected a tensor of shape "
-                f"{('rows' if rows is None else rows, *new.shape[1:])}, to be rearranged; to begin anew, "
-                "del optimizer.state[parameter] before"
-            )
+        expected = ("rows" if rows is None else rows, *new.shape[1:])
+        advice = ", to be rearranged; to begin anew, del optimizer.state[parameter] before"
+        check_shape(f"{where}: {key}", moment, expected, advice)
     assert rows is not None
     places = torch.from_numpy(source_of(name, source, len(new), rows))
     taken = places >= 0

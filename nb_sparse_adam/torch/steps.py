@@ -38,12 +38,12 @@ def in_turn(optimizers: Iterable[SparseAdam], work: Callable[[], None]) -> None:
 
 def step_jobs(jobs: Sequence[Job]) -> None:
     """Update parameters of one optimizer or several, all or none of them; the caller has their turn."""
-    on_gpu = [job.param_state if job.param_state.on_gpu else None for job in jobs]
-    _refuse_several_gpus([each for each in on_gpu if each is not None])
-    shown = [job.param_state.has_run for job in jobs]
+    param_states = [job.param_state for job in jobs]
+    _refuse_several_gpus([each for each in param_states if each.on_gpu])
+    shown = [each.has_run for each in param_states]
     try:
         try:
-            with deferred.one_step(on_gpu):
+            with deferred.one_step(param_states):
                 step_together(
                     [(job.param_state.engine, {job.param_state.name: job.gradient}) for job in jobs]
                 )

@@ -10,13 +10,14 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from nb_sparse_adam.errors import DenseGradientError, GradientError, TableError, TableTypeError
+from nb_sparse_adam.errors import DenseGradientError, GradientError, StateError, TableError, TableTypeError
 
 __all__ = [
     "Gpu",
     "array_of",
     "check_memory",
     "check_parameter",
+    "check_shape",
     "contiguous_strides",
     "coo",
     "host_array",
@@ -72,12 +73,9 @@ def array_of(tensor: Tensor, on_gpu: bool) -> Any:
     """See a tensor that requires no gradient as an array where it is; what is an array is not copied."""
     if not on_gpu:
         return tensor.numpy()
-    return Gpu.for_engine(tensor.contiguous() if _is_expanded(tensor) else tensor)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one place in memory."""
-    return any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True))
+    lengths = zip(tensor.shape, tensor.stride(), strict=True)
+    is_expanded = any(length > 1 and step == 0 for length, step in lengths)  # so elements are one place
+    return Gpu.for_engine(tensor.contiguous() if is_expanded else tensor)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -106,6 +104,13 @@ def check_memory(name: str, param: Tensor) -> None:
             f"parameter {name} of shape {tuple(param.shape)} has {param.untyped_storage().nbytes()} bytes of "
             f"memory, expected {needed}: its storage has been resized; give it back before the step"
         )
+
+
+def check_shape(what: str, given: Any, expected: tuple[Any, ...], advice: str) -> None:
+    """Refuse what is not a tensor of a shape."""
+    if not isinstance(given, Tensor) or tuple(given.shape) != expected:
+        got = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise StateError(f"{what} is {got}, expected a tensor of shape {expected}{advice}")
 
 
 def coo(name: str, grad: Tensor, device: torch.device) -> Tensor:
