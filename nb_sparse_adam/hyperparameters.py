@@ -48,14 +48,6 @@ class Option(Shown[T]):
         def __set__(self, instance: HyperParameters, value: T) -> None: ...
 
 
-def _refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
-    if device_checks == "off" and on_nonfinite == "raise":
-        raise OptionError(
-            "device_checks='off' with on_nonfinite='raise': nobody would see that a gradient is refused; set "
-            "on_nonfinite to 'skip', which leaves out rows without telling the host, or to 'propagate'"
-        )
-
-
 def _check_threads(self: HyperParameters, value: int | None) -> None:
     if value is not None and all(backend.has_streams for backend in self._backends()):
         raise OptionError(
@@ -66,7 +58,7 @@ def _check_threads(self: HyperParameters, value: int | None) -> None:
 def _leave_device_checks(self: HyperParameters, value: str) -> None:
     if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
         raise options.needless_checks(value, "table", "host")
-    _refuse_unseen(self.on_nonfinite, value)
+    options.refuse_unseen(self.on_nonfinite, value)
     if self.device_checks != "immediate":
         self.synchronize()
 
@@ -113,7 +105,7 @@ class HyperParameters:
     on_nonfinite = Option[str](
         "on_nonfinite",
         "What happens to values that are not finite; settable between steps.",
-        lambda self, value: _refuse_unseen(value, self._options.device_checks),
+        lambda self, value: options.refuse_unseen(value, self._options.device_checks),
     )
     num_threads = Option[int | None](
         "num_threads",

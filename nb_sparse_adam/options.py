@@ -118,6 +118,15 @@ def needless_checks(value: str, what: str, place: str) -> OptionError:
     )
 
 
+def refuse_unseen(on_nonfinite: str, device_checks: str) -> None:
+    """Refuse to refuse gradients that nobody looks at."""
+    if device_checks == "off" and on_nonfinite == "raise":
+        raise OptionError(
+            "device_checks='off' with on_nonfinite='raise': nobody would see that a gradient is refused; set "
+            "on_nonfinite to 'skip', which leaves out rows without telling the host, or to 'propagate'"
+        )
+
+
 def threads(value: Any) -> int | None:
     """Check num_threads: None, or no more than numba can start."""
     if value is None:
@@ -158,8 +167,13 @@ def check_part(what: str, has: str, given: Any, keys: Collection[str]) -> None:
         raise StateError(f"state dict {has} {sorted(map(str, given))}, expected {sorted(keys)}")
 
 
-def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
-    """Check the options of a state dict; return those of `Options`."""
+def check_saved(
+    given: Any, dtypes: Dtypes, step_counts: str, device_checks: str = "immediate"
+) -> dict[str, Any]:
+    """Check the options of a state dict; return those of `Options`.
+
+    The optimizer that they are for has ``step_counts`` and ``device_checks``, which stay.
+    """
     check_part("options", "has options", given, SAVED)
     counts = given["step_counts"]
     if not isinstance(counts, str) or counts != step_counts:
@@ -168,6 +182,8 @@ def check_saved(given: Any, dtypes: Dtypes, step_counts: str) -> dict[str, Any]:
             "optimizer was made with and cannot change"
         )
     try:
-        return checked(given, dtypes)
+        found = checked(given, dtypes)
+        refuse_unseen(found["on_nonfinite"], device_checks)
+        return found
     except OptionError as error:
         raise StateError(f"state dict: {error}") from error

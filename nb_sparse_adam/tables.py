@@ -124,7 +124,7 @@ class Tables(HyperParameters):
         everything has been loaded.
         """
         given_options, given_tables = check_state_dict(state_dict, self._tables)
-        values = options.check_saved(given_options, self._dtypes(), self._step_counts)
+        values = options.check_saved(given_options, self._dtypes(), self._step_counts, self.device_checks)
         with self._lock:
             for backend in self._backends():
                 backend.before_step(self._options, self._tables)

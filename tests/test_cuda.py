@@ -16,12 +16,14 @@ from scipy import sparse
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, checkpoint
 from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.errors import (
+    CheckpointError,
     GradientError,
     GradientIndexError,
     GradientTypeError,
     NonFiniteGradientError,
     OptionError,
     OptionTypeError,
+    StateError,
     TableError,
 )
 from nb_sparse_adam.optimizer import tables_of
@@ -494,7 +496,13 @@ def test_options_of_the_other_side_are_refused(tmp_path):
     quiet = SparseAdam(CUDA.table(array), device_checks="off", on_nonfinite="skip")
     with refused(OptionError, ValueError, "device_checks='off' with on_nonfinite='raise'"):
         quiet.on_nonfinite = "raise"
-    assert quiet.on_nonfinite == "skip"
+    loud = SparseAdam(array.copy(), lr=0.5)
+    with refused(StateError, ValueError, "device_checks='off' with on_nonfinite='raise'"):
+        quiet.load_state_dict(loud.state_dict())
+    checkpoint.save(tmp_path / "loud", loud)
+    with refused(CheckpointError, ValueError, "device_checks='off' with on_nonfinite='raise'"):
+        checkpoint.restore(tmp_path / "loud", quiet)
+    assert (quiet.on_nonfinite, quiet.lr) == ("skip", 1e-3)
 
 
 def test_what_is_not_offered_is_refused_by_name():

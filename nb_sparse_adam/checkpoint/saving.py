@@ -391,10 +391,10 @@ def _fill(
 
 def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam | None) -> dict[str, Any]:
     given = manifest["options"]
-    step_counts = given["step_counts"] if optimizer is None else optimizer.step_counts
+    kept = (given["step_counts"],) if optimizer is None else (optimizer.step_counts, optimizer.device_checks)
     dtypes = {np.dtype(record["dtype"]) for record in manifest["tables"]}
     try:
-        return options.check_saved(given, dtypes, step_counts)
+        return options.check_saved(given, dtypes, *kept)
     except SparseAdamError as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
 
