@@ -291,13 +291,11 @@ class Stream:
     def make_others_wait(self, mark: Mark) -> None:
         """Let those that share arrays with a step go on when it is done."""
         for handle in self.others:
-            if not SIMULATED:
-                Stream(handle).wait_for(mark)
+            Stream(handle).wait_for(mark)
 
     def wait_for_stream(self, handle: int) -> None:
         """Let what comes next wait for what is on another stream so far."""
-        if not SIMULATED:
-            self.wait_for(Stream(handle).mark())
+        self.wait_for(Stream(handle).mark())
 
 
 DEFAULT = 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from nb_sparse_adam.cuda import checks, grouping
 from nb_sparse_adam.cuda.device import Stream, address_of, blocks_for, launch
-from nb_sparse_adam.cuda.guard import KINDS, Guard
+from nb_sparse_adam.cuda.guard import Guard, Kind, number_of_kind
 from nb_sparse_adam.cuda.kernels import Kernels, Variant, kernels_for
 from nb_sparse_adam.cuda.records import (
     DIGIT_BITS,
@@ -182,18 +182,14 @@ class Batch:
         words = starts[-1] + len(self.guards)
         slot = self.slot = self._ring.take(words)
         at = [slot.address + 8 * start for start in starts]
-        step = np.zeros(1, STEP)
-        for name, offset in self._shared.items():
-            step[name] = base + offset
-        for name, value in (
-            ("length", length), ("tables", at[1]), ("gradients", at[2]), ("found", at[3]), ("spans", at[4]),
-            ("variants", at[5]), ("guards", at[6]), ("guards_length", len(self.guards)),
-            ("capacity", self.capacity), ("passes", self.passes), ("tiles_capacity", self.tiles),
-            ("entries", self.entries),
-        ):  # fmt: skip
-            step[name] = value
+        step = _record(
+            STEP, length=length, tables=at[1], gradients=at[2], found=at[3], spans=at[4], variants=at[5],
+            guards=at[6], guards_length=len(self.guards), capacity=self.capacity, passes=self.passes,
+            tiles_capacity=self.tiles, entries=self.entries,
+            **{name: base + offset for name, offset in self._shared.items()},
+        )  # fmt: skip
         tables = np.concatenate([one.part.table.described(one.part.options).record for one in self.parts])
-        gradients = np.array([_gradient_of(one) for one in self.parts], GRADIENT)
+        gradients = np.concatenate([_gradient_of(one) for one in self.parts])
         records = step, tables, gradients, self._found(base), self._spans(), self._variants(base)
         for start, each in zip(starts, records, strict=False):
             slot.put(start, each)
@@ -218,14 +214,14 @@ class Batch:
         spans = np.zeros(len(self.parts) + 1, SPAN)
         spans["first_id"], spans["first_offset"], spans["first_row"] = self.ids, self.offsets, self.rows
         spans["worst"] = NOWHERE
-        guards = {id(guard): place for place, guard in enumerate(self.guards)}
+        guards = {guard: place for place, guard in enumerate(self.guards)}
         for i, one in enumerate(self.parts):
             part, span = one.part, spans[i]
             span["order"] = self._order[id(part.table)]
             span["checked"] = part.options.device_checks != "off"
-            span["guard"] = guards[id(part.guard)]
+            span["guard"] = guards[part.guard]
             span["number"] = part.guard.number_of(part.table)
-            span["kind"] = KINDS.number(part.given.form, part.given.names)
+            span["kind"] = number_of_kind(Kind(part.given.form, part.given.names))
             span["limit"] = _limit_of(one)
         return spans
 
@@ -366,20 +362,22 @@ def _limit_of(one: _Part) -> float:
     return float(dtype.type(limit))
 
 
-def _gradient_of(one: _Part) -> tuple[int, ...]:
-    """Return the fields of a GRADIENT; those of a CPU's preparing are 0."""
-    given, values = one.part.given, one.part.given.values
-    fields = {
-        "form": given.form, "on_nonfinite": ON_NONFINITE[one.part.options.on_nonfinite],
-        "ids": address_of(given.ids), "ids_length": one.n, "ids_bytes": given.ids.dtype.itemsize,
-        "values": address_of(values.flat), "values_rows": values.rows, "values_stride": values.stride,
-        "values_dim": values.columns, "values_bytes": one.variant.dtype.itemsize, "mean": int(given.mean),
-        "parts": 1,
+def _record(dtype: np.dtype[np.void], **fields: Any) -> Any:
+    """Make a record; what is not named is 0."""
+    return np.array([tuple(fields.get(name, 0) for name in dtype.names or ())], dtype)
+
+
+def _gradient_of(one: _Part) -> Any:
+    """Return a GRADIENT; the fields of a CPU's preparing are 0."""
+    given, values, offsets = one.part.given, one.part.given.values, one.part.given.offsets
+    of_offsets = {} if offsets is None else {
+        "offsets": address_of(offsets), "offsets_bytes": offsets.dtype.itemsize,
+        "offsets_length": int(offsets.shape[0]),
     }  # fmt: skip
-    if given.weights is not None:
-        fields["weights"] = address_of(given.weights)
-    if given.offsets is not None:
-        array = given.offsets
-        fields["offsets"], fields["offsets_bytes"] = address_of(array), array.dtype.itemsize
-        fields["offsets_length"] = int(array.shape[0])
-    return tuple(fields.get(name, 0) for name in GRADIENT.names or ())
+    return _record(
+        GRADIENT, form=given.form, on_nonfinite=ON_NONFINITE[one.part.options.on_nonfinite],
+        ids=address_of(given.ids), ids_length=one.n, ids_bytes=given.ids.dtype.itemsize,
+        values=address_of(values.flat), values_rows=values.rows, values_stride=values.stride,
+        values_dim=values.columns, values_bytes=one.variant.dtype.itemsize, mean=int(given.mean), parts=1,
+        weights=0 if given.weights is None else address_of(given.weights), **of_offsets,
+    )  # fmt: skip

@@ -47,7 +47,6 @@ class DeviceRun:
     def __init__(self, batches: Sequence[Batch], parts: Sequence[DevicePart]) -> None:
         self.batches, self.parts, self.ordinal = batches, parts, parts[0].table.ordinal
         self.done = self.may_have_run = False
-        self._goals = [(part.table, part.table.launched + 1) for part in parts]
 
     def rehearse(self) -> None:
         """Have the kernels compiled, if they are not."""
@@ -58,8 +57,6 @@ class DeviceRun:
     def __call__(self) -> None:
         """Launch it."""
         self.may_have_run = True
-        for table, goal in self._goals:
-            table.launched = goal
         with using(self.ordinal):
             for batch in self.batches:
                 batch.update()
@@ -71,9 +68,8 @@ class DeviceRun:
         for part in self.parts:
             part.table.totals[0] += 1
         with using(self.ordinal):
-            for guard in {
-                id(part.guard): part.guard for part in self.parts if part.options.device_checks != "immediate"
-            }.values():
+            told = (part.guard for part in self.parts if part.options.device_checks != "immediate")
+            for guard in dict.fromkeys(told):
                 guard.tell(stream)
             stream.make_others_wait(_mark(self.batches, self.parts))
 
@@ -97,12 +93,12 @@ def prepare(parts: Sequence[DevicePart], waits: bool) -> list[DeviceRun]:
     if len(set(ordinals.values())) > 1:
         places = ", ".join(f"{name!r} on GPU {ordinal}" for name, ordinal in ordinals.items())
         raise TableError(f"a step of tables on several GPUs ({places}), expected one: make a step for each")
-    guards = list({id(part.guard): part.guard for part in parts}.values())
+    guards = list(dict.fromkeys(part.guard for part in parts))
     with using(parts[0].table.ordinal):
         for part in parts:
             part.table.make_room_for_a_step()
         stream = _one_stream(parts)
-        for mark in {id(mark): mark for guard in guards for mark in guard.marks()}.values():
+        for mark in dict.fromkeys(mark for guard in guards for mark in guard.marks()):
             stream.wait_for(mark)
         batches = [Batch(some, stream, guards, number) for number, some in enumerate(_cut(parts))]
         run = DeviceRun(batches, parts)
