@@ -236,8 +236,7 @@ else:
 class Mark(NamedTuple):
     """A moment of a stream."""
 
-    handle: int
-    event: Any
+    event: Any  # None in the simulator, where everything is done at once
 
     @property
     def has_passed(self) -> bool:
@@ -278,10 +277,10 @@ class Stream:
     def mark(self) -> Mark:
         """Note what is on the stream so far."""
         if SIMULATED:
-            return Mark(self.handle, None)
+            return Mark(None)
         event = cuda.event(timing=False)
         event.record(self.numba)
-        return Mark(self.handle, event)
+        return Mark(event)
 
     def wait_for(self, mark: Mark | None) -> None:
         """Let what comes next wait for what was on another stream, or on this one."""

@@ -87,18 +87,20 @@ class Tile(NamedTuple):
     first: Any  # where those of the tile do
     size: Any
     shift: Any  # of an id in a packed one
+    dim: Any  # how many entries a row may have; of a gradient of rows 0
 
 
 @device_function
 def _tile(step: Any, t: Any) -> Any:
     """Return tile t of a step."""
-    found, spans = lists_of(step)[2:]
+    tables, gradients, found, spans = lists_of(step)
     tile = int64(t)
     i = find_tile(spans, 0, step["length"], tile)
     begin = spans[i]["first_packed"]
     first = begin + (tile - spans[i]["first_tile"]) * TILE
     size = min(int64(TILE), spans[i + 1]["first_packed"] - first)
-    return Tile(i, begin, first, size, found[i]["row_shift"])
+    dim = max(tables[i]["dim"], int64(1)) if gradients[i]["form"] == CSR else int64(0)
+    return Tile(i, begin, first, size, found[i]["row_shift"], dim)
 
 
 @device_function
@@ -263,13 +265,6 @@ def _is_head(packed: Any, tile: Any, dim: Any, p: Any) -> Any:
     return int32(0)
 
 
-@device_function
-def _dim_of_entries(step: Any, i: Any) -> Any:
-    """Entries that a row of a gradient may have; of a gradient of rows 0."""
-    tables, gradients, _, _ = lists_of(step)
-    return max(tables[i]["dim"], int64(1)) if gradients[i]["form"] == CSR else int64(0)
-
-
 @kernel
 def count_heads(at: Any) -> None:
     """Count how many segments, and how many rows of entries, begin in each tile. One block a tile."""
@@ -283,14 +278,14 @@ def count_heads(at: Any) -> None:
     row_heads = shorts_at(step["row_heads"], step["tiles_capacity"] + 1)
     for t in range(gpu.blockIdx.x, tiles, gpu.gridDim.x):
         tile = _tile(step, t)
-        dim, end = _dim_of_entries(step, tile.i), tile.first + tile.size
+        end = tile.first + tile.size
         if thread == 0:
             counted[0] = counted[1] = 0
         gpu.syncthreads()
         own, own_rows = int32(0), int32(0)
         for p in range(tile.first + thread, end, SORT_THREADS):
             own += _is_head(packed, tile, 1, p)
-            own_rows += _is_head(packed, tile, dim, p)
+            own_rows += _is_head(packed, tile, tile.dim, p)
         gpu.atomic.add(counted, 0, own)
         gpu.atomic.add(counted, 1, own_rows)
         gpu.syncthreads()
@@ -331,20 +326,20 @@ def write_starts(at: Any) -> None:
         row_starts[row_heads[tiles]] = heads[tiles]
     for t in range(gpu.blockIdx.x, tiles, gpu.gridDim.x):
         tile = _tile(step, t)
-        dim, end = _dim_of_entries(step, tile.i), tile.first + tile.size
+        end = tile.first + tile.size
         low = tile.first + thread * SORT_ITEMS
         high = min(low + SORT_ITEMS, end)
         own, own_rows = int32(0), int32(0)
         for p in range(low, high):
             own += _is_head(packed, tile, 1, p)
-            own_rows += _is_head(packed, tile, dim, p)
+            own_rows += _is_head(packed, tile, tile.dim, p)
         segment = int64(heads[t]) + sum_before(sums, thread, own, SORT_THREADS)
         gpu.syncthreads()
         row = int64(row_heads[t]) + sum_before(sums, thread, own_rows, SORT_THREADS)
         for p in range(low, high):
             if _is_head(packed, tile, 1, p) != 0:
                 starts[segment] = p
-                if _is_head(packed, tile, dim, p) != 0:
+                if _is_head(packed, tile, tile.dim, p) != 0:
                     row_starts[row] = segment
                     row += 1
                 segment += 1

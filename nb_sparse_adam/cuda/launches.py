@@ -58,6 +58,7 @@ class _Part(NamedTuple):
     """The same, with what follows from its sizes."""
 
     part: DevicePart
+    order: int  # its place in the step, as it was given
     variant: Variant
     n: int
     pieces: int  # of a row, of which a lane takes one at a time
@@ -65,7 +66,7 @@ class _Part(NamedTuple):
     id_bits: int
 
 
-def _measured(part: DevicePart) -> _Part:
+def _measured(part: DevicePart, order: int) -> _Part:
     table, given = part.table, part.given
     entries = given.form == CSR
     n = int(given.ids.shape[0])
@@ -83,7 +84,7 @@ def _measured(part: DevicePart) -> _Part:
     counts, complete = table.arrays.counts.dtype, part.corrections.complete
     variant = Variant(table.dtype, table.codec, np.dtype(counts), table.mode, width, complete, entries)
     pieces = (ENTRY_LANES if table.mode == ELEMENT else table.dim) if entries else -(-table.dim // width)
-    return _Part(part, variant, n, pieces, row_shift, id_bits)
+    return _Part(part, order, variant, n, pieces, row_shift, id_bits)
 
 
 def _width(table: DeviceTable, given: Given) -> int:
@@ -102,6 +103,7 @@ class _Group(NamedTuple):
     kernels: Kernels
     parts: list[_Part]
     ids: int
+    columns: int  # of the widest
     lanes: int
     blocks: int  # that are summed by themselves, at most
 
@@ -126,8 +128,7 @@ class Batch:
     ) -> None:
         self.stream, self.guards = stream, guards
         self.slot: Slot | None = None
-        self._order = {id(part.table): place for place, part in enumerate(parts)}
-        measured = sorted((_measured(part) for part in parts), key=_key_of)
+        measured = sorted((_measured(part, order) for order, part in enumerate(parts)), key=_key_of)
         self.parts = measured
         self.groups = [_group(list(of_one)) for _, of_one in groupby(measured, key=_key_of)]
         # Ids, offsets and rows of values, numbered through.
@@ -160,16 +161,16 @@ class Batch:
             "heads": place(self.tiles + 1, 4), "row_heads": place(self.tiles + 1, 4),
             "bad": place(2 * n if self.screens else 0, 1),
         }  # fmt: skip
-        self._block_sums, self._bag_of, self._reciprocals = [], [], []
-        for group in self.groups:
-            most = max(one.part.given.values.columns for one in group.parts)
-            size = group.parts[0].variant.dtype.itemsize
-            self._block_sums.append((place(group.blocks * most, size), most))
+        self._block_sums = [
+            place(group.blocks * group.columns, group.parts[0].variant.dtype.itemsize)
+            for group in self.groups
+        ]
+        self._bag_of: list[int | None] = []
+        self._reciprocals: list[int | None] = []
         for one in self.parts:
-            given = one.part.given
-            self._bag_of.append(place(one.n, 4) if given.weights is not None else None)
-            bags = given.values.rows if given.mean else 0
-            self._reciprocals.append(place(bags, one.variant.dtype.itemsize) if given.mean else None)
+            given, size = one.part.given, one.variant.dtype.itemsize
+            self._bag_of.append(None if given.weights is None else place(one.n, 4))
+            self._reciprocals.append(place(given.values.rows, size) if given.mean else None)
 
     def upload(self) -> None:
         """Copy the records to the GPU: a step that has not begun."""
@@ -217,7 +218,7 @@ class Batch:
         guards = {guard: place for place, guard in enumerate(self.guards)}
         for i, one in enumerate(self.parts):
             part, span = one.part, spans[i]
-            span["order"] = self._order[id(part.table)]
+            span["order"] = one.order
             span["checked"] = part.options.device_checks != "off"
             span["guard"] = guards[part.guard]
             span["number"] = part.guard.number_of(part.table)
@@ -230,8 +231,8 @@ class Batch:
         ends = [0, *accumulate(len(group.parts) for group in self.groups)]
         variants["first"], variants["last"] = ends[:-1], ends[1:]
         variants["blocks"] = [group.blocks for group in self.groups]
-        variants["block_sums"] = [base + place for place, _ in self._block_sums]
-        variants["block_dim"] = [most for _, most in self._block_sums]
+        variants["block_sums"] = [base + place for place in self._block_sums]
+        variants["block_dim"] = [group.columns for group in self.groups]
         return variants
 
     # --- launches ---------------------------------------------------------------------------------------
@@ -256,8 +257,7 @@ class Batch:
         if self.offsets[-1]:
             self._over(checks.check_offsets, self.offsets[-1])
         if self.rows[-1] and self.screens:
-            shapes = [one.part.given.values for one in self.parts]
-            lanes = _lanes((matrix.rows, matrix.columns) for matrix in shapes)
+            lanes = _lanes(one.part.given.values.shape for one in self.parts)
             self._over_rows(checks.check_values, self.rows[-1], lanes)
 
     def settle(self) -> None:
@@ -325,7 +325,8 @@ def _group(parts: list[_Part]) -> _Group:
     ids = sum(one.n for one in parts)
     blocks = 2 * (ids // BLOCK + 1) if max(one.n for one in parts) > BLOCK else 0
     lanes = _lanes((one.n, one.pieces) for one in parts)
-    return _Group(kernels_for(parts[0].variant), parts, ids, lanes, blocks)
+    columns = max(one.part.given.values.columns for one in parts)
+    return _Group(kernels_for(parts[0].variant), parts, ids, columns, lanes, blocks)
 
 
 def _lanes(shapes: Iterable[tuple[int, int]]) -> int:
