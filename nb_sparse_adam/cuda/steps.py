@@ -47,6 +47,7 @@ class DeviceRun:
     def __init__(self, batches: Sequence[Batch], parts: Sequence[DevicePart]) -> None:
         self.batches, self.parts, self.ordinal = batches, parts, parts[0].table.ordinal
         self.done = self.may_have_run = False
+        self._goals = [(part.table, part.table.launched + 1) for part in parts]
 
     def rehearse(self) -> None:
         """Have the kernels compiled, if they are not."""
@@ -57,6 +58,8 @@ class DeviceRun:
     def __call__(self) -> None:
         """Launch it."""
         self.may_have_run = True
+        for table, goal in self._goals:
+            table.launched = goal
         with using(self.ordinal):
             for batch in self.batches:
                 batch.update()

@@ -64,6 +64,7 @@ class DeviceTable(TableState):
 
     def __init__(self, name: str, param: Any, step_counts: str, backend: Backend) -> None:
         self.last: Mark | None = None  # of the stream on which the memory was used last
+        self.launched = 0  # steps, as `SparseAdam` of torch shows them; counted once, whatever interrupts
         self.codec = PLAIN
         super().__init__(name, param, step_counts, backend)
         self.param_stride = self.dim
