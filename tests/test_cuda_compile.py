@@ -68,8 +68,7 @@ def test_records_are_read_number_by_number(compiled):
 
 
 def test_rows_of_whole_16_bytes_are_moved_16_bytes_at_a_time(compiled):
-    updates = {"update_in_order", "update_segments"}
-    wide = [one for one in compiled if one["kernel"] in updates and one["vector_stores"]]
+    wide = [one for one in compiled if one["kernel"] == "update" and one["vector_stores"]]
     assert len(wide) >= 12
     for one in wide:
         assert one["vector_loads"] >= 4  # gradient, parameters, two moments

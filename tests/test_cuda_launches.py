@@ -201,9 +201,9 @@ def test_larger_records_get_a_larger_slot():
 
     kept = ring.Ring()
     small = kept.take(10)
-    small.mark = ring.Mark(0, None)
+    small.mark = ring.Mark(None)
     assert kept.take(10) is small
-    small.mark = ring.Mark(0, None)
+    small.mark = ring.Mark(None)
     assert kept.take(small.words + 1).words > small.words
 
 

@@ -9,7 +9,6 @@ from nb_sparse_adam.backend import Request, Run
 from nb_sparse_adam.cuda import steps
 from nb_sparse_adam.cuda.guard import Guard
 from nb_sparse_adam.cuda.table import DeviceTable
-from nb_sparse_adam.engine.corrections import Corrections
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.errors import TableError
 from nb_sparse_adam.options import Options
@@ -49,13 +48,10 @@ class DeviceBackend:
         """Tables allocate for themselves."""
         raise NotImplementedError
 
-    def corrections_of(self, known: Corrections) -> Any:
-        """Return a table of bias corrections, copied to the GPU once."""
-        assert self.guard is not None
-        return self.guard.corrections(known)
-
-    def memory_changed(self, gone: bool = False) -> None:
-        """Take no note: each step asks where the tables are."""
+    def memory_changed(self, gone: bool = False) -> None:  # noqa: ARG002
+        """Take note that a table has other memory than before; each step asks where."""
+        if self.guard is not None:
+            self.guard.memory_changed()
 
     def before_step(self, options: Options, tables: Mapping[str, TableState]) -> None:  # noqa: ARG002
         """Raise what a deferred step was refused for, if that is known by now."""

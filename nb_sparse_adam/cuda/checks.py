@@ -72,12 +72,11 @@ def _is_large(value: Any, limit: Any) -> Any:
 
 
 @device_function
-def _check_weight(found: Any, spans: Any, gradient: Any, i: Any, p: Any, value: Any, limit: Any) -> None:
-    if _is_large(value, limit):
-        if found[i]["suspicious"] == 0:
-            found[i]["suspicious"] = 1
-        if gradient["on_nonfinite"] == RAISE and _is_large(value, math.inf):
-            note(spans, i, WEIGHT_RANK, p)
+def _real(gradient: Any, address: Any, place: Any) -> Any:
+    """Return a value or a weight of a gradient, as float64."""
+    if gradient["values_bytes"] == 4:
+        return float64(singles_at(address, place + 1)[place])
+    return doubles_at(address, place + 1)[place]
 
 
 @kernel
@@ -89,8 +88,7 @@ def check_ids(at: Any) -> None:
     step = steps_at(at, int64(1))[0]
     tables, gradients, found, spans = lists_of(step)
     length = step["length"]
-    start = int64(gpu.blockIdx.x) * gpu.blockDim.x + gpu.threadIdx.x
-    for u in range(start, spans[length]["first_id"], int64(gpu.gridDim.x) * gpu.blockDim.x):
+    for u in range(gpu.grid(1), spans[length]["first_id"], gpu.gridsize(1)):
         i = find_id(spans, 0, length, u)
         gradient = gradients[i]
         p = u - spans[i]["first_id"]
@@ -112,13 +110,12 @@ def check_ids(at: Any) -> None:
             if here < before and spans[i]["falls"] == 0:
                 spans[i]["falls"] = 1
         if gradient["weights"] != 0 and gradient["on_nonfinite"] != PROPAGATE:
-            limit = spans[i]["limit"]
-            if gradient["values_bytes"] == 4:
-                value = singles_at(gradient["weights"], gradient["ids_length"])[p]
-                _check_weight(found, spans, gradient, i, p, value, float32(limit))
-            else:
-                wide = doubles_at(gradient["weights"], gradient["ids_length"])[p]
-                _check_weight(found, spans, gradient, i, p, wide, limit)
+            value = _real(gradient, gradient["weights"], p)
+            if _is_large(value, spans[i]["limit"]):
+                if found[i]["suspicious"] == 0:
+                    found[i]["suspicious"] = 1
+                if gradient["on_nonfinite"] == RAISE and _is_large(value, math.inf):
+                    note(spans, i, WEIGHT_RANK, p)
 
 
 @kernel
@@ -130,8 +127,7 @@ def check_offsets(at: Any) -> None:
     step = steps_at(at, int64(1))[0]
     _, gradients, found, spans = lists_of(step)
     length = step["length"]
-    start = int64(gpu.blockIdx.x) * gpu.blockDim.x + gpu.threadIdx.x
-    for u in range(start, spans[length]["first_offset"], int64(gpu.gridDim.x) * gpu.blockDim.x):
+    for u in range(gpu.grid(1), spans[length]["first_offset"], gpu.gridsize(1)):
         i = find_offset(spans, 0, length, u)
         gradient = gradients[i]
         p = u - spans[i]["first_offset"]
@@ -243,13 +239,6 @@ def _refuse(step: Any, wrong: Any) -> None:
         refusal = refusals_at(guards[j], int64(1))[0]
         if refusal["number"] == 0:
             refusal["number"] = -1
-
-
-@device_function
-def _real(gradient: Any, address: Any, place: Any) -> Any:
-    if gradient["values_bytes"] == 4:
-        return float64(singles_at(address, place + 1)[place])
-    return doubles_at(address, place + 1)[place]
 
 
 @device_function

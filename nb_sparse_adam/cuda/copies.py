@@ -14,16 +14,14 @@ __all__ = ["convert_matrix", "convert_vector", "fill", "gather_rows", "scatter_r
 @kernel
 def fill(array: Any, value: Any) -> None:
     """``array[:]`` ← value."""
-    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, array.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+    for i in range(cuda.grid(1), array.shape[0], cuda.gridsize(1)):
         array[i] = value
 
 
 @kernel
 def convert_vector(given: Any, out: Any) -> None:
     """``out[:]`` ← the elements of a 1-D array, in the dtype of ``out``."""
-    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, out.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+    for i in range(cuda.grid(1), out.shape[0], cuda.gridsize(1)):
         out[i] = given[i]
 
 
@@ -40,8 +38,7 @@ def convert_matrix(given: Any, out: Any) -> None:
 @kernel
 def gather_rows(flat: Any, first: Any, row_stride: Any, columns: Any, out: Any) -> None:
     """``out`` ← rows of ``columns`` elements, ``row_stride`` from one to the next, from ``first`` on."""
-    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, out.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+    for i in range(cuda.grid(1), out.shape[0], cuda.gridsize(1)):
         row = i // columns
         out[i] = flat[first + row * row_stride + (i - row * columns)]
 
@@ -49,7 +46,6 @@ def gather_rows(flat: Any, first: Any, row_stride: Any, columns: Any, out: Any) 
 @kernel
 def scatter_rows(flat: Any, first: Any, row_stride: Any, columns: Any, given: Any) -> None:
     """Do the opposite of `gather_rows`."""
-    start = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    for i in range(start, given.shape[0], int64(cuda.gridDim.x) * cuda.blockDim.x):
+    for i in range(cuda.grid(1), given.shape[0], cuda.gridsize(1)):
         row = i // columns
         flat[first + row * row_stride + (i - row * columns)] = given[i]

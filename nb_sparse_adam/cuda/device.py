@@ -236,8 +236,7 @@ else:
 class Mark(NamedTuple):
     """A moment of a stream."""
 
-    handle: int
-    event: Any
+    event: Any  # None in the simulator, where everything is done at once
 
     @property
     def has_passed(self) -> bool:
@@ -278,10 +277,10 @@ class Stream:
     def mark(self) -> Mark:
         """Note what is on the stream so far."""
         if SIMULATED:
-            return Mark(self.handle, None)
+            return Mark(None)
         event = cuda.event(timing=False)
         event.record(self.numba)
-        return Mark(self.handle, event)
+        return Mark(event)
 
     def wait_for(self, mark: Mark | None) -> None:
         """Let what comes next wait for what was on another stream, or on this one."""
@@ -291,13 +290,11 @@ class Stream:
     def make_others_wait(self, mark: Mark) -> None:
         """Let those that share arrays with a step go on when it is done."""
         for handle in self.others:
-            if not SIMULATED:
-                Stream(handle).wait_for(mark)
+            Stream(handle).wait_for(mark)
 
     def wait_for_stream(self, handle: int) -> None:
         """Let what comes next wait for what is on another stream so far."""
-        if not SIMULATED:
-            self.wait_for(Stream(handle).mark())
+        self.wait_for(Stream(handle).mark())
 
 
 DEFAULT = 0

@@ -11,21 +11,20 @@ refused, or where ids are in order already.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import int32, int64, uint16
 
 from nb_sparse_adam.cuda.checks import sum_before
 from nb_sparse_adam.cuda.device import device_function, gpu, kernel
 from nb_sparse_adam.cuda.opening import (
+    bag_of_id,
     find_packed,
     find_tile,
     ids_of,
     integer,
-    last_not_above,
     lists_of,
     longs_at,
-    offsets_of,
     row_of_entry,
     shorts_at,
     sorted_ids,
@@ -60,8 +59,7 @@ def pack(at: Any) -> None:
         return
     tables, gradients, found, spans = lists_of(step)
     packed, length = longs_at(step["packed"], step["capacity"]), step["length"]
-    start = int64(gpu.blockIdx.x) * gpu.blockDim.x + gpu.threadIdx.x
-    for u in range(start, spans[length]["first_packed"], int64(gpu.gridDim.x) * gpu.blockDim.x):
+    for u in range(gpu.grid(1), spans[length]["first_packed"], gpu.gridsize(1)):
         i = find_packed(spans, 0, length, u)
         gradient, p = gradients[i], u - spans[i]["first_packed"]
         n = gradient["ids_length"]
@@ -70,7 +68,7 @@ def pack(at: Any) -> None:
         if gradient["form"] == CSR:
             number += row_of_entry(gradient, p) * tables[i]["dim"]
         elif gradient["form"] != ROWS:
-            bag = last_not_above(offsets_of(gradient), gradient["values_rows"], p)
+            bag = bag_of_id(gradient, p)
             if gradient["weights"] != 0:
                 shorts_at(found[i]["bag_of"], n)[p] = bag
             else:
@@ -81,9 +79,39 @@ def pack(at: Any) -> None:
 # --- sorting ------------------------------------------------------------------------------------------------
 
 
+class Tile(NamedTuple):
+    """Ids that a block takes at a time, all of one gradient."""
+
+    i: Any  # the gradient
+    begin: Any  # where the packed ids of the gradient begin
+    first: Any  # where those of the tile do
+    size: Any
+    shift: Any  # of an id in a packed one
+    dim: Any  # how many entries a row may have; of a gradient of rows 0
+
+
+@device_function
+def _tile(step: Any, t: Any) -> Any:
+    """Return tile t of a step."""
+    tables, gradients, found, spans = lists_of(step)
+    tile = int64(t)
+    i = find_tile(spans, 0, step["length"], tile)
+    begin = spans[i]["first_packed"]
+    first = begin + (tile - spans[i]["first_tile"]) * TILE
+    size = min(int64(TILE), spans[i + 1]["first_packed"] - first)
+    dim = max(tables[i]["dim"], int64(1)) if gradients[i]["form"] == CSR else int64(0)
+    return Tile(i, begin, first, size, found[i]["row_shift"], dim)
+
+
 @device_function
 def _digit(key: Any, shift: Any) -> Any:
     return (key >> shift) & (DIGITS - 1)
+
+
+@device_function
+def _padded(place: Any) -> Any:
+    """Where a counter is, of counters by digit and then by thread: in the order of places."""
+    return place + 2 * (place >> 6)
 
 
 @device_function
@@ -99,13 +127,6 @@ def _column(spans: Any, i: Any, tile: Any, digit: Any) -> Any:
     return first * DIGITS + digit * (spans[i + 1]["first_tile"] - first) + (tile - first)
 
 
-@device_function
-def _tile_of(spans: Any, i: Any, tile: Any) -> Any:
-    """Where the ids of a tile begin, and how many they are."""
-    first = spans[i]["first_packed"] + (tile - spans[i]["first_tile"]) * TILE
-    return first, min(int64(TILE), spans[i + 1]["first_packed"] - first)
-
-
 @kernel
 def radix_count(at: Any, number: Any) -> None:
     """Count how often each digit occurs in each tile, in pass of a number. One block a tile."""
@@ -113,16 +134,13 @@ def radix_count(at: Any, number: Any) -> None:
     if step["refused"] != 0 or step["falls"] == 0:
         return
     counted = gpu.shared.array(DIGITS, int32)
-    _, _, found, spans = lists_of(step)
-    length = step["length"]
+    spans = lists_of(step).spans
     packed = longs_at(_source(step, number), step["capacity"])
     counts = shorts_at(step["digits"], step["tiles_capacity"] * DIGITS)
     thread = gpu.threadIdx.x
-    for t in range(gpu.blockIdx.x, spans[length]["first_tile"], gpu.gridDim.x):
-        tile = int64(t)
-        i = find_tile(spans, 0, length, tile)
-        first, size = _tile_of(spans, i, tile)
-        shift = found[i]["row_shift"] + number * DIGIT_BITS
+    for t in range(gpu.blockIdx.x, spans[step["length"]]["first_tile"], gpu.gridDim.x):
+        tile = _tile(step, t)
+        i, first, size, shift = tile.i, tile.first, tile.size, tile.shift + number * DIGIT_BITS
         for digit in range(thread, DIGITS, SORT_THREADS):
             counted[digit] = 0
         gpu.syncthreads()
@@ -134,7 +152,7 @@ def radix_count(at: Any, number: Any) -> None:
                 gpu.atomic.add(counted, _digit(packed[p], shift), 1)
         gpu.syncthreads()
         for digit in range(thread, DIGITS, SORT_THREADS):
-            counts[_column(spans, i, tile, digit)] = counted[digit]
+            counts[_column(spans, i, int64(t), digit)] = counted[digit]
         gpu.syncthreads()
 
 
@@ -149,45 +167,37 @@ def radix_place(at: Any, number: Any) -> None:  # noqa: C901 (the steps of one b
     sums = gpu.shared.array(SORT_THREADS, int32)
     firsts = gpu.shared.array(DIGITS, int32)
     own = gpu.local.array(SORT_ITEMS, int64)
-    _, _, found, spans = lists_of(step)
-    length = step["length"]
-    packed, out = (
-        longs_at(_source(step, number), step["capacity"]),
-        longs_at(_source(step, number + 1), step["capacity"]),
-    )
+    spans = lists_of(step).spans
+    packed = longs_at(_source(step, number), step["capacity"])
+    out = longs_at(_source(step, number + 1), step["capacity"])
     counts = shorts_at(step["digits"], step["tiles_capacity"] * DIGITS)
     thread = gpu.threadIdx.x
-    for t in range(gpu.blockIdx.x, spans[length]["first_tile"], gpu.gridDim.x):
-        tile = int64(t)
-        i = find_tile(spans, 0, length, tile)
-        first, size = _tile_of(spans, i, tile)
+    for t in range(gpu.blockIdx.x, spans[step["length"]]["first_tile"], gpu.gridDim.x):
+        tile = _tile(step, t)
+        i, first, size, shift = tile.i, tile.first, tile.size, tile.shift + number * DIGIT_BITS
         if spans[i]["falls"] == 0:
             for p in range(first + thread, first + size, SORT_THREADS):
                 out[p] = packed[p]
             continue
-        shift = found[i]["row_shift"] + number * DIGIT_BITS
         for p in range(thread, size, SORT_THREADS):
             keys[p] = packed[first + p]
         for place in range(thread, PADDED, SORT_THREADS):
             counters[place] = 0
         gpu.syncthreads()
-        # Each thread counts the digits of the ids that it has in a row. Counters are ordered by digit, then
-        # by thread, which is the order of places.
+        # Each thread counts the digits of the ids that it has in a row.
         begin = thread * SORT_ITEMS
         for item in range(SORT_ITEMS):
             if begin + item < size:
                 own[item] = keys[begin + item]
-                place = _digit(own[item], shift) * SORT_THREADS + thread
-                counters[place + 2 * (place >> 6)] += 1
+                counters[_padded(_digit(own[item], shift) * SORT_THREADS + thread)] += 1
         gpu.syncthreads()
         total = int32(0)
         for digit in range(DIGITS):
-            place = thread * DIGITS + digit
-            total += int32(counters[place + 2 * (place >> 6)])
+            total += int32(counters[_padded(thread * DIGITS + digit)])
         before = sum_before(sums, thread, total, SORT_THREADS)
         for digit in range(DIGITS):
             place = thread * DIGITS + digit
-            padded = place + 2 * (place >> 6)
+            padded = _padded(place)
             here = int32(counters[padded])
             counters[padded] = before
             if place % SORT_THREADS == 0:
@@ -196,23 +206,21 @@ def radix_place(at: Any, number: Any) -> None:  # noqa: C901 (the steps of one b
         gpu.syncthreads()
         for item in range(SORT_ITEMS):
             if begin + item < size:
-                place = _digit(own[item], shift) * SORT_THREADS + thread
-                padded = place + 2 * (place >> 6)
+                padded = _padded(_digit(own[item], shift) * SORT_THREADS + thread)
                 keys[counters[padded]] = own[item]
                 counters[padded] += 1
         gpu.syncthreads()
         for p in range(thread, size, SORT_THREADS):
             digit = _digit(keys[p], shift)
-            out[int64(counts[_column(spans, i, tile, digit)]) + p - firsts[digit]] = keys[p]
+            out[int64(counts[_column(spans, i, int64(t), digit)]) + p - firsts[digit]] = keys[p]
         gpu.syncthreads()
 
 
 @device_function
-def _scan(counts: Any, length: Any, sums: Any, carried: Any) -> Any:
-    """``counts[i]`` ← the sum of those before, by one block; returns that of all.
-
-    ``sums`` and ``carried`` are shared memory, (SCAN_THREADS,) and (1,) int64.
-    """
+def _scan(counts: Any, length: Any) -> Any:
+    """``counts[i]`` ← the sum of those before, by one block; returns that of all."""
+    sums = gpu.shared.array(SCAN_THREADS, int64)
+    carried = gpu.shared.array(1, int64)
     thread = gpu.threadIdx.x
     if thread == 0:
         carried[0] = 0
@@ -240,34 +248,21 @@ def scan_digits(at: Any) -> None:
     step = steps_at(at, int64(1))[0]
     if gpu.blockIdx.x != 0 or step["refused"] != 0 or step["falls"] == 0:
         return
-    sums = gpu.shared.array(SCAN_THREADS, int64)
-    carried = gpu.shared.array(1, int64)
     length = lists_of(step).spans[step["length"]]["first_tile"] * DIGITS
-    _scan(shorts_at(step["digits"], step["tiles_capacity"] * DIGITS), length, sums, carried)
+    _scan(shorts_at(step["digits"], step["tiles_capacity"] * DIGITS), length)
 
 
 # --- segments -----------------------------------------------------------------------------------------------
 
 
 @device_function
-def _is_head(packed: Any, first: Any, shift: Any, p: Any) -> Any:
-    """Whether a segment begins at place p, of a gradient whose ids begin at ``first``."""
-    return int32(1) if p == first or packed[p] >> shift != packed[p - 1] >> shift else int32(0)
-
-
-@device_function
-def _is_row_head(packed: Any, first: Any, shift: Any, dim: Any, p: Any) -> Any:
-    """Whether a row of entries does; where there are none, ``dim`` is 0."""
+def _is_head(packed: Any, tile: Any, dim: Any, p: Any) -> Any:
+    """Whether a row of so many ids begins at place p: a segment, of 1; of 0, none does."""
     if dim == 0:
         return int32(0)
-    if p == first or (packed[p] >> shift) // dim != (packed[p - 1] >> shift) // dim:
+    if p == tile.begin or (packed[p] >> tile.shift) // dim != (packed[p - 1] >> tile.shift) // dim:
         return int32(1)
     return int32(0)
-
-
-@device_function
-def _dim_of_entries(gradient: Any, table: Any) -> Any:
-    return max(table["dim"], int64(1)) if gradient["form"] == CSR else int64(0)
 
 
 @kernel
@@ -277,31 +272,25 @@ def count_heads(at: Any) -> None:
     if step["refused"] != 0:
         return
     counted = gpu.shared.array(2, int32)
-    tables, gradients, found, spans = lists_of(step)
-    packed, length, thread = longs_at(sorted_ids(step), step["capacity"]), step["length"], gpu.threadIdx.x
+    tiles = lists_of(step).spans[step["length"]]["first_tile"]
+    packed, thread = longs_at(sorted_ids(step), step["capacity"]), gpu.threadIdx.x
     heads = shorts_at(step["heads"], step["tiles_capacity"] + 1)
     row_heads = shorts_at(step["row_heads"], step["tiles_capacity"] + 1)
-    for t in range(gpu.blockIdx.x, spans[length]["first_tile"], gpu.gridDim.x):
-        tile = int64(t)
-        i = find_tile(spans, 0, length, tile)
-        first, size = _tile_of(spans, i, tile)
-        begin, shift, dim = (
-            spans[i]["first_packed"],
-            found[i]["row_shift"],
-            _dim_of_entries(gradients[i], tables[i]),
-        )
+    for t in range(gpu.blockIdx.x, tiles, gpu.gridDim.x):
+        tile = _tile(step, t)
+        end = tile.first + tile.size
         if thread == 0:
             counted[0] = counted[1] = 0
         gpu.syncthreads()
         own, own_rows = int32(0), int32(0)
-        for p in range(first + thread, first + size, SORT_THREADS):
-            own += _is_head(packed, begin, shift, p)
-            own_rows += _is_row_head(packed, begin, shift, dim, p)
+        for p in range(tile.first + thread, end, SORT_THREADS):
+            own += _is_head(packed, tile, 1, p)
+            own_rows += _is_head(packed, tile, tile.dim, p)
         gpu.atomic.add(counted, 0, own)
         gpu.atomic.add(counted, 1, own_rows)
         gpu.syncthreads()
         if thread == 0:
-            heads[tile], row_heads[tile] = counted[0], counted[1]
+            heads[t], row_heads[t] = counted[0], counted[1]
 
 
 @kernel
@@ -310,12 +299,10 @@ def scan_heads(at: Any) -> None:
     step = steps_at(at, int64(1))[0]
     if gpu.blockIdx.x > 1 or step["refused"] != 0:
         return
-    sums = gpu.shared.array(SCAN_THREADS, int64)
-    carried = gpu.shared.array(1, int64)
     end = lists_of(step).spans[step["length"]]
     address = step["heads"] if gpu.blockIdx.x == 0 else step["row_heads"]
     counts = shorts_at(address, step["tiles_capacity"] + 1)
-    total = _scan(counts, end["first_tile"], sums, carried)
+    total = _scan(counts, end["first_tile"])
     if gpu.threadIdx.x == 0:
         counts[end["first_tile"]] = total
         if gpu.blockIdx.x == 0:
@@ -329,37 +316,30 @@ def write_starts(at: Any) -> None:
     if step["refused"] != 0:
         return
     sums = gpu.shared.array(SORT_THREADS, int32)
-    tables, gradients, found, spans = lists_of(step)
-    packed, length, thread = longs_at(sorted_ids(step), step["capacity"]), step["length"], gpu.threadIdx.x
+    tiles = lists_of(step).spans[step["length"]]["first_tile"]
+    packed, thread = longs_at(sorted_ids(step), step["capacity"]), gpu.threadIdx.x
     heads = shorts_at(step["heads"], step["tiles_capacity"] + 1)
     row_heads = shorts_at(step["row_heads"], step["tiles_capacity"] + 1)
     starts = shorts_at(step["starts"], step["capacity"] + 1)
     row_starts = shorts_at(step["row_starts"], step["entries"] + 1)
-    tiles = spans[length]["first_tile"]
     if gpu.blockIdx.x == 0 and thread == 0:
         row_starts[row_heads[tiles]] = heads[tiles]
     for t in range(gpu.blockIdx.x, tiles, gpu.gridDim.x):
-        tile = int64(t)
-        i = find_tile(spans, 0, length, tile)
-        first, size = _tile_of(spans, i, tile)
-        begin, shift, dim = (
-            spans[i]["first_packed"],
-            found[i]["row_shift"],
-            _dim_of_entries(gradients[i], tables[i]),
-        )
-        low = first + thread * SORT_ITEMS
-        high = min(low + SORT_ITEMS, first + size)
+        tile = _tile(step, t)
+        end = tile.first + tile.size
+        low = tile.first + thread * SORT_ITEMS
+        high = min(low + SORT_ITEMS, end)
         own, own_rows = int32(0), int32(0)
         for p in range(low, high):
-            own += _is_head(packed, begin, shift, p)
-            own_rows += _is_row_head(packed, begin, shift, dim, p)
-        segment = int64(heads[tile]) + sum_before(sums, thread, own, SORT_THREADS)
+            own += _is_head(packed, tile, 1, p)
+            own_rows += _is_head(packed, tile, tile.dim, p)
+        segment = int64(heads[t]) + sum_before(sums, thread, own, SORT_THREADS)
         gpu.syncthreads()
-        row = int64(row_heads[tile]) + sum_before(sums, thread, own_rows, SORT_THREADS)
+        row = int64(row_heads[t]) + sum_before(sums, thread, own_rows, SORT_THREADS)
         for p in range(low, high):
-            if _is_head(packed, begin, shift, p) != 0:
+            if _is_head(packed, tile, 1, p) != 0:
                 starts[segment] = p
-                if _is_row_head(packed, begin, shift, dim, p) != 0:
+                if _is_head(packed, tile, tile.dim, p) != 0:
                     row_starts[row] = segment
                     row += 1
                 segment += 1

@@ -25,7 +25,7 @@ from nb_sparse_adam.engine.records import CSR
 from nb_sparse_adam.faults import fault_error
 from nb_sparse_adam.gradients import Names, Target
 
-__all__ = ["KINDS", "Guard", "Kind"]
+__all__ = ["KINDS", "Guard", "Kind", "number_of_kind"]
 
 WORDS = REFUSAL.itemsize // 8
 
@@ -53,7 +53,7 @@ class Guard:
         self.scratch, self.ring = Scratch(), Ring()  # of the steps that begin with a table of this optimizer
         self._corrections: dict[Any, Any] = {}
         self._numbers: dict[int, int] = {}
-        self._taken: tuple[Any, tuple[list[int], list[int]]] = None, ([], [])
+        self._taken: tuple[list[int], list[int]] | None = None
 
     @property
     def refused(self) -> int:
@@ -68,6 +68,11 @@ class Guard:
     def add(self, table: DeviceTable) -> None:
         """Take in a table."""
         self._tables.append(weakref.ref(table))
+        self.memory_changed()
+
+    def memory_changed(self) -> None:
+        """Take note that a table has other memory than before."""
+        self._taken = None
 
     def number_of(self, table: DeviceTable) -> int:
         """Return the number of a table, from 1 on."""
@@ -77,11 +82,10 @@ class Guard:
 
     def taken(self) -> tuple[list[int], list[int]]:
         """Where the memory of its tables begins, and where it ends, in order."""
-        key = len(self._tables), DeviceTable.changes
-        if self._taken[0] != key:
+        if self._taken is None:
             places = sorted(extent(array) for table in self.tables for array in table.memory if array.size)
-            self._taken = key, ([start for start, _ in places], [end for _, end in places])
-        return self._taken[1]
+            self._taken = [start for start, _ in places], [end for _, end in places]
+        return self._taken
 
     def corrections(self, known: Corrections) -> Any:
         """Return a table of corrections, copied to the GPU once."""
@@ -92,8 +96,7 @@ class Guard:
 
     def marks(self) -> list[Mark]:
         """Behind what its tables were used for last."""
-        marks = {id(table.last): table.last for table in self.tables if table.last is not None}
-        return list(marks.values())
+        return list(dict.fromkeys(table.last for table in self.tables if table.last is not None))
 
     def tell(self, stream: Stream) -> None:
         """Have the host told, some time later."""
@@ -118,7 +121,7 @@ class Guard:
         if refusal["number"] > 0:  # else it was another optimizer's table, which reports it
             target = self.targets.get(self.tables[refusal["number"] - 1].name)
             if target is not None:
-                raise fault_error(refusal, KINDS.known[refusal["kind"]], int(refusal["ids"]), target)
+                raise fault_error(refusal, KINDS[refusal["kind"]], int(refusal["ids"]), target)
 
 
 class Kind(NamedTuple):
@@ -133,17 +136,11 @@ class Kind(NamedTuple):
         return self.form == CSR
 
 
-class _Kinds:
-    """Numbers of kinds, for the records that kernels keep."""
-
-    def __init__(self) -> None:
-        self.known: list[Kind] = []
-
-    def number(self, form: int, names: Names) -> int:
-        kind = Kind(form, names)
-        if kind not in self.known:
-            self.known.append(kind)
-        return self.known.index(kind)
+KINDS: list[Kind] = []  # by their numbers, for the records that kernels keep
 
 
-KINDS = _Kinds()
+def number_of_kind(kind: Kind) -> int:
+    """Return the number of a kind."""
+    if kind not in KINDS:
+        KINDS.append(kind)
+    return KINDS.index(kind)

@@ -29,34 +29,33 @@ from nb_sparse_adam.cuda.device import (
     store_piece,
 )
 from nb_sparse_adam.cuda.opening import (
-    find_packed,
     ids_of,
     integer,
+    last_not_above,
     lists_of,
     longs_at,
     steps_at,
     variants_at,
 )
 from nb_sparse_adam.cuda.sums import (
-    find_in_order,
-    first_row,
-    first_segment,
+    Unit,
     ids_in_order,
     is_skipped,
     key_of,
     open_terms,
     open_work,
     sums_for,
+    unit_in_order,
 )
 from nb_sparse_adam.engine.codecs import Codec
-from nb_sparse_adam.engine.formula import formula, late_correction
+from nb_sparse_adam.engine.formula import after, formula, late_correction
 from nb_sparse_adam.engine.layout import count_offset, exp_avg_offset, exp_avg_sq_offset, param_offset
 from nb_sparse_adam.engine.records import DISTINCT, ELEMENT, GLOBAL, ROW
 
 __all__ = ["Kernels", "Variant", "kernels_for"]
 
 adam = device_function(formula(product))
-late = device_function(late_correction)
+late, one_more = device_function(late_correction), device_function(after)
 param_start, count_start = device_function(param_offset), device_function(count_offset)
 exp_avg_start, exp_avg_sq_start = device_function(exp_avg_offset), device_function(exp_avg_sq_offset)
 
@@ -143,16 +142,6 @@ def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in
         return real(step_size), real(scale)
 
     @device_function
-    def one_more(count: Any) -> Any:
-        """Return a count after a step: it stays at the end of its type instead of overflowing."""
-        return count + 1 if count < most else count
-
-    @device_function
-    def row_or_none(record: Any, row: Any) -> Any:
-        """Return a row, or −1 if the table has none such: ids may have changed since they were checked."""
-        return row if 0 <= row < record["rows"] else int64(-1)
-
-    @device_function
     def next_count(record: Any, row: Any) -> Any:
         """Count a step of a row, where rows have counts, and return its number; −1: no row."""
         k, place = int64(0), int64(0)
@@ -160,7 +149,7 @@ def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in
             place = row * record["count_stride"]
         counts = counts_at(record["counts"], record["counts_length"])
         if rule != ELEMENT and row >= 0:
-            k = one_more(int64(counts[uint64(place)]))
+            k = one_more(counts[uint64(place)], most)
         if rule == ROW:
             gpu.syncthreads()  # all lanes have read the count before one of them writes it
             if row >= 0 and gpu.threadIdx.x == 0:
@@ -191,7 +180,7 @@ def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in
                     continue
                 counts = counts_at(record["counts"], record["counts_length"])
                 place = uint64(count_start(table, row) + j + w)
-                count = one_more(int64(counts[place]))
+                count = one_more(counts[place], most)
                 counts[place] = count
                 step_size, scale = correction(record, count)
                 step_size = table.lr * step_size
@@ -203,168 +192,125 @@ def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in
         store(words, v_start, v)
 
     @device_function
-    def finish(step: Any, v: Any, in_order: Any) -> None:
-        """Let the block that is the last to finish note that its gradients have been applied."""
-        is_last = gpu.shared.array(1, int32)
-        variants = variants_at(step["variants"], v + 1)
-        thread = gpu.threadIdx.y * gpu.blockDim.x + gpu.threadIdx.x
-        gpu.syncthreads()
-        gpu.threadfence()
-        if thread == 0:
-            if in_order:
-                before = gpu.atomic.add(variants["blocks_in_order"], v, 1)
-            else:
-                before = gpu.atomic.add(variants["blocks_grouped"], v, 1)
-            is_last[0] = 1 if before == gpu.gridDim.x - 1 else 0
-        gpu.syncthreads()
-        if is_last[0] == 0:
-            return
-        if rule == GLOBAL:
-            tables, _, found, _ = lists_of(step)
-            first, last = variants[v]["first"], variants[v]["last"]
-            for i in range(first + thread, last, gpu.blockDim.x * gpu.blockDim.y):
-                if (found[i]["kind"] == DISTINCT) == in_order:
-                    counts = counts_at(tables[i]["counts"], int64(1))
-                    counts[0] = one_more(int64(counts[0]))
-        gpu.syncthreads()
-        if thread == 0:
-            if in_order:
-                variants[v]["done_in_order"] = 1
-            else:
-                variants[v]["done_grouped"] = 1
+    def key_in_row(row: Any, e: Any) -> Any:
+        """The key of entry e; ``row`` is a `Work` and the record of what has been found."""
+        return key_of(row[0], row[1], e)
 
-    @kernel
-    def update_in_order(at: Any, v: Any) -> None:
-        """Apply gradients of ids that increase, once: if it is launched again for a step, it does nothing.
+    last_key = last_not_above(key_in_row)
 
-        A kernel of its own, for it needs fewer registers than the one for segments, so that more of its
-        blocks run at a time.
+    def update_for(in_order: bool) -> Any:  # noqa: C901 (of all functions in it)
+        """Make the kernel for ids that increase, or for segments and rows of entries.
+
+        The former needs fewer registers, so that more of its blocks run at a time.
         """
-        step = steps_at(at, int64(1))[0]
-        if step["refused"] != 0:
-            return
-        variant = variants_at(step["variants"], v + 1)[v]
-        if variant["done_in_order"] != 0:
-            return
-        total = gpu.local.array(width, real)
-        spans = lists_of(step).spans
-        begin = int32(ids_in_order(spans, variant["first"]))
-        end = int32(ids_in_order(spans, variant["last"]))
-        base = int32(begin + gpu.blockIdx.x * gpu.blockDim.y)
-        while base < end:
-            tables, gradients, found, spans = lists_of(step)  # again: registers are scarce
-            u, i, row, place = int32(base + gpu.threadIdx.y), uint64(variant["first"]), int64(-1), int64(0)
-            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
-            if u < end:
-                i = find_in_order(spans, variant["first"], variant["last"], u)
-                place = u - ids_in_order(spans, i)
-                if is_skipped(step, gradients[i], found[i], spans[i]["first_id"] + place):
-                    count_skipped(tables[i])
-                else:
-                    row = row_or_none(tables[i], integer(ids_of(gradients[i]), place))
-            k = next_count(tables[i], row)
-            if row >= 0:
-                table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
-                j = int64(gpu.threadIdx.x) * width
-                while j < g.dim:
-                    load(reals_at(g.values, g.values_length), place * g.stride + j, total)
-                    take_steps(tables[i], table, row, j, total, k)
-                    j += gpu.blockDim.x * width
-        finish(step, v, True)
+        blocks, done = "blocks_grouped", "done_grouped"
+        if in_order:
+            blocks, done = "blocks_in_order", "done_in_order"
+        first_unit, unit_grouped = sums.first_unit, sums.unit_grouped
 
-    @kernel
-    def update_segments(at: Any, v: Any) -> None:
-        """Apply gradients that have been grouped, once."""
-        step = steps_at(at, int64(1))[0]
-        if step["refused"] != 0:
-            return
-        variant = variants_at(step["variants"], v + 1)[v]
-        if variant["done_grouped"] != 0:
-            return
-        total = gpu.local.array(width, real)
-        spans = lists_of(step).spans
-        base = int32(first_segment(step, spans, variant["first"]) + gpu.blockIdx.x * gpu.blockDim.y)
-        end = int32(first_segment(step, spans, variant["last"]))
-        while base < end:
-            tables, gradients, found, spans = lists_of(step)
-            work = open_work(step, variant, spans)
-            i, s, row = uint64(variant["first"]), int32(base + gpu.threadIdx.y), int64(-1)
-            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
-            if s < end:
-                i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(s)])
-                if is_skipped(step, gradients[i], found[i], step["capacity"] + s):
-                    count_skipped(tables[i])
-                else:
-                    row = row_or_none(tables[i], key_of(work, found[i], s))
-            k = next_count(tables[i], row)
-            if row >= 0:
-                table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
-                j = int64(gpu.threadIdx.x) * width
-                while j < g.dim:
-                    sum_segment(work, g, s, j, total)
-                    take_steps(tables[i], table, row, j, total, k)
-                    j += gpu.blockDim.x * width
-        finish(step, v, False)
+        @device_function
+        def finish(step: Any, v: Any) -> None:
+            """Let the block that is the last to finish note that its gradients have been applied."""
+            is_last = gpu.shared.array(1, int32)
+            variants = variants_at(step["variants"], v + 1)
+            thread = gpu.threadIdx.y * gpu.blockDim.x + gpu.threadIdx.x
+            gpu.syncthreads()
+            gpu.threadfence()
+            if thread == 0:
+                before = gpu.atomic.add(variants[blocks], v, 1)
+                is_last[0] = 1 if before == gpu.gridDim.x - 1 else 0
+            gpu.syncthreads()
+            if is_last[0] == 0:
+                return
+            if rule == GLOBAL:
+                tables, _, found, _ = lists_of(step)
+                first, last = variants[v]["first"], variants[v]["last"]
+                for i in range(first + thread, last, gpu.blockDim.x * gpu.blockDim.y):
+                    if (found[i]["kind"] == DISTINCT) == in_order:
+                        counts = counts_at(tables[i]["counts"], int64(1))
+                        counts[0] = one_more(counts[0], most)
+            gpu.syncthreads()
+            if thread == 0:
+                variants[v][done] = 1
 
-    @device_function
-    def entry_of(work: Any, found: Any, key: Any, low: Any, high: Any) -> Any:
-        """The first of the entries low:high whose key is no smaller; high if there is none."""
-        while low < high:
-            middle = (low + high) // 2
-            if key_of(work, found, middle) < key:
-                low = middle + 1
+        @device_function
+        def row_of(work: Any, gradient: Any, found: Any, table: Any, unit: Any) -> Any:
+            """The row that a unit is of, or −1 if the table has none such: ids may have changed since."""
+            if in_order:
+                row = integer(ids_of(gradient), unit.first)
             else:
-                high = middle
-        return low
+                row = key_of(work, found, unit.first)
+            if entries:
+                row //= table["dim"]
+            return row if 0 <= row < table["rows"] else int64(-1)
 
-    @kernel
-    def update_entries(at: Any, v: Any) -> None:
-        """Apply gradients of entries, once: compressed rows, as a table of one element a row."""
-        step = steps_at(at, int64(1))[0]
-        if step["refused"] != 0:
-            return
-        variant = variants_at(step["variants"], v + 1)[v]
-        if variant["done_grouped"] != 0:
-            return
-        total = gpu.local.array(width, real)
-        spans = lists_of(step).spans
-        base = int32(first_row(step, spans, variant["first"]) + gpu.blockIdx.x * gpu.blockDim.y)
-        end = int32(first_row(step, spans, variant["last"]))
-        while base < end:
-            tables, gradients, found, spans = lists_of(step)
-            work = open_work(step, variant, spans)
-            i, u = uint64(variant["first"]), int32(base + gpu.threadIdx.y)
-            row, low = int64(-1), int64(0)
-            base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
-            if u < end:
-                low = int64(work.row_starts[uint64(u)])
-                i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(low)])
-                if is_skipped(step, gradients[i], found[i], step["capacity"] + u):
-                    count_skipped(tables[i])
-                else:
-                    row = row_or_none(tables[i], key_of(work, found[i], low) // tables[i]["dim"])
-            k = next_count(tables[i], row)
-            if row >= 0:
+        @device_function
+        def load_gradient(work: Any, g: Any, found: Any, unit: Any, key: Any, j: Any, total: Any) -> None:
+            """``total`` ← the elements j, j + 1, ... of a unit's gradient; of entries, what has that key."""
+            if in_order:
+                load(reals_at(g.values, g.values_length), unit.first * g.stride + j, total)
+            elif not entries:
+                sum_segment(work, g, unit.first, j, total)
+            else:
+                e = last_key((work, found), unit.first - 1, unit.end, key)
+                total[0] = 0
+                if e >= unit.first and key_of(work, found, e) == key:
+                    sum_segment(work, g, e, 0, total)
+
+        @kernel
+        def update(at: Any, v: Any) -> None:
+            """Apply gradients, once: if it is launched again for a step, it does nothing."""
+            step = steps_at(at, int64(1))[0]
+            if step["refused"] != 0:
+                return
+            variant = variants_at(step["variants"], v + 1)[v]
+            if variant[done] != 0:
+                return
+            total = gpu.local.array(width, real)
+            spans = lists_of(step).spans
+            if in_order:
+                begin = int32(ids_in_order(spans, variant["first"]))
+                end = int32(ids_in_order(spans, variant["last"]))
+            else:
+                begin = int32(first_unit(step, spans, variant["first"]))
+                end = int32(first_unit(step, spans, variant["last"]))
+            base = int32(begin + gpu.blockIdx.x * gpu.blockDim.y)
+            while base < end:
+                tables, gradients, found, spans = lists_of(step)  # again: registers are scarce
+                work = open_work(step, variant, spans)
+                u, row = int32(base + gpu.threadIdx.y), int64(-1)
+                unit = Unit(uint64(variant["first"]), int64(0), int64(0), int64(0))
+                base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
+                if u < end:
+                    if in_order:
+                        unit = unit_in_order(spans, variant, u)
+                    else:
+                        unit = unit_grouped(step, work, spans, variant, u)
+                    if is_skipped(step, gradients[unit.i], found[unit.i], unit.number):
+                        count_skipped(tables[unit.i])
+                    else:
+                        row = row_of(work, gradients[unit.i], found[unit.i], tables[unit.i], unit)
+                i = unit.i
+                k = next_count(tables[i], row)
+                if row < 0:
+                    continue
                 table, g = open_table(tables[i]), open_terms(gradients[i], found[i])
-                high, dim = int64(work.row_starts[uint64(u + 1)]), tables[i]["dim"]
-                if rule == ELEMENT:
-                    e = low + gpu.threadIdx.x
-                    while e < high:
+                if entries and rule == ELEMENT:  # lanes take entries
+                    e = unit.first + gpu.threadIdx.x
+                    while e < unit.end:
                         sum_segment(work, g, e, 0, total)
-                        take_steps(tables[i], table, row, key_of(work, found[i], e) - row * dim, total, k)
+                        j = key_of(work, found[i], e) - row * tables[i]["dim"]
+                        take_steps(tables[i], table, row, j, total, k)
                         e += gpu.blockDim.x
                 else:
-                    j = int64(gpu.threadIdx.x)
-                    while j < dim:
-                        key = row * dim + j
-                        e = entry_of(work, found[i], key, low, high)
-                        total[0] = 0
-                        if e < high and key_of(work, found[i], e) == key:
-                            sum_segment(work, g, e, 0, total)
+                    j = int64(gpu.threadIdx.x) * width
+                    while j < tables[i]["dim"]:
+                        key = row * tables[i]["dim"] + j
+                        load_gradient(work, g, found[i], unit, key, j, total)
                         take_steps(tables[i], table, row, j, total, k)
-                        j += gpu.blockDim.x
-        finish(step, v, False)
+                        j += gpu.blockDim.x * width
+            finish(step, v)
 
-    if entries:
-        return Kernels(sums.sum_blocks, sums.find_bad, None, update_entries)
-    return Kernels(sums.sum_blocks, sums.find_bad, update_in_order, update_segments)
+        return update
+
+    return Kernels(sums.sum_blocks, sums.find_bad, None if entries else update_for(True), update_for(False))

@@ -10,7 +10,7 @@ import numpy as np
 
 from nb_sparse_adam.cuda import checks, grouping
 from nb_sparse_adam.cuda.device import Stream, address_of, blocks_for, launch
-from nb_sparse_adam.cuda.guard import KINDS, Guard
+from nb_sparse_adam.cuda.guard import Guard, Kind, number_of_kind
 from nb_sparse_adam.cuda.kernels import Kernels, Variant, kernels_for
 from nb_sparse_adam.cuda.records import (
     DIGIT_BITS,
@@ -27,10 +27,9 @@ from nb_sparse_adam.cuda.records import (
 from nb_sparse_adam.cuda.ring import Slot
 from nb_sparse_adam.cuda.table import DeviceTable
 from nb_sparse_adam.engine.corrections import Corrections
-from nb_sparse_adam.engine.records import BAGS, CSR, ELEMENT, FOUND, GRADIENT, PROPAGATE, RAISE, SKIP, TABLE
+from nb_sparse_adam.engine.records import BAGS, CSR, ELEMENT, FOUND, GRADIENT, POLICIES, TABLE, joined
 from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.engine.screening import SAFE_SHARE, square_root_of_largest
-from nb_sparse_adam.engine.state import side_by_side
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.faults import too_many_bits
 from nb_sparse_adam.gradients import Given
@@ -38,9 +37,8 @@ from nb_sparse_adam.options import Options
 
 __all__ = ["MOST_IDS", "Batch", "DevicePart", "rehearse"]
 
-MOST_IDS = 2**31 - 2  # that 32 bits count, in a batch
+MOST_IDS = 2**31 - 2**24  # in a batch: 32 bits count them, and a grid of threads beyond them
 ENTRY_LANES = 8  # threads to a row of entries
-ON_NONFINITE = {"raise": RAISE, "skip": SKIP, "propagate": PROPAGATE}
 
 
 class DevicePart(NamedTuple):
@@ -59,6 +57,7 @@ class _Part(NamedTuple):
     """The same, with what follows from its sizes."""
 
     part: DevicePart
+    order: int  # its place in the step, as it was given
     variant: Variant
     n: int
     pieces: int  # of a row, of which a lane takes one at a time
@@ -66,13 +65,13 @@ class _Part(NamedTuple):
     id_bits: int
 
 
-def _measured(part: DevicePart) -> _Part:
+def _measured(part: DevicePart, order: int) -> _Part:
     table, given = part.table, part.given
     entries = given.form == CSR
     n = int(given.ids.shape[0])
     if n > MOST_IDS:
         raise GradientError(
-            f"gradient of table {table.name!r}: {n} ids or entries, expected less than 2**31 - 1 on "
+            f"gradient of table {table.name!r}: {n} ids or entries, expected at most {MOST_IDS} on "
             "a GPU; pass the gradient in several smaller ones"
         )
     by_bag = given.form == BAGS and given.weights is None
@@ -84,7 +83,7 @@ def _measured(part: DevicePart) -> _Part:
     counts, complete = table.arrays.counts.dtype, part.corrections.complete
     variant = Variant(table.dtype, table.codec, np.dtype(counts), table.mode, width, complete, entries)
     pieces = (ENTRY_LANES if table.mode == ELEMENT else table.dim) if entries else -(-table.dim // width)
-    return _Part(part, variant, n, pieces, row_shift, id_bits)
+    return _Part(part, order, variant, n, pieces, row_shift, id_bits)
 
 
 def _width(table: DeviceTable, given: Given) -> int:
@@ -103,6 +102,7 @@ class _Group(NamedTuple):
     kernels: Kernels
     parts: list[_Part]
     ids: int
+    columns: int  # of the widest
     lanes: int
     blocks: int  # that are summed by themselves, at most
 
@@ -127,8 +127,7 @@ class Batch:
     ) -> None:
         self.stream, self.guards = stream, guards
         self.slot: Slot | None = None
-        self._order = {id(part.table): place for place, part in enumerate(parts)}
-        measured = sorted((_measured(part) for part in parts), key=_key_of)
+        measured = sorted((_measured(part, order) for order, part in enumerate(parts)), key=_key_of)
         self.parts = measured
         self.groups = [_group(list(of_one)) for _, of_one in groupby(measured, key=_key_of)]
         # Ids, offsets and rows of values, numbered through.
@@ -161,16 +160,16 @@ class Batch:
             "heads": place(self.tiles + 1, 4), "row_heads": place(self.tiles + 1, 4),
             "bad": place(2 * n if self.screens else 0, 1),
         }  # fmt: skip
-        self._block_sums, self._bag_of, self._reciprocals = [], [], []
-        for group in self.groups:
-            most = max(one.part.given.values.columns for one in group.parts)
-            size = group.parts[0].variant.dtype.itemsize
-            self._block_sums.append((place(group.blocks * most, size), most))
+        self._block_sums = [
+            place(group.blocks * group.columns, group.parts[0].variant.dtype.itemsize)
+            for group in self.groups
+        ]
+        self._bag_of: list[int | None] = []
+        self._reciprocals: list[int | None] = []
         for one in self.parts:
-            given = one.part.given
-            self._bag_of.append(place(one.n, 4) if given.weights is not None else None)
-            bags = given.values.rows if given.mean else 0
-            self._reciprocals.append(place(bags, one.variant.dtype.itemsize) if given.mean else None)
+            given, size = one.part.given, one.variant.dtype.itemsize
+            self._bag_of.append(None if given.weights is None else place(one.n, 4))
+            self._reciprocals.append(place(given.values.rows, size) if given.mean else None)
 
     def upload(self) -> None:
         """Copy the records to the GPU: a step that has not begun."""
@@ -183,18 +182,14 @@ class Batch:
         words = starts[-1] + len(self.guards)
         slot = self.slot = self._ring.take(words)
         at = [slot.address + 8 * start for start in starts]
-        step = np.zeros(1, STEP)
-        for name, offset in self._shared.items():
-            step[name] = base + offset
-        for name, value in (
-            ("length", length), ("tables", at[1]), ("gradients", at[2]), ("found", at[3]), ("spans", at[4]),
-            ("variants", at[5]), ("guards", at[6]), ("guards_length", len(self.guards)),
-            ("capacity", self.capacity), ("passes", self.passes), ("tiles_capacity", self.tiles),
-            ("entries", self.entries),
-        ):  # fmt: skip
-            step[name] = value
-        tables = side_by_side([one.part.table.described(one.part.options) for one in self.parts])
-        gradients = np.array([_gradient_of(one) for one in self.parts], GRADIENT)
+        step = _record(
+            STEP, length=length, tables=at[1], gradients=at[2], found=at[3], spans=at[4], variants=at[5],
+            guards=at[6], guards_length=len(self.guards), capacity=self.capacity, passes=self.passes,
+            tiles_capacity=self.tiles, entries=self.entries,
+            **{name: base + offset for name, offset in self._shared.items()},
+        )  # fmt: skip
+        tables = joined([one.part.table.described(one.part.options).record for one in self.parts])
+        gradients = joined([_gradient_of(one) for one in self.parts])
         records = step, tables, gradients, self._found(base), self._spans(), self._variants(base)
         for start, each in zip(starts, records, strict=False):
             slot.put(start, each)
@@ -219,14 +214,14 @@ class Batch:
         spans = np.zeros(len(self.parts) + 1, SPAN)
         spans["first_id"], spans["first_offset"], spans["first_row"] = self.ids, self.offsets, self.rows
         spans["worst"] = NOWHERE
-        guards = {id(guard): place for place, guard in enumerate(self.guards)}
+        guards = {guard: place for place, guard in enumerate(self.guards)}
         for i, one in enumerate(self.parts):
             part, span = one.part, spans[i]
-            span["order"] = self._order[id(part.table)]
+            span["order"] = one.order
             span["checked"] = part.options.device_checks != "off"
-            span["guard"] = guards[id(part.guard)]
+            span["guard"] = guards[part.guard]
             span["number"] = part.guard.number_of(part.table)
-            span["kind"] = KINDS.number(part.given.form, part.given.names)
+            span["kind"] = number_of_kind(Kind(part.given.form, part.given.names))
             span["limit"] = _limit_of(one)
         return spans
 
@@ -235,8 +230,8 @@ class Batch:
         ends = [0, *accumulate(len(group.parts) for group in self.groups)]
         variants["first"], variants["last"] = ends[:-1], ends[1:]
         variants["blocks"] = [group.blocks for group in self.groups]
-        variants["block_sums"] = [base + place for place, _ in self._block_sums]
-        variants["block_dim"] = [most for _, most in self._block_sums]
+        variants["block_sums"] = [base + place for place in self._block_sums]
+        variants["block_dim"] = [group.columns for group in self.groups]
         return variants
 
     # --- launches ---------------------------------------------------------------------------------------
@@ -261,8 +256,7 @@ class Batch:
         if self.offsets[-1]:
             self._over(checks.check_offsets, self.offsets[-1])
         if self.rows[-1] and self.screens:
-            shapes = [one.part.given.values for one in self.parts]
-            lanes = _lanes((matrix.rows, matrix.columns) for matrix in shapes)
+            lanes = _lanes(one.part.given.values.shape for one in self.parts)
             self._over_rows(checks.check_values, self.rows[-1], lanes)
 
     def settle(self) -> None:
@@ -330,7 +324,8 @@ def _group(parts: list[_Part]) -> _Group:
     ids = sum(one.n for one in parts)
     blocks = 2 * (ids // BLOCK + 1) if max(one.n for one in parts) > BLOCK else 0
     lanes = _lanes((one.n, one.pieces) for one in parts)
-    return _Group(kernels_for(parts[0].variant), parts, ids, lanes, blocks)
+    columns = max(one.part.given.values.columns for one in parts)
+    return _Group(kernels_for(parts[0].variant), parts, ids, columns, lanes, blocks)
 
 
 def _lanes(shapes: Iterable[tuple[int, int]]) -> int:
@@ -367,20 +362,22 @@ def _limit_of(one: _Part) -> float:
     return float(dtype.type(limit))
 
 
-def _gradient_of(one: _Part) -> tuple[int, ...]:
-    """Return the fields of a GRADIENT; those of a CPU's preparing are 0."""
-    given, values = one.part.given, one.part.given.values
-    fields = {
-        "form": given.form, "on_nonfinite": ON_NONFINITE[one.part.options.on_nonfinite],
-        "ids": address_of(given.ids), "ids_length": one.n, "ids_bytes": given.ids.dtype.itemsize,
-        "values": address_of(values.flat), "values_rows": values.rows, "values_stride": values.stride,
-        "values_dim": values.columns, "values_bytes": one.variant.dtype.itemsize, "mean": int(given.mean),
-        "parts": 1,
+def _record(dtype: np.dtype[np.void], **fields: Any) -> Any:
+    """Make a record; what is not named is 0."""
+    return np.array([tuple(fields.get(name, 0) for name in dtype.names or ())], dtype)
+
+
+def _gradient_of(one: _Part) -> Any:
+    """Return a GRADIENT; the fields of a CPU's preparing are 0."""
+    given, values, offsets = one.part.given, one.part.given.values, one.part.given.offsets
+    of_offsets = {} if offsets is None else {
+        "offsets": address_of(offsets), "offsets_bytes": offsets.dtype.itemsize,
+        "offsets_length": int(offsets.shape[0]),
     }  # fmt: skip
-    if given.weights is not None:
-        fields["weights"] = address_of(given.weights)
-    if given.offsets is not None:
-        array = given.offsets
-        fields["offsets"], fields["offsets_bytes"] = address_of(array), array.dtype.itemsize
-        fields["offsets_length"] = int(array.shape[0])
-    return tuple(fields.get(name, 0) for name in GRADIENT.names or ())
+    return _record(
+        GRADIENT, form=given.form, on_nonfinite=POLICIES[one.part.options.on_nonfinite],
+        ids=address_of(given.ids), ids_length=one.n, ids_bytes=given.ids.dtype.itemsize,
+        values=address_of(values.flat), values_rows=values.rows, values_stride=values.stride,
+        values_dim=values.columns, values_bytes=one.variant.dtype.itemsize, mean=int(given.mean), parts=1,
+        weights=0 if given.weights is None else address_of(given.weights), **of_offsets,
+    )  # fmt: skip

@@ -17,6 +17,7 @@ from nb_sparse_adam.engine.records import FOUND, GRADIENT, TABLE
 
 __all__ = [
     "Integers",
+    "bag_of_id",
     "find_id",
     "find_offset",
     "find_packed",
@@ -59,6 +60,27 @@ def lists_of(step: Any) -> Any:
 # --- whose a number is --------------------------------------------------------------------------------------
 
 
+def last_not_above(value_of: Any) -> Any:
+    """Make ``find(given, low, high, number)``: the last i in low:high whose value is not above a number.
+
+    ``value_of(given, i)`` is a function that kernels call, and never falls; ``given`` is what it needs. It is
+    not asked about the first, ``low``, which is found where all others are above.
+    """
+
+    @device_function
+    def find(given: Any, low: Any, high: Any, number: Any) -> Any:
+        low, high = int64(low), int64(high)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if value_of(given, middle) <= number:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    return find
+
+
 def finder(field: str) -> Any:
     """Make ``find(spans, low, high, number)``: which of the gradients low:high a number is of.
 
@@ -67,15 +89,14 @@ def finder(field: str) -> Any:
     """
 
     @device_function
+    def begin_of(spans: Any, i: Any) -> Any:
+        return spans[uint64(i)][field]
+
+    last = last_not_above(begin_of)
+
+    @device_function
     def find(spans: Any, low: Any, high: Any, number: Any) -> Any:
-        low, high = int64(low), int64(high)
-        while low + 1 < high:
-            middle = (low + high) // 2
-            if spans[uint64(middle)][field] <= number:
-                low = middle
-            else:
-                high = middle
-        return uint64(low)
+        return uint64(last(spans, low, high, number))
 
     return find
 
@@ -115,23 +136,19 @@ def integer(integers: Any, i: Any) -> Any:
     return longs_at(integers.address, integers.length)[uint64(i)]
 
 
+find_place = last_not_above(integer)
+
+
 @device_function
-def last_not_above(offsets: Any, length: Any, number: Any) -> Any:
-    """The last of so many offsets that is not above a number: the bag of an id, the row of an entry."""
-    low, high = int64(0), int64(length)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if integer(offsets, middle) <= number:
-            low = middle
-        else:
-            high = middle
-    return low
+def bag_of_id(gradient: Any, p: Any) -> Any:
+    """Return the bag of an id, whatever the offsets hold."""
+    return find_place(offsets_of(gradient), 0, gradient["values_rows"], p)
 
 
 @device_function
 def row_of_entry(gradient: Any, e: Any) -> Any:
     """Return the row of an entry of compressed rows, whatever the row pointer holds."""
-    return last_not_above(offsets_of(gradient), gradient["offsets_length"] - 1, e)
+    return find_place(offsets_of(gradient), 0, gradient["offsets_length"] - 1, e)
 
 
 # --- sorted ids ---------------------------------------------------------------------------------------------

@@ -14,10 +14,8 @@ no tile has ids of two gradients, so that a sort of digits, counted for each gra
 
 from __future__ import annotations
 
-import numpy as np
-
 from nb_sparse_adam.cuda.device import SIMULATED
-from nb_sparse_adam.engine.records import COLUMN, OFFSET
+from nb_sparse_adam.engine.records import COLUMN, OFFSET, record
 
 __all__ = [
     "DIGITS",
@@ -34,7 +32,6 @@ __all__ = [
     "TILE",
     "VARIANT",
     "rank_of",
-    "record",
 ]
 
 # Of a block. The simulator has a Python thread for each.
@@ -56,12 +53,6 @@ PLACE_MASK = (1 << PLACE_BITS) - 1
 def rank_of(fault: int) -> int:
     """Return a number that is less the earlier a fault is told: of entries, offsets before columns."""
     return 2 * OFFSET + 1 if fault == COLUMN else 2 * fault
-
-
-def record(*fields: str, reals: tuple[str, ...] = ()) -> np.dtype[np.void]:
-    """Make a dtype of numbers of 8 bytes; aligned, or compilers would load them byte by byte."""
-    numbers = [(name, np.int64) for name in fields]
-    return np.dtype([*numbers, *((name, np.float64) for name in reals)], align=True)
 
 
 STEP = record(

@@ -71,9 +71,8 @@ class DeviceRun:
         for part in self.parts:
             part.table.totals[0] += 1
         with using(self.ordinal):
-            for guard in {
-                id(part.guard): part.guard for part in self.parts if part.options.device_checks != "immediate"
-            }.values():
+            told = (part.guard for part in self.parts if part.options.device_checks != "immediate")
+            for guard in dict.fromkeys(told):
                 guard.tell(stream)
             stream.make_others_wait(_mark(self.batches, self.parts))
 
@@ -97,12 +96,12 @@ def prepare(parts: Sequence[DevicePart], waits: bool) -> list[DeviceRun]:
     if len(set(ordinals.values())) > 1:
         places = ", ".join(f"{name!r} on GPU {ordinal}" for name, ordinal in ordinals.items())
         raise TableError(f"a step of tables on several GPUs ({places}), expected one: make a step for each")
-    guards = list({id(part.guard): part.guard for part in parts}.values())
+    guards = list(dict.fromkeys(part.guard for part in parts))
     with using(parts[0].table.ordinal):
         for part in parts:
             part.table.make_room_for_a_step()
         stream = _one_stream(parts)
-        for mark in {id(mark): mark for guard in guards for mark in guard.marks()}.values():
+        for mark in dict.fromkeys(mark for guard in guards for mark in guard.marks()):
             stream.wait_for(mark)
         batches = [Batch(some, stream, guards, number) for number, some in enumerate(_cut(parts))]
         run = DeviceRun(batches, parts)

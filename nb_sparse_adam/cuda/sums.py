@@ -22,6 +22,7 @@ from nb_sparse_adam.cuda.device import (
 from nb_sparse_adam.cuda.opening import (
     bytes_at,
     find_packed,
+    last_not_above,
     lists_of,
     longs_at,
     shorts_at,
@@ -36,9 +37,8 @@ from nb_sparse_adam.engine.scratch import BLOCK
 __all__ = [
     "Sums",
     "Terms",
+    "Unit",
     "Work",
-    "find_in_order",
-    "first_row",
     "first_segment",
     "ids_in_order",
     "is_skipped",
@@ -46,7 +46,8 @@ __all__ = [
     "open_terms",
     "open_work",
     "sums_for",
-]  # fmt: skip
+    "unit_in_order",
+]
 
 SUM_RANK = rank_of(OVERFLOW)
 
@@ -90,18 +91,21 @@ def open_work(step: Any, variant: Any, spans: Any) -> Any:
     )  # fmt: skip
 
 
-@device_function
-def first_segment(step: Any, spans: Any, i: Any) -> Any:
-    """The first segment of gradient i, or the end of the last of the one before."""
-    heads = shorts_at(step["heads"], step["tiles_capacity"] + 1)
-    return int64(heads[uint64(spans[uint64(i)]["first_tile"])])
+def first_head(heads: str) -> Any:
+    """Make ``first(step, spans, i)``: the first of gradient i, or the end of the last of the one before.
+
+    The first of what ``step[heads]`` numbers: segments, or rows of entries.
+    """
+
+    @device_function
+    def first(step: Any, spans: Any, i: Any) -> Any:
+        numbers = shorts_at(step[heads], step["tiles_capacity"] + 1)
+        return int64(numbers[uint64(spans[uint64(i)]["first_tile"])])
+
+    return first
 
 
-@device_function
-def first_row(step: Any, spans: Any, i: Any) -> Any:
-    """The first row of entries of gradient i, or the end of the last of the one before."""
-    heads = shorts_at(step["row_heads"], step["tiles_capacity"] + 1)
-    return int64(heads[uint64(spans[uint64(i)]["first_tile"])])
+first_segment, first_row = first_head("heads"), first_head("row_heads")
 
 
 @device_function
@@ -121,17 +125,24 @@ def ids_in_order(spans: Any, i: Any) -> Any:
     return spans[uint64(i)]["first_id"] - spans[uint64(i)]["first_packed"]
 
 
+find_in_order = last_not_above(ids_in_order)
+
+
+class Unit(NamedTuple):
+    """What is updated at once: an id that needs no grouping, a segment, or a row of entries."""
+
+    i: Any  # its gradient
+    first: Any  # the place of the id in the gradient; the segment; the first segment of the row
+    end: Any  # of a row of entries, the segment behind its last
+    number: Any  # in ``step["bad"]``
+
+
 @device_function
-def find_in_order(spans: Any, low: Any, high: Any, number: Any) -> Any:
-    """Which of the gradients low:high has that number of the ids that need no grouping."""
-    low, high = int64(low), int64(high)
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if ids_in_order(spans, middle) <= number:
-            low = middle
-        else:
-            high = middle
-    return uint64(low)
+def unit_in_order(spans: Any, variant: Any, u: Any) -> Any:
+    """Return the unit that is number u of the ids that need no grouping."""
+    i = uint64(find_in_order(spans, variant["first"], variant["last"], u))
+    place = u - ids_in_order(spans, i)
+    return Unit(i, place, place + 1, spans[i]["first_id"] + place)
 
 
 @device_function
@@ -160,22 +171,20 @@ def _slot(work: Any, start: Any, x: Any) -> Any:
 
 
 @device_function
-def _last_start(work: Any, low: Any, high: Any, place: Any) -> Any:
-    """The last of the segments low:high that begins before a place; low - 1 if none does."""
-    low -= 1
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if work.starts[uint64(middle)] < place:
-            low = middle
-        else:
-            high = middle
-    return low
+def _start_of(work: Any, s: Any) -> Any:
+    """Where segment s begins."""
+    return work.starts[uint64(s)]
+
+
+_last_start = last_not_above(_start_of)
 
 
 class Sums(NamedTuple):
     """Functions for gradients of one dtype."""
 
     sum_segment: Any
+    unit_grouped: Any
+    first_unit: Any  # `first_segment` or `first_row`
     sum_blocks: Any  # kernel
     find_bad: Any  # kernel
 
@@ -196,6 +205,16 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
     """
     real = dtype.type
     reals_at, load, store = arrays_at(dtype), load_piece(width), store_piece(width)
+    first_unit = first_row if entries else first_segment
+
+    @device_function
+    def unit_grouped(step: Any, work: Any, spans: Any, variant: Any, u: Any) -> Any:
+        """Return the unit that is segment u, or row u of entries."""
+        s, end = int64(u), int64(u) + 1
+        if entries:
+            s, end = int64(work.row_starts[uint64(s)]), int64(work.row_starts[uint64(end)])
+        i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(s)])
+        return Unit(i, s, end, step["capacity"] + u)
 
     @device_function
     def add_term(work: Any, g: Any, i: Any, j: Any, first: Any, total: Any, piece: Any) -> None:
@@ -274,7 +293,7 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
         for slot in range(group, work.blocks, int64(gpu.gridDim.x) * gpu.blockDim.y):
             begin = work.first_id + slot // 2 * BLOCK  # of a window
             # The segment that begins last in this window, or the one that has begun before it.
-            s = _last_start(work, low, high, begin + BLOCK if slot % 2 == 1 else begin)
+            s = _last_start(work, low - 1, high, (begin + BLOCK if slot % 2 == 1 else begin) - 1)
             if s < low:
                 continue
             start, end = int64(work.starts[uint64(s)]), int64(work.starts[uint64(s + 1)])
@@ -304,91 +323,62 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
         return bad
 
     @device_function
-    def note_bad(step: Any, spans: Any, gradient: Any, i: Any, unit: Any, place: Any) -> None:
-        """Note that a unit is bad: to be told at its place in the gradient, or to be skipped."""
+    def note_bad(step: Any, spans: Any, gradient: Any, unit: Any, x: Any, is_grouped: Any) -> None:
+        """Note that a unit, or its entry x, is bad: to be told where in the gradient, or to be skipped."""
         if gradient["on_nonfinite"] == RAISE:
-            note(spans, i, SUM_RANK, place)
-        bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit)] = 1
+            place = unit.first + x if entries else unit.first
+            if is_grouped:
+                place -= first_segment(step, spans, unit.i)
+            note(spans, unit.i, SUM_RANK, place)
+        bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit.number)] = 1
 
     @kernel
-    def find_bad_rows(at: Any, v: Any) -> None:
-        """Find the rows whose sums overflow, or are not finite: the first one, or all to be skipped."""
+    def find_bad(at: Any, v: Any) -> None:
+        """Find the units whose sums overflow, or are not finite: the first one, or all to be skipped.
+
+        Of a row of entries it is the entry that is told.
+        """
         step = steps_at(at, int64(1))[0]
         if step["refused"] != 0 or step["suspicious"] == 0:
             return
         total = gpu.local.array(width, real)
-        _, gradients, found, spans = lists_of(step)
+        spans = lists_of(step).spans
         variant = variants_at(step["variants"], v + 1)[v]
-        first, last = variant["first"], variant["last"]
         work = open_work(step, variant, spans)
-        begin = ids_in_order(spans, first)
-        in_order = ids_in_order(spans, last) - begin
-        segment = first_segment(step, spans, first)
-        units = in_order + first_segment(step, spans, last) - segment
-        stride = int64(gpu.gridDim.x) * gpu.blockDim.y
+        begin = ids_in_order(spans, variant["first"])
+        in_order = int64(0) if entries else ids_in_order(spans, variant["last"]) - begin
+        grouped = first_unit(step, spans, variant["first"])
+        units = in_order + first_unit(step, spans, variant["last"]) - grouped
         base = int64(gpu.blockIdx.x) * gpu.blockDim.y
         while base < units:
+            _, gradients, found, spans = lists_of(step)  # again: registers are scarce
             u = base + gpu.threadIdx.y
-            base += stride
-            i, s, unit, place = uint64(first), int64(0), int64(0), int64(0)
+            base += int64(gpu.gridDim.x) * gpu.blockDim.y
+            unit = Unit(uint64(variant["first"]), int64(0), int64(0), int64(0))
             if u < in_order:
-                i = find_in_order(spans, first, last, begin + u)
-                place = begin + u - ids_in_order(spans, i)
-                unit = spans[i]["first_id"] + place
+                unit = unit_in_order(spans, variant, begin + u)
             elif u < units:
-                s = segment + u - in_order
-                i = find_packed(spans, first, last, work.starts[uint64(s)])
-                place = s - first_segment(step, spans, i)
-                unit = step["capacity"] + s
-            gradient = gradients[i]
+                unit = unit_grouped(step, work, spans, variant, grouped + u - in_order)
+            i, gradient = unit.i, gradients[unit.i]
             looks = u < units and gradient["on_nonfinite"] != PROPAGATE and found[i]["suspicious"] != 0
             if looks and gpu.threadIdx.x == 0:
-                bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit)] = 0
+                bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit.number)] = 0
             gpu.syncthreads()
             if looks:
                 g = open_terms(gradient, found[i])
-                j = int64(gpu.threadIdx.x) * width
-                while j < g.dim:
-                    if u < in_order:
-                        load(reals_at(g.values, g.values_length), place * g.stride + j, total)
+                # Lanes take entries of a row of entries, of any other unit its elements.
+                x, end = int64(gpu.threadIdx.x) * width, g.dim
+                if entries:
+                    end = unit.end - unit.first
+                while x < end:
+                    if entries:
+                        sum_segment(work, g, unit.first + x, 0, total)
+                    elif u >= in_order:
+                        sum_segment(work, g, unit.first, x, total)
                     else:
-                        sum_segment(work, g, s, j, total)
+                        load(reals_at(g.values, g.values_length), unit.first * g.stride + x, total)
                     if is_nonfinite(total):
-                        note_bad(step, spans, gradient, i, unit, place)
-                    j += gpu.blockDim.x * width
+                        note_bad(step, spans, gradient, unit, x, u >= in_order)
+                    x += gpu.blockDim.x * width
 
-    @kernel
-    def find_bad_entries(at: Any, v: Any) -> None:
-        """Do the same for rows of entries; it is the entry that is told."""
-        step = steps_at(at, int64(1))[0]
-        if step["refused"] != 0 or step["suspicious"] == 0:
-            return
-        total = gpu.local.array(width, real)
-        _, gradients, found, spans = lists_of(step)
-        variant = variants_at(step["variants"], v + 1)[v]
-        work = open_work(step, variant, spans)
-        end = first_row(step, spans, variant["last"])
-        stride = int64(gpu.gridDim.x) * gpu.blockDim.y
-        base = first_row(step, spans, variant["first"]) + int64(gpu.blockIdx.x) * gpu.blockDim.y
-        while base < end:
-            row = base + gpu.threadIdx.y
-            base += stride
-            low, i, looks = int64(0), uint64(variant["first"]), False
-            if row < end:
-                low = int64(work.row_starts[uint64(row)])
-                i = find_packed(spans, variant["first"], variant["last"], work.starts[uint64(low)])
-                looks = gradients[i]["on_nonfinite"] != PROPAGATE and found[i]["suspicious"] != 0
-            unit = step["capacity"] + row
-            if looks and gpu.threadIdx.x == 0:
-                bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit)] = 0
-            gpu.syncthreads()
-            if looks:
-                g, first = open_terms(gradients[i], found[i]), first_segment(step, spans, i)
-                e, high = low + gpu.threadIdx.x, int64(work.row_starts[uint64(row + 1)])
-                while e < high:
-                    sum_segment(work, g, e, 0, total)
-                    if is_nonfinite(total):
-                        note_bad(step, spans, gradients[i], i, unit, e - first)
-                    e += gpu.blockDim.x
-
-    return Sums(sum_segment, sum_blocks, find_bad_entries if entries else find_bad_rows)
+    return Sums(sum_segment, unit_grouped, first_unit, sum_blocks, find_bad)

@@ -62,18 +62,13 @@ class DeviceTable(TableState):
     elements can be loaded at once.
     """
 
-    changes = 0  # how often any of them has got other memory
-
     def __init__(self, name: str, param: Any, step_counts: str, backend: Backend) -> None:
         self.last: Mark | None = None  # of the stream on which the memory was used last
-        self.launched = 0  # steps; a kernel that is launched again for the same one does nothing
+        self.launched = 0  # steps, as `SparseAdam` of torch shows them; counted once, whatever interrupts
         self.codec = PLAIN
         super().__init__(name, param, step_counts, backend)
         self.param_stride = self.dim
-        with using(self.ordinal):
-            self.device_totals = self._new(
-                2, np.int64
-            )  # see `records.TABLE`; here, only rows that were skipped
+        self.device_totals = self._new(2, np.int64)  # see `records.TABLE`; only rows that were skipped
 
     def _check_table(self, name: str, param: Any) -> Any:
         where = f"table {name!r}"
@@ -103,18 +98,28 @@ class DeviceTable(TableState):
         counts = {ELEMENT: self.dim, GLOBAL: 0}.get(self.mode, 1)
         with using(self.ordinal):
             self.matrix = as_one_row(self.param, size)
-            words = self._new(2 * size, self.codec.storage(self.dtype))
-            of_steps = self._new(math.prod(self.shape_of_steps), np.int64 if counts == 0 else np.int32)
+        words = self._new(2 * size, self.codec.storage(self.dtype))
+        of_steps = self._new(math.prod(self.shape_of_steps), np.int64 if counts == 0 else np.int32)
         return State(words, of_steps, self.rows, self.dim, self.mode, 2 * self.dim, self.dim, counts)
 
     def _new(self, length: int, dtype: Any) -> Any:
         """Allocate zeros."""
-        array = empty(length, dtype)
-        if length:
-            stream = self._ready()
-            launch(copies.fill, blocks_for(length, THREADS), THREADS, stream, array, array.dtype.type(0))
-            self.last = stream.mark()
+        with using(self.ordinal):
+            array = empty(length, dtype)
+            self._launch(copies.fill, length, array, array.dtype.type(0))
         return array
+
+    def _launch(self, kernel: Any, length: int, *arguments: Any) -> Stream:
+        """Launch a kernel of which each thread takes one of so many at a time, on the stream that it returns.
+
+        That is the default stream, behind what has used the memory last.
+        """
+        stream = Stream(DEFAULT)
+        stream.wait_for(self.last)
+        if length:
+            launch(kernel, blocks_for(length, THREADS), THREADS, stream, *arguments)
+            self.last = stream.mark()
+        return stream
 
     @property
     def memory(self) -> tuple[Any, ...]:
@@ -127,7 +132,7 @@ class DeviceTable(TableState):
     def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:
         words, counts, *_ = arrays
         backend: Any = self.backend
-        self._pairs = pairs = backend.corrections_of(known)  # kept: the record has its address
+        self._pairs = pairs = backend.guard.corrections(known)  # kept: the record has its address
         return (
             address_of(self.matrix), self.matrix.shape[0], self.param_stride, self.rows, self.dim,
             address_of(words), words.shape[0], arrays.state_stride, arrays.exp_avg_sq_offset,
@@ -171,11 +176,11 @@ class DeviceTable(TableState):
     @property
     def skipped_rows(self) -> int:
         """How often a row was skipped; waits for the GPU."""
-        return int(self._read(self.device_totals)[1])
+        return int(self._flat(self.device_totals).whole()[1])
 
     def set_skipped_rows(self, number: int) -> None:
         """Go on counting from another number."""
-        self._write(self.device_totals, np.array([0, number]))
+        self._flat(self.device_totals).fill(np.array([0, number]))
 
     @property
     def exp_avg(self) -> Any:
@@ -197,7 +202,7 @@ class DeviceTable(TableState):
     def steps(self) -> Any:
         """Active steps so far (k)."""
         if self.mode == GLOBAL:
-            return self._read(self.arrays.counts).reshape(())
+            return self._windows()["steps"].whole()
         return self.arrays.counts.reshape(self.shape_of_steps)
 
     def note_place(self) -> None:
@@ -221,42 +226,23 @@ class DeviceTable(TableState):
     # --- counts -----------------------------------------------------------------------------------------
 
     def _find_highest(self) -> int:
-        counts = Window(self, self.arrays.counts, 1, 1, 0, tuple(self.arrays.counts.shape))
+        counts = self._flat(self.arrays.counts)
         return max((int(piece.max(initial=0)) for piece in counts.pieces()), default=0)
 
     def _widen(self) -> None:
-        narrow = self.arrays.counts
+        narrow, wide = self.arrays.counts, self._wide_counts()
         with using(self.ordinal):
-            wide = self._new(narrow.shape[0], np.int64)
-            if narrow.shape[0]:
-                stream = self._ready()
-                blocks = blocks_for(narrow.shape[0], THREADS)
-                launch(copies.convert_vector, blocks, THREADS, stream, narrow, wide)
-                self.last = stream.mark()
-            self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
+            self._launch(copies.convert_vector, narrow.shape[0], narrow, wide.reshape(narrow.shape[0]))
+        self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
 
-    def _set_counts(self, counts: Any) -> None:
-        DeviceTable.changes += 1
-        self.arrays = self.arrays._replace(counts=counts)
+    def _wide_counts(self) -> Any:
+        return self.arrays.wide_counts(self._new)
 
     # --- to the host and back ---------------------------------------------------------------------------
 
-    def _ready(self) -> Stream:
-        """The default stream, behind what has used the memory last."""
-        stream = Stream(DEFAULT)
-        stream.wait_for(self.last)
-        return stream
-
-    def _read(self, array: Any) -> NDArray[Any]:
-        with using(self.ordinal):
-            return copy_to_host(array, self._ready())
-
-    def _write(self, array: Any, values: NDArray[Any]) -> None:
-        with using(self.ordinal):
-            stream = self._ready()
-            array.copy_to_device(np.ascontiguousarray(values), stream=stream.numba)
-            stream.synchronize()
-            self.last = stream.mark()
+    def _flat(self, array: Any) -> Window:
+        """See all of a contiguous 1-D array."""
+        return Window(self, array, 1, 1, 0, tuple(array.shape))
 
     def _windows(self) -> dict[str, Window]:
         arrays, dim, shape = self.arrays, self.dim, self.shape
@@ -282,10 +268,7 @@ class DeviceTable(TableState):
 
     def room_to_load(self, steps: np.dtype[Any]) -> Callable[[], dict[str, Any]]:
         """Allocate what is needed to take over counts; what it returns gives the arrays to be filled."""
-        wider = None
-        if self.arrays.counts.dtype.itemsize < steps.itemsize:
-            with using(self.ordinal):
-                wider = self._new(self.arrays.counts.shape[0], np.int64)
+        wider = self._wide_counts() if self.arrays.counts.dtype.itemsize < steps.itemsize else None
 
         def arrays() -> dict[str, Any]:
             if wider is not None:
@@ -304,25 +287,15 @@ class DeviceTable(TableState):
         }
 
     def _filling(self, steps: NDArray[Any], *moments: NDArray[Any]) -> Callable[[], None]:
-        wider = None
-        if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
-            with using(self.ordinal):
-                wider = self._new(self.arrays.counts.shape[0], np.int64)
+        fits = int(steps.max(initial=0)) <= np.iinfo(self.arrays.counts.dtype).max
+        arrays = self.room_to_load(self.arrays.counts.dtype if fits else np.dtype(np.int64))
 
         def fill() -> None:
-            if wider is not None:
-                self._set_counts(wider)
-            windows = self._windows()
-            given = {"steps": steps, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-            for key, values in given.items():
-                windows[key].fill(values.reshape(windows[key].shape))
+            windows = arrays()
+            for key, values in zip(("exp_avg", "exp_avg_sq", "steps"), (*moments, steps), strict=True):
+                windows[key].fill(values)
 
         return fill
-
-    def synchronize(self) -> None:
-        """Wait until nothing uses the memory any more."""
-        with using(self.ordinal):
-            self._ready().synchronize()
 
 
 class Window:
@@ -351,20 +324,9 @@ class Window:
         if length == 0:
             return np.empty(shape, self.dtype)
         with using(self.table.ordinal):
-            stream = self.table._ready()
             out = empty(length, self.dtype)
-            blocks = blocks_for(length, THREADS)
-            launch(
-                copies.gather_rows,
-                blocks,
-                THREADS,
-                stream,
-                self.flat,
-                first,
-                self.row_stride,
-                self.columns,
-                out,
-            )
+            given = self.flat, first, self.row_stride, self.columns, out
+            stream = self.table._launch(copies.gather_rows, length, *given)
             return copy_to_host(out, stream).reshape(shape)
 
     def __setitem__(self, rows: slice, values: NDArray[Any]) -> None:
@@ -372,15 +334,10 @@ class Window:
         if length == 0:
             return
         with using(self.table.ordinal):
-            stream = self.table._ready()
-            given = copy_to_device(np.asarray(values, self.dtype), stream)
-            blocks = blocks_for(length, THREADS)
-            launch(
-                copies.scatter_rows, blocks, THREADS, stream,
-                self.flat, first, self.row_stride, self.columns, given,
-            )  # fmt: skip
+            given = copy_to_device(np.asarray(values, self.dtype), Stream(DEFAULT))
+            into = self.flat, first, self.row_stride, self.columns
+            stream = self.table._launch(copies.scatter_rows, length, *into, given)
             stream.synchronize()  # what was given is freed now
-            self.table.last = stream.mark()
 
     def _rows(self) -> list[slice]:
         at_once = max(1, _PIECE // max(1, self.columns))

@@ -28,15 +28,15 @@ from nb_sparse_adam.engine.records import (
     CHANGED,
     CSR,
     GRADIENT,
-    PROPAGATE,
+    POLICIES,
     RAISE,
-    SKIP,
     STEP,
     TASK,
+    joined,
     packer,
 )
 from nb_sparse_adam.engine.scratch import bytes_needed, is_wide
-from nb_sparse_adam.engine.state import Described, TableState, side_by_side
+from nb_sparse_adam.engine.state import Described, TableState
 from nb_sparse_adam.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam.engine.workspace import Workspace, of_thread
 from nb_sparse_adam.errors import GradientError
@@ -47,7 +47,6 @@ from nb_sparse_adam.stepping import finish
 
 __all__ = ["HostBackend", "HostRun"]
 
-_POLICIES = {"raise": RAISE, "skip": SKIP, "propagate": PROPAGATE}
 _pack_gradient: Any = packer(GRADIENT).pack_into
 _TABLES = (STEP.names or ()).index("tables")
 TASKS_A_PART = 4  # a thread that another program has held up leaves the rest to the others
@@ -176,7 +175,7 @@ def _pack(
     stride = values.strides[0] // size if rows > 1 else table.dim
     _pack_gradient(
         workspace.gradients, at * GRADIENT.itemsize,
-        given.form, _POLICIES[options.on_nonfinite], address_of(ids), ids.shape[0], ids.itemsize,
+        given.form, POLICIES[options.on_nonfinite], address_of(ids), ids.shape[0], ids.itemsize,
         0 if columns is None else address_of(columns), 0 if columns is None else columns.itemsize,
         0 if offsets is None else address_of(offsets),
         0 if offsets is None else offsets.shape[0], 0 if offsets is None else offsets.itemsize,
@@ -269,7 +268,7 @@ class _Program:
                 workspace, at, entry.table, entry.options, entry.given,
                 (parts, part, first, last - first, workspace.address + offset),
             )  # fmt: skip
-        self.tables = side_by_side([entry.described for entry in entries])
+        self.tables = joined([entry.described.record for entry in entries])
         workspace.words[_TABLES] = address_of(self.tables)
 
     def prepare(self) -> None:

@@ -26,7 +26,7 @@ from nb_sparse_adam.views import StateView
 if TYPE_CHECKING:
     from nb_sparse_adam.backend import Backend
 
-__all__ = ["STATE_VERSION", "Described", "TableState", "side_by_side"]
+__all__ = ["STATE_VERSION", "Described", "TableState"]
 
 STATE_VERSION = 1
 
@@ -42,18 +42,10 @@ class Described(NamedTuple):
 
     arrays: State
     options: Options
-    packed: bytearray  # what the record lies in
     record: NDArray[np.void]  # (1,) `records.TABLE`
     address: int  # of the record
     corrections: Corrections
     appliers: Any  # `Appliers`, on the host
-
-
-def side_by_side(tables: Sequence[Described]) -> NDArray[np.void]:
-    """Return the records of tables as one array; ``np.concatenate`` looks at every field of every record."""
-    if len(tables) == 1:
-        return tables[0].record
-    return np.frombuffer(bytearray().join([table.packed for table in tables]), TABLE)
 
 
 class TableState:
@@ -254,7 +246,7 @@ class TableState:
             ))  # fmt: skip
             record, appliers = np.frombuffer(packed, TABLE), self._appliers(arrays)
             found = self._described = Described(
-                arrays, options, packed, record, address_of(record), known, appliers
+                arrays, options, record, address_of(record), known, appliers
             )  # fmt: skip
         return found
 
