@@ -44,6 +44,7 @@ __all__ = [
     "prefetch_line",
     "real_of_bits4",
     "real_of_bits8",
+    "select",
     "store_count",
     "store_exp_avg",
     "store_exp_avg_sq",
@@ -186,6 +187,10 @@ if numba.config.DISABLE_JIT:
         turns[0] += 1
         return int(turns[0]) - 1
 
+    def select(condition: Any, one: Any, other: Any) -> Any:
+        """Return ``one if condition else other``, both of which have been computed."""
+        return one if condition else other
+
     def real_of_bits4(bits: Any) -> Any:
         """Return the float32 that has these bits; its sign bit is 0."""
         return np.int32(bits).view(np.float32)
@@ -266,6 +271,19 @@ else:
             return _make_array(context, builder, made, middle, [context.get_constant(types.intp, 1)])
 
         return made(), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def select(typingctx: Any, condition: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
+        """Return ``one if condition else other``, both of which have been computed.
+
+        Of Python's expression the compiler makes branches, into which it moves the loads that only one of
+        them needs; vectorized, these become loads under masks, and of numbers that lie apart gathers.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.select(*args)
+
+        return one(types.boolean, one, one), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def real_of_bits4(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001

@@ -25,6 +25,7 @@ from nb_sparse_adam.engine.intrinsics import (
     load_gradient,
     load_param,
     load_row_correction,
+    select,
     store_count,
     store_exp_avg,
     store_exp_avg_sq,
@@ -107,9 +108,9 @@ def updates(codec: Codec) -> Updates:
             p = load_param(param, p_at + j)
             m, v = load_exp_avg(state, m_at + j), load_exp_avg_sq(state, v_at + j)
             next_p, next_m, next_v = adam(p, real(load(m)), real(load(v)), gradient, table, step_size, scale)
-            store_param(param, p_at + j, next_p if active else p)
-            store_exp_avg(state, m_at + j, word(store(next_m)) if active else m)
-            store_exp_avg_sq(state, v_at + j, word(store(next_v)) if active else v)
+            store_param(param, p_at + j, select(active, next_p, p))
+            store_exp_avg(state, m_at + j, select(active, word(store(next_m)), m))
+            store_exp_avg_sq(state, v_at + j, select(active, word(store(next_v)), v))
             store_count(counts, k_at + j, one_more(table, k, active))
 
     @jit
@@ -130,9 +131,9 @@ def updates(codec: Codec) -> Updates:
             step_size = table.lr * load_row_correction(scratch, own + 2 * j)
             scale = load_row_correction(scratch, own + 2 * j + 1)
             next_p, next_m, next_v = adam(p, real(load(m)), real(load(v)), gradient, table, step_size, scale)
-            store_param(param, p_at + j, next_p if active else p)
-            store_exp_avg(state, m_at + j, word(store(next_m)) if active else m)
-            store_exp_avg_sq(state, v_at + j, word(store(next_v)) if active else v)
+            store_param(param, p_at + j, select(active, next_p, p))
+            store_exp_avg(state, m_at + j, select(active, word(store(next_m)), m))
+            store_exp_avg_sq(state, v_at + j, select(active, word(store(next_v)), v))
             store_count(counts, k_at + j, one_more(table, k, active))
 
     @jit
