@@ -108,6 +108,13 @@ def test_no_loop_over_a_row_compares_addresses_first(dtype):
         assert CHECK not in code, name
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_loop_over_a_row_gathers(dtype):
+    """What a row needs lies side by side; behind a branch the compiler would load it number by number."""
+    for name, code in loops_over_a_row(dtype, intermediate_code).items():
+        assert "masked.gather" not in code, name
+
+
 def test_a_loop_that_compares_addresses_would_be_seen():
     def add(a, b):
         for i in range(len(a)):
