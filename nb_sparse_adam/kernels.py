@@ -124,7 +124,7 @@ def apply_row_gradient(table: Any, row: Any, gradient: Any) -> bool:
     accepts (Niu et al. 2011); with rows of their own they are exact. A count stays at the end of its type
     (2³¹ − 1 for int32) instead of overflowing: the corrections have long been 1 there.
     """
-    if not 0 <= row < table.param.shape[0]:  # a NaN is no row either
+    if not 0 <= row < min(table.param.shape[0], table.settings[0]["rows"]):  # a NaN is no row either
         raise IndexError("apply_row_gradient: no such row, expected 0 <= row < len(table)")
     if len(gradient) != table.param.shape[1]:
         raise ValueError("apply_row_gradient: expected a gradient as long as a row")

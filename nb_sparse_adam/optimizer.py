@@ -292,10 +292,14 @@ class SparseAdam(Tables):
                 f"got {type(gradient).__name__} for an optimizer of {len(self._tables)} tables, expected a "
                 f"mapping of table names ({names}) to gradients: step({{{next(iter(self._tables))!r}: ...}})"
             )
-        for name in gradient:
+        named: dict[str, Any] = {}
+        for name, given in gradient.items():
             if name not in self._tables:
                 self._table_named("step got a gradient for table", name)
-        return gradient
+            if name in named:  # as of a mapping that holds several values of a key
+                raise TableError(f"step got two gradients for table {name!r}, expected one for each table")
+            named[name] = given
+        return named
 
 
 def tables_of(optimizer: SparseAdam) -> Mapping[str, TableState]:

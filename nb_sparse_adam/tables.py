@@ -185,6 +185,7 @@ class Tables(HyperParameters):
             with nullcontext() if self._folder is None else self._folder.removed_on_error():
                 new = old.rearranged(table, source)
                 refuse_overlap({**self._tables, old.name: new})
+            old.backend.memory_changed(gone=True)  # first: whatever interrupts, the next step looks again
             self._tables[old.name] = new  # whatever interrupts leaves the old one or the new
             old.backend.memory_changed(gone=True)
             if self._folder is not None:

@@ -114,3 +114,49 @@ def test_bad_arguments():
         evaluate(users[1:], items, split)
     with pytest.raises(OptionError, match="shapes"):
         evaluate(users, items[:, :1], split)
+
+
+INDPTR, INDICES = np.array([0, 2, 3]), np.array([0, 4, 1], np.int32)
+
+NO_ITEMS = {
+    "ends late": (np.array([0, 2, 4]), INDICES, 5, "from 0 to 3"),
+    "begins late": (np.array([1, 2, 3]), INDICES, 5, "from 0 to 3"),
+    "falls": (np.array([0, 4, 3]), INDICES, 5, "never decrease"),
+    "empty": (INDPTR[:0], INDICES[:0], 5, "from 0 to 0"),
+    "too few items": (INDPTR, INDICES, 4, "items 0 to 4, expected 0 <= item < n_items = 4"),
+    "a negative item": (INDPTR, INDICES - 1, 5, "items -1 to 3"),
+    "other integers": (INDPTR, INDICES.astype(np.int64), 5, "1-D int64, expected 1-D int32"),
+    "a matrix": (INDPTR, INDICES[:, None], 5, "2-D int32"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ITEMS)
+def test_items_of_users_that_cannot_be(kind):
+    *arrays, message = NO_ITEMS[kind]
+    with pytest.raises(OptionError, match=message):
+        UserItems(*arrays)
+
+
+def test_items_that_lie_apart_are_copied():
+    """A kernel that was compiled for contiguous arrays would read what is between them."""
+    apart = np.full((3, 3), 777, np.int32)
+    apart[:, 1] = INDICES
+    items = UserItems(INDPTR, apart[:, 1], 5)
+    assert items.indices.flags.c_contiguous
+    assert items.indices.tolist() == INDICES.tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "users", "message"),
+    [
+        ((1, 39), [0], "scores: got shape"),
+        ((2, 40), [0], "scores: got shape"),
+        ((40,), [0], "scores: got shape"),
+        ((1, 40), [10**12], "users: got rows"),
+        ((1, 40), [-1], "users: got rows"),
+        ((1, 40), [0.5], "expected 1-D integers"),
+    ],
+)
+def test_scores_and_users_that_do_not_fit(scores, users, message):
+    with pytest.raises(OptionError, match=message):
+        rank_items(np.zeros(scores, np.float32), np.array(users), small_split(1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, OptionError
-from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train, training
+from nb_sparse_adam.recommender import BPRModel, BPROptions, bpr, epoch_batches, train, training
 from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam.recommender.ranking import popularity_quality
 
@@ -17,6 +17,16 @@ SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
 
 def copies(split, options, epoch=1):
     return [type(batch)(*(array.copy() for array in batch)) for batch in epoch_batches(split, options, epoch)]
+
+
+def test_arrays_of_other_layouts_are_jobs_of_another_kind():
+    """What is compiled for one reads memory of the other as its own."""
+    array = np.zeros((4, 3), np.int32)
+    frozen = np.zeros(4, np.int32)
+    frozen.flags.writeable = False
+    arrays = (np.zeros(4, np.int32), np.zeros(4, np.int64), array[:, 0], frozen, array)
+    assert len({bpr._kind_of((each, 1)) for each in arrays}) == len(arrays)
+    assert bpr._kind_of((np.zeros(4), 1)) == bpr._kind_of((np.zeros(9), 2))
 
 
 # --- samples ----------------------------------------------------------------------------------------------

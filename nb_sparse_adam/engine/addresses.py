@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,10 @@ class Memory:
         self.first, self.last = (known[0][0], max(end for _, end, _ in known)) if known else (0, 0)
         self._starts = [start for start, _, _ in known]
         self._ends = [end for _, end, _ in known]
+
+    def arrays(self) -> Iterator[NDArray[Any]]:
+        """Give them again."""
+        return (array for _, _, array in self._known)
 
     def overlaps(self, array: NDArray[Any]) -> bool:
         """Whether an array shares an element with one of them, or might: an exact answer can take long."""

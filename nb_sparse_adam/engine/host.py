@@ -40,7 +40,7 @@ from nb_sparse_adam.engine.state import Described, TableState
 from nb_sparse_adam.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam.engine.workspace import Workspace, of_thread
 from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.faults import fault_error
+from nb_sparse_adam.faults import fault_error, shares_memory
 from nb_sparse_adam.gradients import Given, read
 from nb_sparse_adam.options import Options
 from nb_sparse_adam.stepping import finish
@@ -71,7 +71,8 @@ class HostBackend:
         self.zeros: Callable[[int, Any], NDArray[Any]] = _zeros if folder is None else folder.zeros
         self.reader = HostReader(self)
         self.memory = Memory(())  # what no gradient may share memory with
-        self._dirty = True  # it is not that of the tables by now
+        self._changes = 1  # of the tables' memory
+        self._seen = 0  # so many of them are in `memory`
 
     def new_table(self, name: str, array: Any, step_counts: str) -> TableState:
         """Take in a table."""
@@ -79,18 +80,19 @@ class HostBackend:
 
     def memory_changed(self, gone: bool = False) -> None:
         """Take note that a table has other memory than before; ``gone``: let go what it had."""
+        self._changes += 1
         if gone:
             self.memory = Memory(())
-        self._dirty = True
 
     def before_step(self, options: Options, tables: Mapping[str, TableState]) -> None:  # noqa: ARG002
         """Refuse to go on in a child whose state is the parent's; look again where the tables are."""
         if self._folder is not None:
             self._folder.check_process()
-        if self._dirty:
-            self._dirty = False
+        changes = self._changes
+        if self._seen != changes:
             here = [table for table in tables.values() if table.backend.kind == self.kind]
             self.memory = Memory(array for table in here for array in table.memory)
+            self._seen = changes  # last: what interrupts has it looked at again
 
     def step_alone(self, work: Callable[[], None]) -> None:
         """Do the work: steps lend what they work in, and one within another has its own."""
@@ -333,6 +335,7 @@ def _prepare(entries: list[_Entry], start: float) -> Sequence[HostRun]:
         wanted = {entry.options.num_threads for entry in entries}
         num_threads = wanted.pop() if len(wanted) == 1 else min(map(usable_threads, wanted))
         entries.sort(key=lambda entry: (id(entry.drivers), -entry.size))
+        _refuse_tables_of_others(entries)
     partition, pace = paces.partition_for(kind, size, num_threads)
     program = _Program(entries, size, partition, pace)
     try:
@@ -343,6 +346,22 @@ def _prepare(entries: list[_Entry], start: float) -> Sequence[HostRun]:
         raise
     program.seconds = time.perf_counter() - start
     return program.runs()
+
+
+def _refuse_tables_of_others(entries: Sequence[_Entry]) -> None:
+    """Refuse gradients that share memory with tables of other optimizers in the step, as with their own."""
+    backends: dict[Any, None] = dict.fromkeys(entry.table.backend for entry in entries)
+    memories = [backend.memory for backend in backends]
+    if len(memories) == 1:
+        return  # `HostReader` has asked it
+    if _are_apart(entries):
+        memories = [Memory(array for memory in memories for array in memory.arrays())]
+    for entry in entries:
+        given = entry.given
+        arrays = given.ids, given.values, given.offsets, given.weights, given.columns
+        for what, array in zip(given.names, arrays, strict=False):
+            if array is not None and any(memory.overlaps(array) for memory in memories):
+                raise shares_memory(what, entry.table.target)
 
 
 def _are_apart(entries: Sequence[_Entry]) -> bool:
@@ -356,11 +375,12 @@ def _are_apart(entries: Sequence[_Entry]) -> bool:
 class HostRun:
     """The part of a step that one native call applies: tables ``first:last`` of it, each wholly."""
 
-    __slots__ = ("_first", "_last", "_program", "_status")
+    __slots__ = ("_first", "_last", "_program", "_status", "_step")
 
     def __init__(self, program: _Program, first: int, last: int) -> None:
         self._program, self._first, self._last = program, first, last
         self._status = np.zeros(1, np.int64)  # set by the call, as its last act
+        self._step = self._record(last, self._status)  # now: nothing is allocated after the first write
 
     @property
     def tables(self) -> int:
@@ -374,30 +394,35 @@ class HostRun:
 
     may_have_run = done
 
-    def _call(self, first: int, last: int, status: NDArray[np.int64]) -> None:
-        program = self._program
+    def _record(self, last: int, status: NDArray[np.int64]) -> NDArray[np.void]:
+        """Make the record of a step that applies its tables up to ``last``."""
+        program, first = self._program, self._first
         step, (begin, end) = program.workspace.step.copy(), (program.first_tasks[at] for at in (first, last))
         step["first"], step["last"], step["status"] = first, last, address_of(status)
         step["tasks"] += begin * TASK.itemsize
         step["tasks_length"] = end - begin
-        run(program.entries[self._first].drivers, program.partition, step)
+        return step
+
+    def _run(self, step: NDArray[np.void]) -> None:
+        run(self._program.entries[self._first].drivers, self._program.partition, step)
 
     def rehearse(self) -> None:
         """Have the kernel compiled, by calling it for no table."""
         program = self._program
         key = program.entries[self._first].drivers, program.partition.parts > 1
         if key not in _rehearsed:
-            self._call(self._first, self._first, np.zeros(1, np.int64))
+            status = np.zeros(1, np.int64)
+            self._run(self._record(self._first, status))
             _rehearsed.add(key)
 
     def __call__(self) -> None:
         """Apply it."""
         program = self._program
         if program.pace is None:
-            self._call(self._first, self._last, self._status)
+            self._run(self._step)
             return
         start = time.perf_counter()
-        self._call(self._first, self._last, self._status)
+        self._run(self._step)
         program.seconds += time.perf_counter() - start
 
     def close(self) -> None:

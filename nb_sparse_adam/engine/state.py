@@ -280,18 +280,29 @@ class TableState:
 
     def _widen(self) -> None:
         """Go on with counts of 64 bits."""
-        wide = self._wide_counts()
-        wide[...] = self.arrays.steps
-        self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
+        while self.arrays.counts.dtype == np.int32:
+            arrays, wide = self.arrays, self._wide_counts()
+            wide[...] = arrays.steps
+            widened = arrays.with_counts(wide)  # filled: an interrupt finds the old ones or the new
+            self.backend.memory_changed()
+            if self.arrays is arrays:  # no signal handler has stepped meanwhile, and widened them itself
+                self.arrays = widened
+            self.backend.memory_changed()
 
     def _wide_counts(self) -> NDArray[np.int64]:
         """Make room for all counts in 64 bits."""
+        if self.is_lent:
+            raise TableError(
+                f"table {self.name!r} needs counts of 64 bits within a kernel_table block, which goes on "
+                "with those that it was lent: step or load after it"
+            )
         return self.arrays.wide_counts(self.backend.zeros)
 
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
         """Go on with wider counts, in memory of their own."""
-        self.backend.memory_changed()
+        self.backend.memory_changed()  # first: whatever interrupts, the next step looks again
         self.arrays = self.arrays.with_counts(counts)
+        self.backend.memory_changed()
 
     def counts_have_changed(self) -> None:
         """Take note that a user's own kernel has stepped, nobody knows how often."""

@@ -58,11 +58,36 @@ class UserItems:
         Item rows, ascending and without repetition within a user.
     n_items : int
         Number of items there are; some may be nobody's.
+
+    Raises
+    ------
+    OptionError
+        If these are not the arrays of a CSR matrix with so many columns. Kernels take them to be.
     """
 
     indptr: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int32]
     n_items: int
+
+    def __post_init__(self) -> None:
+        indptr: npt.NDArray[Any] = np.ascontiguousarray(self.indptr)
+        indices: npt.NDArray[Any] = np.ascontiguousarray(self.indices)
+        for name, array, dtype in (("indptr", indptr, np.int64), ("indices", indices, np.int32)):
+            if array.ndim != 1 or array.dtype != dtype:
+                got = f"{array.ndim}-D {array.dtype}"
+                raise OptionError(f"UserItems.{name}: got {got}, expected 1-D {np.dtype(dtype)}")
+        n = len(indices)
+        if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != n or (indptr[1:] < indptr[:-1]).any():
+            raise OptionError(
+                f"UserItems.indptr: expected numbers from 0 to {n}, as many as indices, that never decrease"
+            )
+        if n and not 0 <= indices.min() <= indices.max() < self.n_items:
+            raise OptionError(
+                f"UserItems.indices: got items {indices.min()} to {indices.max()}, expected 0 <= item < "
+                f"n_items = {self.n_items}"
+            )
+        object.__setattr__(self, "indptr", indptr)
+        object.__setattr__(self, "indices", indices)
 
     @classmethod
     def from_pairs(

@@ -113,10 +113,19 @@ def rank_items(
     Raises
     ------
     OptionError
-        If ``top < 1``.
+        If ``top < 1``, a user is not of ``split.train``, or scores have another shape.
     """
     if top < 1:
         raise OptionError(f"top: expected an integer of at least 1, got {top}")
+    train, users = split.train, np.asarray(users)
+    if users.ndim != 1 or users.dtype.kind not in "iu":
+        raise OptionError(f"users: got {users.ndim}-D {users.dtype}, expected 1-D integers")
+    if len(users) and not 0 <= users.min() <= users.max() < train.n_users:
+        raise OptionError(
+            f"users: got rows {users.min()} to {users.max()}, expected 0 <= user < {train.n_users}"
+        )
+    if scores.shape != (len(users), train.n_items):
+        raise OptionError(f"scores: got shape {scores.shape}, expected {(len(users), train.n_items)}")
     best = np.full((len(users), top), -1, dtype=np.int32)
     _rank(
         scores, users, split.train.indptr, split.train.indices, best, np.empty(best.shape, dtype=scores.dtype)
