@@ -53,6 +53,7 @@ def traced(call, trace):
     return False
 
 
+@pytest.mark.jit  # each line of a kernel would be a place of its own
 def test_an_interrupted_first_step_does_not_let_the_next_one_read_the_table():
     def work(trace):
         mine = table()
@@ -65,6 +66,7 @@ def test_an_interrupted_first_step_does_not_let_the_next_one_read_the_table():
     assert interrupted_everywhere(work) > 50
 
 
+@pytest.mark.jit  # each line of a kernel would be a place of its own
 def test_an_interrupted_rearrange_does_not_let_the_next_step_read_the_new_table():
     def work(trace):
         mine, other = table(), table(9)
