@@ -64,9 +64,6 @@ class Backend(Protocol):
     def new_table(self, name: str, array: Any, step_counts: str) -> TableState:
         """Take in a table."""
 
-    def zeros(self, length: int, dtype: Any) -> Any:
-        """Allocate zeros, 1-D, for state."""
-
     def memory_changed(self, gone: bool = False) -> None:
         """Take note that a table has other memory than before; ``gone``: let go what it had."""
 

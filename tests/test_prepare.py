@@ -25,7 +25,7 @@ from nb_sparse_adam.engine.records import (
     ROWS,
     SKIP,
 )
-from nb_sparse_adam.engine.scratch import BLOCK, bits_of
+from nb_sparse_adam.engine.scratch import BLOCK
 from nb_sparse_adam.engine.threads import max_threads
 
 THREADS = min(2, max_threads())
@@ -239,6 +239,13 @@ def test_few_and_many_ids_and_bits(n, rows):
 
 
 # --- faults -----------------------------------------------------------------------------------------------
+
+
+def bits_of(form, n, rows, dim, values_rows, weighted):
+    """How many bits an id, or entry, and its payload take together; more than 63 cannot be grouped."""
+    keys = rows if form in (ROWS, BAGS) else rows * dim
+    payloads = values_rows if form == BAGS and not weighted else n
+    return max(keys - 1, 0).bit_length() + max(payloads - 1, 0).bit_length()
 
 
 def test_an_id_and_a_position_of_more_than_63_bits_are_told():

@@ -44,10 +44,6 @@ class DeviceBackend:
         self.guard.add(table)
         return table
 
-    def zeros(self, length: int, dtype: Any) -> Any:
-        """Tables allocate for themselves."""
-        raise NotImplementedError
-
     def memory_changed(self, gone: bool = False) -> None:  # noqa: ARG002
         """Take note that a table has other memory than before; each step asks where."""
         if self.guard is not None:

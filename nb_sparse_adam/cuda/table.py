@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from nb_sparse_adam.engine.codecs import PLAIN
 from nb_sparse_adam.engine.corrections import Corrections
 from nb_sparse_adam.engine.layout import State
 from nb_sparse_adam.engine.records import ELEMENT, GLOBAL
-from nb_sparse_adam.engine.state import MAX_INT32, TableState
+from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.engine.table_checks import READ_ONLY
 from nb_sparse_adam.errors import TableError, TableTypeError
 
@@ -67,7 +67,6 @@ class DeviceTable(TableState):
         self.launched = 0  # steps, as `SparseAdam` of torch shows them; counted once, whatever interrupts
         self.codec = PLAIN
         super().__init__(name, param, step_counts, backend)
-        self.param_stride = self.dim
         self.device_totals = self._new(2, np.int64)  # see `records.TABLE`; only rows that were skipped
 
     def _check_table(self, name: str, param: Any) -> Any:
@@ -129,17 +128,15 @@ class DeviceTable(TableState):
     def _appliers(self, arrays: State) -> None:
         """Return nothing: kernels of a GPU are launched."""
 
-    def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:
-        words, counts, *_ = arrays
+    _place_in_memory = staticmethod(address_of)
+
+    def _pairs_of(self, known: Corrections) -> Any:
         backend: Any = self.backend
         self._pairs = pairs = backend.guard.corrections(known)  # kept: the record has its address
-        return (
-            address_of(self.matrix), self.matrix.shape[0], self.param_stride, self.rows, self.dim,
-            address_of(words), words.shape[0], arrays.state_stride, arrays.exp_avg_sq_offset,
-            address_of(counts), counts.shape[0], arrays.count_stride, self.mode,
-            address_of(pairs), pairs.shape[0], known.complete, known.eps_hat,
-            address_of(self.device_totals),
-        )  # fmt: skip
+        return pairs
+
+    def _counted(self) -> Any:
+        return self.device_totals
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -235,9 +232,6 @@ class DeviceTable(TableState):
             self._launch(copies.convert_vector, narrow.shape[0], narrow, wide.reshape(narrow.shape[0]))
         self._set_counts(wide)  # filled: an interrupt finds the old ones or the new
 
-    def _wide_counts(self) -> Any:
-        return self.arrays.wide_counts(self._new)
-
     # --- to the host and back ---------------------------------------------------------------------------
 
     def _flat(self, array: Any) -> Window:
@@ -266,17 +260,8 @@ class DeviceTable(TableState):
         """Give the parameters, to be filled piece by piece."""
         return self._windows()["param"]
 
-    def room_to_load(self, steps: np.dtype[Any]) -> Callable[[], dict[str, Any]]:
-        """Allocate what is needed to take over counts; what it returns gives the arrays to be filled."""
-        wider = self._wide_counts() if self.arrays.counts.dtype.itemsize < steps.itemsize else None
-
-        def arrays() -> dict[str, Any]:
-            if wider is not None:
-                self._set_counts(wider)
-            self._highest_count = MAX_INT32
-            return {key: window for key, window in self._windows().items() if key != "param"}
-
-        return arrays
+    def _arrays_to_fill(self) -> dict[str, Any]:
+        return {key: window for key, window in self._windows().items() if key != "param"}
 
     def copy(self) -> dict[str, Any]:
         """Its part of a state dict, on the host."""
@@ -286,16 +271,8 @@ class DeviceTable(TableState):
             "skipped_rows": self.skipped_rows,
         }
 
-    def _filling(self, steps: NDArray[Any], *moments: NDArray[Any]) -> Callable[[], None]:
-        fits = int(steps.max(initial=0)) <= np.iinfo(self.arrays.counts.dtype).max
-        arrays = self.room_to_load(self.arrays.counts.dtype if fits else np.dtype(np.int64))
-
-        def fill() -> None:
-            windows = arrays()
-            for key, values in zip(("exp_avg", "exp_avg_sq", "steps"), (*moments, steps), strict=True):
-                windows[key].fill(values)
-
-        return fill
+    def _fill(self, into: Any, values: NDArray[Any]) -> None:
+        into.fill(values)
 
 
 class Window:

@@ -9,6 +9,7 @@ import numpy as np
 
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.formula import is_nonfinite
+from nb_sparse_adam.engine.grouping import first_bag
 from nb_sparse_adam.engine.integers import integer, integers
 from nb_sparse_adam.engine.records import COMPRESSED, DISTINCT, OVERFLOW, SEGMENTS
 from nb_sparse_adam.engine.sums import first_long, sum_blocks, sum_entry, sum_segment
@@ -18,18 +19,10 @@ __all__ = ["audit_for"]
 
 
 @jit
-def row_of_entry(gradient: Any, e: Any) -> Any:
+def row_of(gradient: Any, e: Any) -> Any:
     """The row of entry e, of the pointer of rows in the user's memory: for a message alone."""
     length = gradient["offsets_length"]
-    offsets = integers(gradient["offsets"], length, gradient["offsets_bytes"])
-    low, high = np.int64(0), length
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if integer(offsets, middle) <= e:
-            low = middle
-        else:
-            high = middle
-    return low
+    return first_bag(integers(gradient["offsets"], length, gradient["offsets_bytes"]), length, e)
 
 
 @jit
@@ -62,7 +55,7 @@ def audit_for(real: np.dtype[Any]) -> Any:
         if g.kind == COMPRESSED:
             for e in range(gradients[i]["ids_length"]):
                 if is_nonfinite(g.values, e * g.values_stride, 1, one):
-                    tell(record, e, row_of_entry(gradients[i], e), 1)
+                    tell(record, e, row_of(gradients[i], e), 1)
                     return
             return
         for s in range(record["units"]):

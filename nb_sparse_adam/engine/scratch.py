@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.records import BAGS, CSR, ROWS
 
-__all__ = ["BLOCK", "DIGIT_BITS", "SPARE", "Places", "bits_of", "bytes_needed", "is_wide", "places_of"]
+__all__ = ["BLOCK", "DIGIT_BITS", "SPARE", "Places", "bytes_needed", "is_wide", "places_of"]
 
 # The ids of one row are summed in blocks of this many, and the blocks' sums are added in order. Fixed, for
 # the bits depend on it: a row that takes half of a batch can then be summed by many threads.
@@ -119,10 +119,3 @@ def bytes_needed(
         return 16 * FEW + 512
     places = _places(form, n, rows, dim, values_rows, values_bytes, parts, mean, weighted, wide)
     return int(places.end)
-
-
-def bits_of(form: int, n: int, rows: int, dim: int, values_rows: int, weighted: bool) -> int:
-    """How many bits an id, or entry, and its payload take together; more than 63 cannot be grouped."""
-    keys = rows if form in (ROWS, BAGS) else rows * dim
-    payloads = values_rows if form == BAGS and not weighted else n
-    return max(keys - 1, 0).bit_length() + max(payloads - 1, 0).bit_length()

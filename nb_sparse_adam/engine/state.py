@@ -69,6 +69,7 @@ class TableState:
         self._dtype: np.dtype[Any] = self.param.dtype
         self.rows: int = self._shape[0]
         self.dim: int = self._shape[1] if len(self._shape) == 2 else 1
+        self.param_stride = self.dim
         self.note_place()
         self.target = Target(name, self.rows, self.dim, len(self._shape), self._dtype, backend.reader)
         self.arrays = self._allocate()
@@ -86,7 +87,12 @@ class TableState:
 
     def _allocate(self) -> State:
         self.matrix = np.asarray(self.param).reshape(self.rows, self.dim)
-        return allocate(self.rows, self.dim, self._dtype, PLAIN, self.mode, self.backend.zeros)
+        return allocate(self.rows, self.dim, self._dtype, PLAIN, self.mode, self._new)
+
+    def _new(self, length: int, dtype: Any) -> Any:
+        """Allocate zeros, 1-D, for state."""
+        host: Any = self.backend
+        return host.zeros(length, dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -253,13 +259,24 @@ class TableState:
     def _places(self, arrays: State, known: Corrections) -> tuple[int, ...]:
         """Return the fields of its record that say where things are, and which they are."""
         words, counts, *_ = arrays
+        pairs, place = self._pairs_of(known), self._place_in_memory
         return (
-            address_of(self.matrix), self.matrix.size, self.dim, self.rows, self.dim,
-            address_of(words), words.size, arrays.state_stride, arrays.exp_avg_sq_offset,
-            address_of(counts), counts.size, arrays.count_stride, self.mode,
-            address_of(known.pairs), known.pairs.size, known.complete, known.eps_hat,
-            address_of(self.totals),
+            place(self.matrix), self.matrix.size, self.param_stride, self.rows, self.dim,
+            place(words), words.size, arrays.state_stride, arrays.exp_avg_sq_offset,
+            place(counts), counts.size, arrays.count_stride, self.mode,
+            place(pairs), pairs.size, known.complete, known.eps_hat,
+            place(self._counted()),
         )  # fmt: skip
+
+    _place_in_memory: Callable[[Any], int] = staticmethod(address_of)
+
+    def _pairs_of(self, known: Corrections) -> Any:
+        """Return corrections where kernels can read them."""
+        return known.pairs
+
+    def _counted(self) -> Any:
+        """Return what kernels count in; see `records.TABLE`."""
+        return self.totals
 
     def _appliers(self, arrays: State) -> Any:
         """Return what applies gradients to tables of its kind."""
@@ -283,11 +300,7 @@ class TableState:
         while self.arrays.counts.dtype == np.int32:
             arrays, wide = self.arrays, self._wide_counts()
             wide[...] = arrays.steps
-            widened = arrays.with_counts(wide)  # filled: an interrupt finds the old ones or the new
-            self.backend.memory_changed()
-            if self.arrays is arrays:  # no signal handler has stepped meanwhile, and widened them itself
-                self.arrays = widened
-            self.backend.memory_changed()
+            self._exchange(arrays, arrays.with_counts(wide))  # filled: an interrupt finds these or the old
 
     def _wide_counts(self) -> NDArray[np.int64]:
         """Make room for all counts in 64 bits."""
@@ -296,12 +309,18 @@ class TableState:
                 f"table {self.name!r} needs counts of 64 bits within a kernel_table block, which goes on "
                 "with those that it was lent: step or load after it"
             )
-        return self.arrays.wide_counts(self.backend.zeros)
+        return self.arrays.wide_counts(self._new)
 
     def _set_counts(self, counts: NDArray[np.int64]) -> None:
         """Go on with wider counts, in memory of their own."""
-        self.backend.memory_changed()  # first: whatever interrupts, the next step looks again
-        self.arrays = self.arrays.with_counts(counts)
+        arrays = self.arrays
+        self._exchange(arrays, arrays.with_counts(counts))
+
+    def _exchange(self, old: State, new: State) -> None:
+        """Go on with other arrays, unless a signal handler's step has put others in the place of the old."""
+        self.backend.memory_changed()  # before as well: whatever interrupts, the next step looks again
+        if self.arrays is old:
+            self.arrays = new
         self.backend.memory_changed()
 
     def counts_have_changed(self) -> None:
@@ -349,11 +368,15 @@ class TableState:
             if wider is not None:
                 self._set_counts(wider)
             self._highest_count = MAX_INT32  # should it be filled in part: look at all before the next step
-            kept = self.arrays
-            moments = {"exp_avg": self._shaped(kept.exp_avg), "exp_avg_sq": self._shaped(kept.exp_avg_sq)}
-            return {**moments, "steps": self._steps()}
+            return self._arrays_to_fill()
 
         return arrays
+
+    def _arrays_to_fill(self) -> dict[str, Any]:
+        """Give exp_avg, exp_avg_sq and steps, writeable."""
+        kept = self.arrays
+        moments = {"exp_avg": self._shaped(kept.exp_avg), "exp_avg_sq": self._shaped(kept.exp_avg_sq)}
+        return {**moments, "steps": self._steps()}
 
     def loaded(self, skipped_rows: int) -> None:
         """Take note that all arrays have been filled."""
@@ -453,19 +476,19 @@ class TableState:
 
         return load
 
+    def _fill(self, into: Any, values: NDArray[Any]) -> None:
+        """Set all of one of the arrays that `room_to_load` gives."""
+        into[...] = values
+
     def _filling(self, steps: NDArray[Any], *moments: NDArray[Any]) -> Callable[[], None]:
         """Allocate what is needed to take over counts and moments; return what does it, and cannot fail."""
-        wider = None
-        if int(steps.max(initial=0)) > np.iinfo(self.arrays.counts.dtype).max:
-            wider = self._wide_counts()
+        fits = int(steps.max(initial=0)) <= np.iinfo(self.arrays.counts.dtype).max
+        arrays = self.room_to_load(self.arrays.counts.dtype if fits else np.dtype(np.int64))
 
         def fill() -> None:
-            if wider is not None:
-                self._set_counts(wider)
-            kept = self.arrays
-            kept.steps[...] = steps.reshape(kept.shape_of_counts)
-            for into, moment in zip((kept.exp_avg, kept.exp_avg_sq), moments, strict=True):
-                into[...] = moment.reshape(self.rows, self.dim)
+            into = arrays()
+            for key, values in zip(("exp_avg", "exp_avg_sq", "steps"), (*moments, steps), strict=True):
+                self._fill(into[key], values)
 
         return fill
 
