@@ -51,7 +51,7 @@ def first_bag(offsets: Any, bags: Any, position: Any) -> Any:
 @jit(inlined=False)
 def pack_bags(
     ids: Any, first: Any, last: Any, limit: Any, row_shift: Any, packed: Any, offsets: Any,
-    offsets_length: Any, bags: Any, n: Any, scales: Any, bag_of: Any,
+    offsets_length: Any, bags: Any, n: Any, scales: Any,
 ) -> Any:  # fmt: skip
     """Pack each id with its bag, or, of other scales, the key that they make together with the position.
 
@@ -67,8 +67,6 @@ def pack_bags(
     scales : pair of int64
         (0, 0): the payload is the bag. Else the key is id * scales[0] + bag * scales[1], the payload the
         position.
-    bag_of : list
-        Written as well, unless it is empty.
 
     Returns
     -------
@@ -97,12 +95,28 @@ def pack_bags(
                 largest = max(largest, np.uint64(row))
                 row = row if np.uint64(row) < np.uint64(limit) else np.int64(0)
                 packed[i] = ((row * id_scale + bag * bag_scale) << row_shift) | np.int64(i)
-            if len(bag_of) > 0:
-                for i in range(np.uint64(start), np.uint64(end)):
-                    bag_of[i] = bag
         start = end
         bag += 1
     return bool(last <= first or largest < np.uint64(limit)), True
+
+
+@jit(inlined=False)
+def write_bags(
+    offsets: Any, offsets_length: Any, bags: Any, first: Any, last: Any, n: Any, bag_of: Any
+) -> None:
+    """Write the bag of each of the positions first:last.
+
+    Offsets have been found right. Should they have been changed since, it is some bag: this is memory of the
+    user.
+    """
+    bag = first_bag(offsets, bags, first)
+    i = first
+    while i < last:
+        end = integer(offsets, bag + 1) if bag + 1 < min(bags, offsets_length) else n
+        while i < min(end, last):
+            bag_of[np.uint64(i)] = bag
+            i += 1
+        bag += 1
 
 
 @jit(inlined=False)

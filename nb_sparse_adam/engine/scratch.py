@@ -3,6 +3,9 @@
 All of it is bounded by what is known beforehand, so that Python makes it, once, and no kernel allocates.
 Python asks `bytes_needed`, kernels ask `places_of`: both are the same lines.
 
+Once ids are sorted, the half of the memory that they are not in has room behind the starts of segments. What
+is written from then on lies there, if it fits: `late` says where.
+
 Lists of places, and counters of them, are int32, or int64 in a step with a gradient that needs that: kernels
 are compiled for either, and take them to be of the dtype of the step's `counters`.
 """
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.records import BAGS, CSR, ROWS
 
-__all__ = ["BLOCK", "DIGIT_BITS", "SPARE", "Places", "bytes_needed", "is_wide", "places_of"]
+__all__ = ["BLOCK", "DIGIT_BITS", "SPARE", "Places", "bytes_needed", "is_wide", "late", "places_of"]
 
 # The ids of one row are summed in blocks of this many, and the blocks' sums are added in order. Fixed, for
 # the bits depend on it: a row that takes half of a batch can then be summed by many threads.
@@ -36,12 +39,12 @@ class Places(NamedTuple):
 
     packed: Any  # (n + 1,) int64
     other: Any  # (n + 1,) int64: what packed ids are moved to, then (segments + 1,) starts
-    bag_of: Any  # list, (n,)
+    bag_of: Any  # `late`: list, (n,)
     reciprocals: Any  # (values_rows,) of the values' dtype
     long: Any  # (n // BLOCK + parts,) int64
     long_first: Any  # one more
     saved: Any  # as many: ids of the long segments before, less their blocks
-    block_sums: Any  # (2n // BLOCK, dim) of the values' dtype
+    block_sums: Any  # `late`: (2n // BLOCK, dim) of the values' dtype
     counters: Any  # list, (parts, 1 << DIGIT_BITS), if there are several parts
     row_starts: Any  # list, (min(n, rows) + 1,)
     present_rows: Any  # list, (parts, piece)
@@ -63,25 +66,35 @@ def _places(
     entries = form != ROWS and form != BAGS
     rest, lines = 63, -64  # sizes are rounded up to whole cache lines: no two arrays share one
     other = (8 * (n + 1) + rest) & lines
-    bag_of = 2 * other
-    reciprocals = bag_of + (((width * n if weighted else 0) + rest) & lines)
+    starts = (width * (n + 1) + rest) & lines
+    bags = width * n if weighted else 0
+    bags_fit = bags <= other - starts
+    reciprocals = 2 * other + (0 if bags_fit else (bags + rest) & lines)
     long = reciprocals + (((values_bytes * values_rows if mean else 0) + rest) & lines)
     long_room = (8 * (n // BLOCK + parts + 1) + rest) & lines
     block_sums = long + 3 * long_room
     sums = 0 if entries else (2 * n // BLOCK) * dim * values_bytes
-    counters = block_sums + ((sums + rest) & lines)
+    sums_fit = bags == 0 and sums <= other - starts
+    counters = block_sums + (0 if sums_fit else (sums + rest) & lines)
     row_starts = counters + ((width * parts << DIGIT_BITS) if parts > 1 else 0)
     present_rows = row_starts + (((width * (min(n, rows) + 1) if entries else 0) + rest) & lines)
     piece = min((rows + parts - 1) // parts, n) + 1 + SPARE if form == CSR else 0
     pieces = (width * piece * parts + rest) & lines
     return Places(
-        0, other, bag_of, reciprocals, long, long + long_room, long + 2 * long_room, block_sums, counters,
-        row_starts, present_rows, present_rows + pieces, piece, present_rows + 2 * pieces,
+        0, other, starts if bags_fit else 2 * other, reciprocals, long, long + long_room,
+        long + 2 * long_room, starts if sums_fit else block_sums, counters, row_starts, present_rows,
+        present_rows + pieces, piece, present_rows + 2 * pieces,
     )  # fmt: skip
 
 
 places_of = jit(inlined=False)(_places)
 """Return the `Places` of a gradient; parameters as of `bytes_needed`, and whether lists are wide."""
+
+
+@jit
+def late(scratch: Any, places: Any, half: Any, place: Any) -> Any:
+    """Return the address of what is written after the sort, which left the ids in the half ``half``."""
+    return scratch + place + ((1 - half) * places.other if place < places.other else 0)
 
 
 def bytes_needed(

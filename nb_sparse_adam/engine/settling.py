@@ -35,7 +35,7 @@ from nb_sparse_adam.engine.records import (
     WEIGHT_NOT_FINITE,
 )
 from nb_sparse_adam.engine.scanning import first_id_out_of_range, first_wrong_offset
-from nb_sparse_adam.engine.scratch import BLOCK
+from nb_sparse_adam.engine.scratch import BLOCK, late
 from nb_sparse_adam.engine.screening import first_not_finite, magnitude_of_bits, surely_finite
 from nb_sparse_adam.engine.stages import (
     COUNT,
@@ -262,10 +262,10 @@ def finish(g: Any, table: Any, f: Any, parts: Any, tasks: Any, places: Any, coun
             begin = end
     else:
         lead = parts[first]
-        f["packed"] = scratch + lead["half"] * places.other
-        f["starts"] = scratch + (1 - lead["half"]) * places.other
+        half = lead["half"]
+        f["packed"], f["starts"] = scratch + half * places.other, late(scratch, places, half, zero)
         f["row_shift"] = lead["row_shift"]
-        f["bag_of"] = scratch + places.bag_of if g["weights"] else 0
+        f["bag_of"] = late(scratch, places, half, places.bag_of) if g["weights"] else 0
         f["reciprocals"] = scratch + places.reciprocals if g["mean"] else 0
         starts = array_at(f["starts"], n + 1, counters)
         f["units"] = parts[last - 1]["first_head"] + parts[last - 1]["heads"]
@@ -280,7 +280,7 @@ def finish(g: Any, table: Any, f: Any, parts: Any, tasks: Any, places: Any, coun
             cut(row_starts, zero, f["present"], zero, no_long, no_long, tasks, first_task, count)
         else:
             f["long"], f["long_first"] = scratch + places.long, scratch + places.long_first
-            f["block_sums"] = scratch + places.block_sums
+            f["block_sums"] = late(scratch, places, half, places.block_sums)
             long = array_at(f["long"], f["long_length"], np.int64)
             saved = array_at(scratch + places.saved, f["long_length"] + 1, np.int64)
             cut(starts, zero, f["units"], np.int64(ROW_COST), long, saved, tasks, first_task, count)

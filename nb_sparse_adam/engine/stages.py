@@ -32,6 +32,7 @@ from nb_sparse_adam.engine.grouping import (
     pack_listed_rows,
     pack_pairs,
     pack_positions,
+    write_bags,
     write_row_starts,
     write_starts,
 )
@@ -44,7 +45,7 @@ from nb_sparse_adam.engine.scanning import (
     scan_columns,
     scan_ids_of_part,
 )
-from nb_sparse_adam.engine.scratch import BLOCK, places_of
+from nb_sparse_adam.engine.scratch import BLOCK, late, places_of
 from nb_sparse_adam.engine.screening import largest_bits
 
 __all__ = [
@@ -217,12 +218,11 @@ def pack(g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi:
     else:
         offsets = integers(g["offsets"], g["offsets_length"], g["offsets_bytes"])
         weighted = form == BAGS and g["weights"] != 0
-        bag_of = array_at(g["scratch"] + places.bag_of, n if weighted else 0, counters)
         scales = np.int64(1 if weighted else 0), np.int64(0)
         if form == CSC:
             scales = dim, np.int64(1)
         bags, length = pointer_of(g, table), g["offsets_length"]
-        fit, in_bags = pack_bags(ids, lo, hi, rows, shift, packed, offsets, length, bags, n, scales, bag_of)
+        fit, in_bags = pack_bags(ids, lo, hi, rows, shift, packed, offsets, length, bags, n, scales)
         part["wrong"], part["columns_wrong"] = form == BAGS and not fit, form == CSC and not fit
         part["changed"] |= not in_bags
 
@@ -239,17 +239,24 @@ def must_sort(g: Any, part: Any) -> Any:
 
 @jit(inlined=False)
 def write(
-    g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi: Any, packed: Any, other: Any
+    g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi: Any, packed: Any, half: Any
 ) -> None:
-    """Write where the segments of a part start, and list the long ones that begin and end in it."""
+    """Write where the segments of a part start, and list the long ones that begin and end in it.
+
+    And the bags of weighted ids, at the positions of the part.
+    """
     n, shift, first = g["ids_length"], part["row_shift"], part["first_head"]
-    starts = array_at(other, n + 1, counters)
+    starts = array_at(late(g["scratch"], places, half, np.int64(0)), n + 1, counters)
     if g["form"] >= CSR:
         row_starts = array_at(g["scratch"] + places.row_starts, min(n, table["rows"]) + 1, counters)
         first_row = part["first_row_head"]
         write_row_starts(packed, lo, hi, shift, table["dim"], starts, row_starts, first, first_row)
     else:
         part["heads"] = write_starts(packed, lo, hi, shift, starts, first) - first
+    if g["form"] == BAGS and g["weights"] != 0:
+        bag_of = array_at(late(g["scratch"], places, half, places.bag_of), n, counters)
+        offsets = integers(g["offsets"], g["offsets_length"], g["offsets_bytes"])
+        write_bags(offsets, g["offsets_length"], g["values_rows"], lo, hi, n, bag_of)
     long = array_at(g["scratch"] + places.long, n // BLOCK + g["parts"], np.int64)
     at = lo // BLOCK + part["which"]
     last = first + max(part["heads"], 1) - 1  # where the last one ends is not known yet

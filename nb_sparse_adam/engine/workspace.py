@@ -52,10 +52,9 @@ class Workspace:
             self._room = room
         if not size <= self._size <= self._TOO_LARGE * max(size, 1 << 16):
             self._size = 0  # should this fail, or be interrupted, nobody takes it for what it is not
-            room_with_spare = size + size // 8
-            self._bytes = np.empty(room_with_spare + CACHE_LINE, np.uint8)
+            self._bytes = np.empty(size + CACHE_LINE, np.uint8)
             self.address = -(-address_of(self._bytes) // CACHE_LINE) * CACHE_LINE
-            self._size = room_with_spare
+            self._size = size
 
     def _make(self, dim: int, gradients: int, parts: int, tasks: int, threads: int, wide: bool) -> None:
         self._room = ()  # should this fail, or be interrupted, it is made again
