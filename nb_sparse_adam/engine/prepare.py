@@ -36,7 +36,7 @@ from nb_sparse_adam.engine.records import (
     TABLE,
     TASK,
 )
-from nb_sparse_adam.engine.scratch import DIGIT_BITS, bytes_needed, is_wide
+from nb_sparse_adam.engine.scratch import DIGIT_BITS, bytes_needed, is_wide, late
 from nb_sparse_adam.engine.settling import settle
 from nb_sparse_adam.engine.stages import (
     COUNT,
@@ -119,7 +119,6 @@ def do_stage(step: Any, counters: Any, unit: Any, t: Any) -> None:
     while True:
         stage = lead["stage"]
         packed = array_at(scratch + lead["half"] * places.other, n, np.int64)
-        other = scratch + (1 - lead["half"]) * places.other
         digit_shift = shift + lead["sorted_by"] * bits
         count = stage == COUNT
         if (stage == SCAN and must_sort(g, part)) or (stage == PACK and part["packed"] == 0):
@@ -134,7 +133,8 @@ def do_stage(step: Any, counters: Any, unit: Any, t: Any) -> None:
                 lead["counters"] = own
             part["unsorted"] = count_digits(packed, lo, hi, digit_shift, counts)
         elif stage == MOVE:
-            move_by_digit(packed, array_at(other, n, np.int64), lo, hi, digit_shift, counts)
+            other = array_at(late(scratch, places, lead["half"], np.int64(0)), n, np.int64)
+            move_by_digit(packed, other, lo, hi, digit_shift, counts)
         elif stage == HEADS:
             part["heads"] = count_heads(packed, lo, hi, shift)
             if g["form"] >= CSR:

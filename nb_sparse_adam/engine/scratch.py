@@ -93,7 +93,10 @@ places_of = jit(inlined=False)(_places)
 
 @jit
 def late(scratch: Any, places: Any, half: Any, place: Any) -> Any:
-    """Return the address of what is written after the sort, which left the ids in the half ``half``."""
+    """Return the address of a place in the half that packed ids, now in ``half``, are not in; or behind both.
+
+    Ids are moved there by a digit. Once they are sorted, starts are written there, and what follows.
+    """
     return scratch + place + ((1 - half) * places.other if place < places.other else 0)
 
 
