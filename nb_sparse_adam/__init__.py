@@ -4,6 +4,7 @@ from nb_sparse_adam import errors
 from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
 from nb_sparse_adam.kernels import apply_row_gradient
 from nb_sparse_adam.optimizer import SparseAdam
+from nb_sparse_adam.warming import warm_up
 
 __all__ = [
     "BagGradient",
@@ -13,6 +14,7 @@ __all__ = [
     "__version__",
     "apply_row_gradient",
     "errors",
+    "warm_up",
 ]
 
 __version__ = "0.1.0"

@@ -1,9 +1,10 @@
-"""The command line: ``nb-sparse-adam train``, ``bench`` and ``info``."""
+"""The command line: ``nb-sparse-adam train``, ``bench``, ``warm-up`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numba
+
 from nb_sparse_adam import info
+from nb_sparse_adam.engine.compilations import LOGGER
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
 from nb_sparse_adam.extras import require
 from nb_sparse_adam.files import prepare_folder, write_whole
@@ -21,6 +25,7 @@ from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecor
 from nb_sparse_adam.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam.recommender.ranking import Quality, popularity_quality
 from nb_sparse_adam.recommender.reading import FORMATS, read_interactions, read_split
+from nb_sparse_adam.warming import DTYPES, GRADIENTS, warm_up
 
 __all__ = ["main"]
 
@@ -101,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_bench(commands)
+    _add_warm_up(commands)
     text = "show versions, threads, the kernel cache, and which extras work"
     info_parser = commands.add_parser("info", help=text)
     info_parser.set_defaults(run=_info, parser=info_parser)
@@ -185,6 +191,31 @@ def _add_bench(commands: Any) -> None:
     bench.set_defaults(run=_bench, parser=bench)
 
 
+def _add_warm_up(commands: Any) -> None:
+    warm = commands.add_parser(
+        "warm-up",
+        help="compile kernels ahead of the first step",
+        description="Compile what steps need and keep it on disk, so that no first step waits for it: when "
+        "an image is built, or before a server starts. It is kept in the folder that `nb-sparse-adam info` "
+        "names; NUMBA_CACHE_DIR names another one. Code is for the type of processor that compiles it: on "
+        "another type it is compiled again. A dtype with a count takes some 5 seconds, the first 10 more.",
+    )
+    for flag, allowed, default, text in (
+        ("--dtype", DTYPES, DTYPES[:1], "of the tables"),
+        ("--step-counts", STEP_COUNTS, STEP_COUNTS, "what steps count"),
+        ("--gradients", GRADIENTS, GRADIENTS, "forms of gradients (csr is all of scipy.sparse)"),
+    ):
+        warm.add_argument(
+            flag,
+            nargs="+",
+            choices=allowed,
+            default=default,
+            metavar="NAME",
+            help=f"{text}: some of {', '.join(allowed)} (default: {' '.join(default)})",
+        )
+    warm.set_defaults(run=_warm_up, parser=warm)
+
+
 def _add_out(group: argparse._ActionsContainer, default: str, what: str) -> None:
     text = f"folder for {what} (default: %(default)s)"
     group.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)
@@ -232,6 +263,32 @@ _fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both exclude
 def _info(_: argparse.Namespace) -> int:
     for line in info.report_lines():
         print(line)
+    return 0
+
+
+def _warm_up(arguments: argparse.Namespace) -> int:
+    if numba.config.DISABLE_JIT:
+        print("NUMBA_DISABLE_JIT is set: there is nothing to compile")
+        return 0
+    folder = info.cache_folder()
+    if folder is None:
+        print(
+            "error: no folder can be written to, so that what is compiled here would be of no use to other "
+            "processes: set NUMBA_CACHE_DIR to a folder that can",
+            file=sys.stderr,
+        )
+        return 1
+    lost = 0
+    for dtype in arguments.dtype:
+        for counts in arguments.step_counts:
+            done = warm_up(dtype, counts, arguments.gradients)
+            what = f"{done.compiled} kernels compiled" if done.compiled else "all found on disk"
+            print(f"{dtype}, {counts} counts: {what}, {done.seconds:.1f} s", flush=True)
+            lost += done.compiled - done.kept
+    if lost:
+        print(f"error: {lost} kernels were compiled, but not written to {folder}", file=sys.stderr)
+        return 1
+    print(f"kept in {folder}")
     return 0
 
 
@@ -350,10 +407,11 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
 
 
 class _Progress:
-    """A bar on a terminal, and a line on stdout for each evaluation."""
+    """A bar on a terminal; a line on stdout for each evaluation, and on stderr when steps are compiled."""
 
     def __init__(self, model: BPRModel, wanted: bool) -> None:
         self._options, self._bar = model.options, None
+        self._handler, self._level = _Handler(self._say), LOGGER.level
         if wanted and sys.stderr.isatty():
             self._bar = require("tqdm", "train", "the progress bar (see --no-progress)").tqdm(
                 total=model.interactions * model.options.epochs,
@@ -364,11 +422,21 @@ class _Progress:
             )
 
     def __enter__(self) -> _Progress:
+        LOGGER.addHandler(self._handler)
+        LOGGER.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *error: object) -> None:
+        LOGGER.setLevel(self._level)
+        LOGGER.removeHandler(self._handler)
         if self._bar is not None:
             self._bar.close()
+
+    def _say(self, line: str, file: Any) -> None:
+        if self._bar is None:
+            print(line, file=file, flush=True)
+        else:
+            self._bar.write(line, file=file)
 
     def on_batch(self, interactions: int, loss: float) -> None:
         if self._bar is not None:
@@ -386,10 +454,19 @@ class _Progress:
             f"epoch {record.epoch:3}  loss {record.loss:.4f}  {_describe(record.quality, self._options.top)}"
             f"  {record.interactions / record.seconds:,.0f} interactions/s"
         )
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line, file=sys.stdout)
+        self._say(line, sys.stdout)
+
+
+class _Handler(logging.Handler):
+    """Says what the library logs on stderr."""
+
+    def __init__(self, say: Callable[[str, Any], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it in a line."""
+        self._say(record.getMessage(), sys.stderr)
 
 
 def _describe(quality: Quality, top: int) -> str:

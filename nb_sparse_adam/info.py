@@ -14,11 +14,12 @@ import numba
 import numpy as np
 
 from nb_sparse_adam.engine import cpu_limits, threads
+from nb_sparse_adam.engine.kernel_cache import folder_of
 from nb_sparse_adam.engine.rearranging import take_rows
 from nb_sparse_adam.errors import MissingExtraError
 from nb_sparse_adam.extras import EXTRAS, install_command, require
 
-__all__ = ["report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
+__all__ = ["cache_folder", "report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -81,10 +82,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cache_folder() -> str:
-    stats = getattr(take_rows, "stats", None)
-    folder = getattr(stats, "cache_path", None)
-    return str(folder) if folder else "none: kernels are compiled in every process (set NUMBA_CACHE_DIR)"
+def cache_folder() -> str | None:
+    """Return where kernels are kept; None if no folder can be written to."""
+    return folder_of(take_rows)
 
 
 def unusable(extra: str) -> list[str]:
@@ -125,7 +125,8 @@ def report_lines() -> Iterator[str]:
             remedy = f" (pip install tbb, and set LD_LIBRARY_PATH={os.path.join(sys.prefix, 'lib')})"
             yield f"{'':16} {name} cannot be loaded: {reason}{remedy if name == 'tbb' else ''}"
     yield f"{'GPUs':16} {gpus()}"
-    yield f"{'kernel cache':16} {_cache_folder()}"
+    nowhere = "none: kernels are compiled in every process (set NUMBA_CACHE_DIR)"
+    yield f"{'kernel cache':16} {cache_folder() or nowhere}"
     for extra in EXTRAS:
         reasons = unusable(extra)
         yield f"{'extra ' + extra:16} {'usable' if not reasons else 'NOT usable: ' + install_command(extra)}"

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
 from nb_sparse_adam import __main__, extras, info
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.recommender import report
+from nb_sparse_adam.engine import compilations
+from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam.recommender import BPRModel, report
 from nb_sparse_adam.recommender.interactions import generate
+from nb_sparse_adam.warming import WarmUp
 
 ROOT = Path(__file__).parents[1]
 FILES = {"embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"}
@@ -329,6 +333,72 @@ def test_a_second_interrupt_leaves_whole_files(ratings, tmp_path, capsys, monkey
     assert after.keys() == before.keys()  # nothing temporary is left
     assert after["embeddings.safetensors"] != before["embeddings.safetensors"]
     assert after["items.csv"] == before["items.csv"]
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_a_compilation_is_told_on_stderr(ratings, tmp_path, capsys, monkeypatch, on_a_terminal):
+    fit = BPRModel.fit
+
+    def compiling(*arguments):
+        @jit(entry=True, announced="what is new")
+        def new(x):
+            return x + 1
+
+        assert new(1) == 2
+        return fit(*arguments)
+
+    terminal = Terminal()
+    if on_a_terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compilations, "_announced", False)
+    monkeypatch.setattr(BPRModel, "fit", compiling)
+    before = compilations.LOGGER.level, list(compilations.LOGGER.handlers)
+    assert main(["train", str(ratings), *options(tmp_path / "run")]) == 0
+    assert (compilations.LOGGER.level, compilations.LOGGER.handlers) == before
+    said = terminal.text if on_a_terminal else capsys.readouterr().err
+    assert said.count("compiling ") == 1
+    assert f"compiling what is new, once on this machine, for it is kept in {tmp_path / 'cache'}" in said
+
+
+def test_warming_up_is_refused_where_nothing_can_be_kept(capsys, monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 0)
+    monkeypatch.setattr(info, "cache_folder", lambda: None)
+    assert main(["warm-up"]) == 1
+    said = capsys.readouterr()
+    assert "NUMBA_CACHE_DIR" in said.err
+    assert said.out == ""
+
+
+def test_a_disk_that_keeps_nothing_is_an_error_of_warming_up(capsys, monkeypatch):
+    given = []
+
+    def full(*arguments):
+        given.append(arguments)
+        return WarmUp(3, 1, 2.0, "somewhere")
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 0)
+    monkeypatch.setattr(info, "cache_folder", lambda: "somewhere")
+    monkeypatch.setattr(__main__, "warm_up", full)
+    assert (
+        main(["warm-up", "--dtype", "float64", "--step-counts", "row", "global", "--gradients", "csr"]) == 1
+    )
+    said = capsys.readouterr()
+    assert given == [("float64", "row", ["csr"]), ("float64", "global", ["csr"])]
+    assert "float64, row counts: 3 kernels compiled, 2.0 s" in said.out
+    assert "4 kernels were compiled, but not written to somewhere" in said.err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--dtype", "float16"), ("--step-counts", "rows")])
+def test_kinds_that_there_are_not_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["warm-up", flag, value])
+    assert caught.value.code == 2
+    assert value in capsys.readouterr().err
 
 
 # --- progress and info ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ PUBLIC = [
     "__version__",
     "apply_row_gradient",
     "errors",
+    "warm_up",
 ]
 
 

@@ -121,6 +121,10 @@ from nb_sparse_adam.engine.compile import jit
 def take(x, i):
     return x[i]
 
+@jit(entry=True, announced="what adds")
+def add(x, y):
+    return x + y
+
 def make(k):
     @jit
     def times(x):
@@ -513,6 +517,64 @@ def test_kernels_of_a_gpu_are_kept_in_the_same_way(install):
     with open(install / "nb_sparse_adam" / "cuda" / "records.py", "a", encoding="utf-8") as file:
         file.write("# edited")
     assert run() == [None] * 4
+
+
+# --- that something is compiled is told ---------------------------------------------------------------------
+
+LISTEN = """
+import logging, numba
+class Handler(logging.Handler):
+    def emit(self, record):
+        told.append([record.levelname, record.getMessage(), len(add.overloads)])
+        {more}
+told = []
+logging.getLogger("nb_sparse_adam").addHandler(Handler())
+logging.getLogger("nb_sparse_adam").setLevel(logging.INFO)
+out = [take(np.ones(1), 0), add(1, 2), add(1.5, 2), told]
+"""
+
+
+def test_a_long_compilation_is_told_before_it_begins_once_a_process(small, install):
+    (taken, *sums, told), said = small(LISTEN.format(more=""))
+    assert (taken, sums, said) == (1, [3, 3.5], [])
+    ((level, message, compiled),) = told
+    assert (level, compiled) == ("INFO", 0)
+    assert message.startswith("compiling what adds, once on this machine, for it is kept in ")
+    assert str(install / "__pycache__") in message
+    assert "warm_up()" in message
+    assert "nb-sparse-adam warm-up" in message
+    assert small(LISTEN.format(more=""))[0][-1] == []  # all of it is on the disk
+
+
+@pytest.mark.parametrize("more", ["raise RuntimeError", "told.append(add(1, 2)); told.append(add(0.5, 1))"])
+def test_what_a_handler_does_is_its_own_affair(small, more):
+    (_, *sums, told), said = small(LISTEN.format(more=more))
+    assert (sums, said) == ([3, 3.5], [])
+    assert told[0][0] == "INFO"
+    assert told[1:] in ([], [3, 1.5])
+
+
+def test_where_nothing_can_be_kept_it_is_told_of_every_process(small, read_only):
+    nowhere = os.devnull + "/nowhere"
+    (read_only / "__pycache__").write_text("a file, where a folder cannot be made")
+    env = dict.fromkeys(["HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"], nowhere)
+    for _ in range(2):
+        (_, *sums, told), said = small(LISTEN.format(more=""), **env)
+        assert (sums, said) == ([3, 3.5], [])
+        assert "compiling what adds, in every process" in told[0][1]
+        assert "NUMBA_CACHE_DIR" in told[0][1]
+
+
+def test_nobody_is_told_who_does_not_listen(small):
+    code = """
+    import logging
+    logging.basicConfig()
+    out = [add(1, 2)]
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger().handlers[0].emit = lambda record: out.append(record.name)
+    out.append(add(1.5, 2))
+    """
+    assert small(code) == [[3, "nb_sparse_adam", 3.5], []]
 
 
 # --- trouble ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 from numba import cuda
 from numpy.typing import NDArray
 
+from nb_sparse_adam.engine.compilations import Announcement
 from nb_sparse_adam.engine.kernel_cache import keep_on_disk
 
 __all__ = [
@@ -68,7 +69,8 @@ def kernel(function: Function) -> Any:
     compiled = cuda.jit(function)
     if not SIMULATED:
         version = getattr(sys.modules.get("numba_cuda"), "__version__", "")
-        keep_on_disk(compiled, "numba.cuda.dispatcher.CUDACache", version)
+        announcement = Announcement("kernels of a GPU")
+        keep_on_disk(compiled, "numba.cuda.dispatcher.CUDACache", version, announcement=announcement)
     return compiled
 
 

@@ -97,7 +97,7 @@ def _drivers(worker: Any, view: Any, opened: Any, real: Any, count: Any, count_r
         array_at(job[0]["status"], 1, np.int64)[0] = 1
         return np.int64(-1)
 
-    @jit(entry=True)
+    @jit(entry=True, announced=f"what applies gradients to {np.dtype(real)} tables")
     def work(phase: Any, unit: Any, t: Any, job: Any) -> None:
         """Do a task: in phase 0 its part of the blocks of its gradient, then its run of units."""
         tables, gradients, found, _, tasks = open_step(job)

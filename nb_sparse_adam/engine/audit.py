@@ -45,7 +45,7 @@ def audit_for(real: np.dtype[Any]) -> Any:
     """
     opened = open_gradient(real)
 
-    @jit(entry=True)
+    @jit(entry=True, announced=f"what looks for {real} sums that overflow")
     def audit(tables: Any, gradients: Any, found: Any, i: Any, scratch: Any) -> None:
         record, dim = found[i], tables[i]["dim"]
         g = opened(gradients[i], record)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 import numba
 
 from nb_sparse_adam.engine import inner
+from nb_sparse_adam.engine.compilations import WARM_UP, Announcement
 from nb_sparse_adam.engine.kernel_cache import keep_on_disk
 
 __all__ = ["jit"]
@@ -23,7 +24,12 @@ def jit(function: Function) -> Function: ...
 
 @overload
 def jit(
-    *, entry: bool = ..., parallel: bool = ..., allocates: bool = ..., inlined: bool = ...
+    *,
+    entry: bool = ...,
+    parallel: bool = ...,
+    allocates: bool = ...,
+    inlined: bool = ...,
+    announced: str = ...,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -34,6 +40,7 @@ def jit(
     parallel: bool = False,
     allocates: bool = False,
     inlined: bool = True,
+    announced: str = "",
 ) -> Any:
     """Compile a function for other compiled functions, or for Python, at its first call.
 
@@ -66,14 +73,18 @@ def jit(
         Whether the function makes arrays.
     inlined : bool, default True
         False: where it is called, it is the compiler's choice. For what runs once in a while and is long.
+    announced : str, optional
+        Of what Python calls and takes about a second to compile, or longer: which kernels they are, for
+        whoever waits (`compilations`).
     """
+    options = entry or parallel, parallel, allocates, inlined, announced
     if function is None:
-        return lambda function: _compile_lazily(function, entry or parallel, parallel, allocates, inlined)
-    return _compile_lazily(function, entry or parallel, parallel, allocates, inlined)
+        return lambda function: _compile_lazily(function, *options)
+    return _compile_lazily(function, *options)
 
 
 def _compile_lazily(
-    function: Callable[..., Any], entry: bool, parallel: bool, allocates: bool, inlined: bool
+    function: Callable[..., Any], entry: bool, parallel: bool, allocates: bool, inlined: bool, announced: str
 ) -> Any:
     options: dict[str, Any] = {
         "error_model": "numpy",
@@ -91,5 +102,6 @@ def _compile_lazily(
             function.__qualname__ = function.__name__ + uuid.uuid4().hex
     compiled = numba.njit(**options)(function)
     if kept and compiled is not function:  # as it is with NUMBA_DISABLE_JIT=1
-        keep_on_disk(compiled, "numba.core.caching.FunctionCache")
+        announcement = Announcement(announced, WARM_UP)
+        keep_on_disk(compiled, "numba.core.caching.FunctionCache", announcement=announcement)
     return compiled

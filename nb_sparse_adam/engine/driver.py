@@ -116,8 +116,8 @@ def _same_mode(mode: Any) -> Any:
     return mode
 
 
-def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, **options: bool) -> Any:
-    @jit(**options)
+def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, parallel: bool = False) -> Any:
+    @jit(parallel=parallel)
     def drive(threads: Any, begin: Any, work: Any, job: Any) -> Any:
         before, mode = set_threads(threads), mode_of_caller()
         turns = new_turns()
@@ -142,7 +142,7 @@ def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, **options: boo
 
 
 _alone = _driver(_same_threads, _no_mode, _same_mode)
-_drive = _driver(swap_threads, float_mode, swap_float_mode, entry=True, parallel=True)
+_drive = _driver(swap_threads, float_mode, swap_float_mode, parallel=True)
 
 
 @jit(entry=True)

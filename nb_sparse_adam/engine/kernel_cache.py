@@ -34,9 +34,10 @@ import llvmlite
 import numba
 import numpy as np
 
+from nb_sparse_adam.engine.compilations import Announcement, begun, kept
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["SOURCES", "STAMP", "keep_on_disk"]
+__all__ = ["SOURCES", "STAMP", "folder_of", "keep_on_disk"]
 
 # Whose functions, constants or tuples are in kernels of other files, and, in __init__, the package's version.
 SOURCES = (
@@ -88,8 +89,8 @@ STAMP = _stamp()
 _FLAGS_AT_IMPORT = _flags()
 
 
-def keep_on_disk(dispatcher: Any, where: str, *versions: str) -> None:
-    """Give a compiled function the disk cache.
+def keep_on_disk(dispatcher: Any, where: str, *versions: str, announcement: Announcement) -> None:
+    """Give a compiled function the disk cache, if there is a folder for it.
 
     Parameters
     ----------
@@ -99,15 +100,20 @@ def keep_on_disk(dispatcher: Any, where: str, *versions: str) -> None:
         Module and name of the class that its cache is of when numba makes it.
     *versions : str
         Of what compiles it, besides numba, llvmlite and NumPy.
+    announcement : Announcement
+        What is told when it has to be compiled.
     """
-    if STAMP is None:
-        return
     try:
-        if not hasattr(dispatcher, "_cache"):
-            raise AttributeError(f"{type(dispatcher)} has no _cache")
+        numbas: Any = type(dispatcher._cache)
+        dispatcher._cache = _class_without(numbas)(announcement)
+        if STAMP is None:
+            return
         module, _, name = where.rpartition(".")
-        cache = _class_for(getattr(importlib.import_module(module), name))
-        dispatcher._cache = cache(dispatcher.py_func, dispatcher.targetoptions, versions)
+        cache = _class_for(getattr(importlib.import_module(module), name))(
+            dispatcher.py_func, dispatcher.targetoptions, versions
+        )
+        cache.announcement = announcement
+        dispatcher._cache = cache
     except Exception as error:  # noqa: BLE001  a version of numba that is not known yet may do anything
         if "no locator available" not in str(error):  # numba's words for "there is no folder to write to"
             _warn(f"this version of numba has another disk cache than expected ({_said(error)})")
@@ -121,8 +127,31 @@ def _class_for(base: Any) -> Any:
     return type("KernelCache", (_Cache, base), {"_impl_class": implementation, "__module__": __name__})
 
 
+@functools.cache
+def _class_without(base: Any) -> Any:
+    """Make the class of a cache that keeps nothing, of numba's."""
+    return type("NoCache", (_NoCache, base), {"__module__": __name__})
+
+
+def folder_of(function: Any) -> str | None:
+    """Return where the kernels of a compiled function's module are kept; None: nowhere."""
+    folder = getattr(getattr(function, "stats", None), "cache_path", None)
+    return str(folder) if folder else None
+
+
 _usable: set[str] = set()
-_Numbas: Any = object  # in fact, what `_class_for` says
+_Numbas: Any = object  # in fact, what `_class_for` or `_class_without` says
+
+
+class _NoCache(_Numbas):  # type: ignore[misc]
+    """In the place of the cache of a function for which there is no folder."""
+
+    def __init__(self, announcement: Announcement) -> None:
+        super().__init__()
+        self.announcement = announcement
+
+    def load_overload(self, *_: Any) -> None:
+        begun(self.announcement, None)
 
 
 class _Locator(_Numbas):  # type: ignore[misc]
@@ -149,6 +178,8 @@ class _Locator(_Numbas):  # type: ignore[misc]
 class _Cache(_Numbas):  # type: ignore[misc]
     """The cache of one function."""
 
+    announcement: Announcement
+
     def __init__(self, function: Any, options: Any, versions: Any) -> None:
         super().__init__(function)
         super()._index_key  # noqa: B018  to be refused here rather than ignored later, if there is none
@@ -162,11 +193,14 @@ class _Cache(_Numbas):  # type: ignore[misc]
         self._cache_file: Any = _Files(self._cache_path, re.sub("[<>]", "", base), stamp, dump)
 
     def load_overload(self, *arguments: Any) -> Any:
+        found = None
         try:
-            return super().load_overload(*arguments)
+            found = super().load_overload(*arguments)
         except Exception as error:  # noqa: BLE001  disks, pickles and LLVM raise what they like
             _warn(f"what is in {self._cache_path} cannot be used ({_said(error)})")
-            return None
+        if found is None:
+            begun(self.announcement, self._cache_path)
+        return found
 
     def save_overload(self, *arguments: Any) -> None:
         try:
@@ -222,6 +256,7 @@ class _Files:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+        kept()
         self._delete(keep=self._stamp)
 
     def flush(self) -> None:

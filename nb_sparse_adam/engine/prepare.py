@@ -158,12 +158,12 @@ def _preparing(list_type: Any) -> Drivers:
     int32, or int64 if `scratch.is_wide` for one of the gradients.
     """
 
-    @jit(entry=True)
+    @jit(entry=True, announced="what prepares gradients")
     def begin(phase: Any, job: Any) -> Any:
         counters = array_at(job[0]["counters"], job[0]["counters_length"], list_type)
         return begin_stage(open_step(job), counters, phase)
 
-    @jit(entry=True)
+    @jit(entry=True, announced="what prepares gradients")
     def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
         counters = array_at(job[0]["counters"], job[0]["counters_length"], list_type)
         do_stage(open_step(job), counters, unit, t)
