@@ -651,6 +651,29 @@ def test_a_file_that_is_cut_off_while_it_is_written(small, install):
     assert [path.name for path in (install / "__pycache__").iterdir()] == []
 
 
+READ_ONLY = """
+folder = os.environ["NUMBA_CACHE_DIR"]
+real = tempfile.TemporaryFile
+def refused(*a, dir=None, **k):  # as by the system: root may write anywhere
+    if dir.startswith(folder):
+        raise OSError({error}, "read-only")
+    return real(*a, dir=dir, **k)
+tempfile.TemporaryFile = refused
+"""
+
+
+@pytest.mark.parametrize("error", ["EROFS", "EACCES"])
+def test_a_folder_that_is_named_and_filled_may_be_read_only(small, install, error):
+    before = f"import tempfile; exec({READ_ONLY.format(error=getattr(errno, error))!r})"
+    cache = install / "cache"
+    env = {"NUMBA_CACHE_DIR": str(cache)}
+    assert small(before=before, **env) == [[7, "compiled"], []]  # nothing to be read there: kept elsewhere
+    assert len(files_of(install / "__pycache__")) == 1
+    assert small(**env) == [[7, "compiled"], []]
+    assert small(before=before, **env) == [[7, "found"], []]
+    assert len(files_of(cache)) == 1
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs users")
 def test_files_of_another_user(small, install):
     cache = install / "cache"

@@ -169,10 +169,28 @@ class _Locator(_Numbas):  # type: ignore[misc]
             return
         try:
             super().ensure_cache_path()
-        except OSError as error:  # what is on a full disk can be read
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not os.path.isdir(folder):
+        except OSError as error:
+            if not _can_be_read(folder, error.errno):
                 raise
         _usable.add(folder)
+
+
+def _can_be_read(folder: str, why: int | None) -> bool:
+    """Whether there is something to be read in a folder that cannot be written to.
+
+    What is on a full disk can. What a user has named and filled, in an image that is read-only, can; any
+    other folder that is not ours gives way to one that is.
+    """
+    if why in (errno.ENOSPC, errno.EDQUOT):
+        return os.path.isdir(folder)
+    named = numba.config.CACHE_DIR
+    return (
+        why in (errno.EROFS, errno.EACCES, errno.EPERM)
+        and bool(named)
+        and folder.startswith(os.path.join(os.path.abspath(named), ""))
+        and os.path.isdir(folder)
+        and any(name.endswith(".nbc") for name in os.listdir(folder))
+    )
 
 
 class _Cache(_Numbas):  # type: ignore[misc]
@@ -199,7 +217,7 @@ class _Cache(_Numbas):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  disks, pickles and LLVM raise what they like
             _warn(f"what is in {self._cache_path} cannot be used ({_said(error)})")
         if found is None:
-            begun(self.announcement, self._cache_path)
+            begun(self.announcement, self._cache_path if os.access(self._cache_path, os.W_OK) else None)
         return found
 
     def save_overload(self, *arguments: Any) -> None:
