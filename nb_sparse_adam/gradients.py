@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nb_sparse_adam.engine.records import BAGS, COO, CSC, CSR, ROWS
 from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
+from nb_sparse_adam.frameworks import located
 
 __all__ = ["BagGradient", "CSRGradient", "RowGradient"]
 
@@ -179,6 +180,13 @@ class Target(NamedTuple):
         """Make an error of a gradient for this table."""
         return kind(f"gradient of table {self.name!r}: {message}")
 
+    def check_shape(self, what: str, shape: Sequence[int]) -> None:
+        """Raise if a gradient that says its shape is of another table: of (n,), that may be (n, 1)."""
+        one_d = self.ndim == 1 and len(shape) == 1
+        expected = (self.rows,) if one_d else (self.rows, self.dim)
+        if tuple(shape) != expected:
+            raise self.refuse(GradientError, f"{what} has shape {tuple(shape)}, expected {expected}")
+
 
 _ROWS = Names("RowGradient.rows", "RowGradient.values")
 _BAGS = Names("BagGradient.indices", "BagGradient.grad_output", "BagGradient.offsets", "BagGradient.weights")
@@ -187,7 +195,7 @@ _BAGS = Names("BagGradient.indices", "BagGradient.grad_output", "BagGradient.off
 def read(gradient: object, target: Target) -> Given:
     """Turn what a user passed into arrays of known shapes and dtypes, or raise a `GradientError`."""
     if isinstance(gradient, RowGradient):
-        return _read_rows(gradient, target)
+        return _read_rows(_ROWS, gradient.rows, gradient.values, target)
     if isinstance(gradient, BagGradient):
         return _read_bags(gradient, target)
     if isinstance(gradient, CSRGradient):
@@ -196,6 +204,12 @@ def read(gradient: object, target: Target) -> Given:
         )
     if isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape"):  # as scipy's
         return _read_scipy(gradient, target)
+    found = located(gradient, target)
+    if found is not None:
+        names = Names(found.ids_name, found.values_name, columns=found.columns_name)
+        if found.columns is None:
+            return _read_rows(names, found.ids, found.values, target)
+        return _read_coo(names, found.ids, found.columns, found.values, target)
     got, forms = type(gradient).__name__, target.reader.forms
     advice = ""
     if isinstance(gradient, np.ndarray):
@@ -256,7 +270,8 @@ def _values(what: str, given: Any, target: Target, rows: int | None, of: str, ma
         if matrix:
             shapes = f"({count}, {target.dim})" + (f" or ({count},)" if target.ndim == 1 else "")
         raise target.refuse(
-            GradientError, f"{what} has shape {tuple(shape)}, expected {shapes}: one row or value {of}"
+            GradientError,
+            f"{what} has shape {tuple(shape)}, expected {shapes}: one row or value for each of {of}",
         )
     return reader.ready(what, array, target.dtype, target, matrix)
 
@@ -303,10 +318,18 @@ def _refuse_huge(what: str, array: NDArray[Any], target: Target) -> None:
 # --- the forms --------------------------------------------------------------------------------------------
 
 
-def _read_rows(gradient: RowGradient, target: Target) -> Given:
-    ids = _integers(_ROWS.ids, gradient.rows, target)
-    values = _values(_ROWS.values, gradient.values, target, ids.shape[0], "for each of RowGradient.rows")
-    return Given(ROWS, _ROWS, ids, values)
+def _read_rows(names: Names, rows: Any, values: Any, target: Target) -> Given:
+    ids = _integers(names.ids, rows, target)
+    values = _values(names.values, values, target, ids.shape[0], names.ids)
+    return Given(ROWS, names, ids, values)
+
+
+def _read_coo(names: Names, rows: Any, columns: Any, data: Any, target: Target) -> Given:
+    ids = _integers(names.ids, rows, target)
+    n = ids.shape[0]
+    columns = _integers(names.columns, columns, target, n)
+    data = _values(names.values, data, target, n, "the entries", matrix=False)
+    return Given(COO, names, ids, data, columns=columns)
 
 
 def _read_bags(gradient: BagGradient, target: Target) -> Given:
@@ -319,7 +342,7 @@ def _read_bags(gradient: BagGradient, target: Target) -> Given:
             "the weights by the sizes of their bags and pass mode='sum'",
         )
     ids = _integers(_BAGS.ids, gradient.indices, target)
-    values = _values(_BAGS.values, gradient.grad_output, target, None, "for each bag")
+    values = _values(_BAGS.values, gradient.grad_output, target, None, "the bags")
     n, bags = ids.shape[0], values.shape[0]
     offsets = _integers(_BAGS.offsets, gradient.offsets, target)
     length = offsets.shape[0]
@@ -335,7 +358,7 @@ def _read_bags(gradient: BagGradient, target: Target) -> Given:
         )
     weights = None
     if gradient.weights is not None:
-        weights = _values(_BAGS.weights, gradient.weights, target, n, "for each of indices", matrix=False)
+        weights = _values(_BAGS.weights, gradient.weights, target, n, "indices", matrix=False)
     return Given(BAGS, _BAGS, ids, values, offsets, weights, gradient.mode == "mean")
 
 
@@ -346,7 +369,7 @@ def _read_compressed(
     names = Names(f"{what}indices", f"{what}data", f"{what}indptr", of="column")
     indptr = _integers(names.offsets, indptr, target, (target.dim if form == CSC else target.rows) + 1)
     indices = _integers(names.ids, indices, target)
-    data = _values(names.values, data, target, None, "for each entry", matrix=False)
+    data = _values(names.values, data, target, None, "the entries", matrix=False)
     capacity = indices.shape[0]
     n = None if exact else target.reader.stored(indptr)
     if n is None or not 0 <= n <= capacity:  # that is found with what else the pointer holds
@@ -379,21 +402,15 @@ def _read_scipy(gradient: Any, target: Target) -> Given:
                 f"got a {type(gradient).__name__} that calls itself {layout!r} but has no {attribute}, "
                 f"expected {reader.forms}",
             )
-    expected = (target.rows,) if one_d and target.ndim == 1 else (target.rows, target.dim)
-    if tuple(gradient.shape) != expected:
-        raise target.refuse(GradientError, f"{what} has shape {tuple(gradient.shape)}, expected {expected}")
+    target.check_shape(what, gradient.shape)
     what += " "
     if one_d:  # a 1-D array names rows, each with one value
         indices = gradient.indices if layout == "csr" else gradient.coords[0]
-        return _read_rows(RowGradient(indices, gradient.data), target)
+        return _read_rows(Names(what + "indices", what + "data"), indices, gradient.data, target)
     if layout != "coo":
         form = CSR if layout == "csr" else CSC
         return _read_compressed(
             form, what, gradient.indptr, gradient.indices, gradient.data, target, exact=False
         )
     names = Names(what + "row", what + "data", columns=what + "col")
-    rows = _integers(names.ids, gradient.row, target)
-    n = rows.shape[0]
-    columns = _integers(names.columns, gradient.col, target, n)
-    data = _values(names.values, gradient.data, target, n, "for each entry", matrix=False)
-    return Given(COO, names, rows, data, columns=columns)
+    return _read_coo(names, gradient.row, gradient.col, gradient.data, target)

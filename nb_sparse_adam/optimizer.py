@@ -221,8 +221,9 @@ class SparseAdam(Tables):
         ----------
         gradient : gradient or mapping of str to gradient
             A `RowGradient`, `BagGradient`, `CSRGradient`, or scipy.sparse CSR, CSC or COO array or matrix of
-            the table's shape. With a mapping, the tables named in it are updated and the others are not
-            touched, their counts included.
+            the table's shape; TensorFlow's ``IndexedSlices``, or JAX's ``BCOO`` with ``n_batch`` 0, whose
+            padding is left out (both on the host only). With a mapping, the tables named in it are updated
+            and the others are not touched, their counts included.
         stream : optional
             For tables on a GPU: the stream to run on, of numba's, CuPy's or torch's, or its address. By
             default the one that the gradient's arrays are ready on: torch's current one for torch's tensors,

@@ -21,7 +21,10 @@ __all__ = ["HostReader"]
 class HostReader:
     """Reads a gradient's arrays, which are in the memory of the host."""
 
-    forms = "a RowGradient, a BagGradient, a CSRGradient or a scipy.sparse CSR, CSC or COO array"
+    forms = (
+        "a RowGradient, a BagGradient, a CSRGradient, a scipy.sparse CSR, CSC or COO array, TensorFlow's "
+        "IndexedSlices or JAX's BCOO"
+    )
     layouts: tuple[str, ...] = ("csr", "csc", "coo")
 
     def __init__(self, backend: HostBackend) -> None:
