@@ -69,7 +69,7 @@ def test_so_do_those_with_pytorch():
 
 @pytest.mark.jit
 def test_each_recipe_runs_by_itself():
-    page = DOCS / "rearranging.md"
+    page = DOCS / "recipes" / "rearranging-rows.md"
     recipes = []
     for *block, _ in fenced(page):
         if block[1] == "python":
