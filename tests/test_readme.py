@@ -1,14 +1,13 @@
-"""The examples that readers copy, in the README, docs/ and docstrings: run, and their output compared."""
+"""The examples that readers copy, in the README and docstrings: run, and their output compared."""
 
-import contextlib
 import doctest
-import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fences import fenced, run
 
 import nb_sparse_adam
 from nb_sparse_adam import gradients, optimizer
@@ -16,85 +15,40 @@ from nb_sparse_adam.bench import chart
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
-
-DOCS = README.parent / "docs"
-
 APART = ("With PyTorch", "On a GPU")  # sections that need something more
 
 
-def fenced(path):
-    """(line, language, text, section) of every fenced block of a page."""
-    text = path.read_text(encoding="utf-8")
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        sections = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
-        yield text.count("\n", 0, match.start()) + 1, match[1], match[2], sections[-1] if sections else None
-
-
 def blocks(of=None):
-    """(line, language, text) of the blocks of a section of the README that stands apart, or of all others."""
-    for *block, section in fenced(README):
-        if of == (section if section in APART else None):
-            yield tuple(block)
-
-
-def run(blocks, path=README):
-    """Run blocks in order in one namespace, and count them. A "text" block is what the one before prints."""
-    namespace = {"__name__": "__main__"}
-    output, ran = "", 0
-    for line, language, text in blocks:
-        if language == "python":
-            assert output == "", f"{path.name}, before line {line}: output that it does not show"
-            stdout = io.StringIO()
-            with contextlib.redirect_stdout(stdout):
-                # Newlines in front, so that a traceback shows the page's line.
-                exec(compile("\n" * line + text, str(path), "exec"), namespace)
-            output, ran = stdout.getvalue(), ran + 1
-        elif language == "text":
-            assert output == text, f"{path.name}, line {line}"
-            output = ""
-    assert output == ""
-    return ran
+    """The blocks of a section of the README that stands apart, or of all others."""
+    return [block for block in fenced(README) if of == (block.section if block.section in APART else None)]
 
 
 @pytest.mark.jit
 def test_the_examples_print_what_the_readme_says():
-    assert run(blocks()) >= 5
+    assert run(blocks(), README) >= 5
 
 
 @pytest.mark.jit
 def test_so_do_those_with_pytorch():
     pytest.importorskip("torch")
-    assert run(blocks("With PyTorch")) >= 1
-
-
-@pytest.mark.jit
-def test_each_recipe_runs_by_itself():
-    page = DOCS / "recipes" / "rearranging-rows.md"
-    recipes = []
-    for *block, _ in fenced(page):
-        if block[1] == "python":
-            recipes.append([])
-        recipes[-1].append(tuple(block))
-    assert len(recipes) >= 7
-    for recipe in recipes:
-        assert run(recipe, page) == 1
+    assert run(blocks("With PyTorch"), README) >= 1
 
 
 @pytest.mark.gpu
 @pytest.mark.jit
 def test_so_do_those_on_a_gpu():
     pytest.importorskip("numba_cuda")
-    assert run(blocks("On a GPU")) >= 1
+    assert run(blocks("On a GPU"), README) >= 1
 
 
 def test_the_first_example_is_on_the_first_screen_and_short():
-    line, _, text = next(block for block in blocks() if block[1] == "python")
-    assert line < 20
-    assert len([row for row in text.splitlines() if row.strip()]) <= 13
+    first = next(block for block in blocks() if block.language == "python")
+    assert first.line < 20
+    assert len([row for row in first.text.splitlines() if row.strip()]) <= 13
 
 
 def test_the_two_commands_are_there():
-    commands = "".join(text for _, language, text in blocks() if language == "sh").splitlines()
+    commands = "".join(block.text for block in blocks() if block.language == "sh").splitlines()
     assert 'pip install ".[train]" && nb-sparse-adam train' in commands
     assert 'pip install ".[test]" && pytest' in commands
 

@@ -1,5 +1,8 @@
 """A recommender trained with `SparseAdam`: matrix factorization with the BPR loss."""
 
+from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam.recommender.ranking import Quality
+from nb_sparse_adam.recommender.reading import read_interactions, read_split
 from nb_sparse_adam.recommender.training import (
     DOMAINS,
     Batch,
@@ -10,4 +13,20 @@ from nb_sparse_adam.recommender.training import (
     train,
 )
 
-__all__ = ["DOMAINS", "BPRModel", "BPROptions", "Batch", "EpochRecord", "epoch_batches", "train"]
+__all__ = [
+    "DOMAINS",
+    "BPRModel",
+    "BPROptions",
+    "Batch",
+    "EpochRecord",
+    "Interactions",
+    "Quality",
+    "Split",
+    "UserItems",
+    "epoch_batches",
+    "generate",
+    "hold_out",
+    "read_interactions",
+    "read_split",
+    "train",
+]
