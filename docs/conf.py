@@ -33,9 +33,16 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # numpydoc shows the types that docstrings give, with shapes
 numpydoc_show_class_members = False  # autodoc shows them
+# Sections that there are, in numpydoc's order; parameters that there are, in the signature's.
+numpydoc_validation_checks = {
+    *("GL03", "GL05", "GL06", "GL07", "GL08", "GL09", "GL10"),
+    *("SS01", "SS02", "SS04", "PR02", "PR03", "PR05", "PR10", "RT02"),
+}
 
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"nb_sparse_adam {release}"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 copybutton_prompt_text = "$ "
@@ -70,7 +77,7 @@ def relink(text: str, folder: Path, page: Path) -> str:
         if not file.exists():
             return match[0]  # an address; or a mistake, which Sphinx reports
         file = PAGES.get(file, file)
-        if not image and not (file.suffix == ".md" and file.is_relative_to(DOCS)):
+        if not image and not (file.suffix in {".md", ".rst"} and file.is_relative_to(DOCS)):
             return label if "`" in label else f"`{label}`"
         return f"{image}[{label}]({os.path.relpath(file, page.parent)}{anchor})"
 

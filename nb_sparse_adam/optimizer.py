@@ -81,12 +81,6 @@ class SparseAdam(Tables):
         fewer while the clock says that this is faster, beside other programs on the same cores. Results do
         not depend on it. On numba's ``workqueue`` layer, which aborts the process if two threads enter
         parallel kernels at once, it is one while other Python threads are alive.
-    device_checks : {"immediate", "deferred", "off"}, default "immediate"
-        For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
-        anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is
-        refused, and all steps after it, write nothing, until the error is raised by a later `step` or by
-        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: what is out of range is
-        left out without a word, or updates a wrong row. Not with ``on_nonfinite="raise"``.
     state_dir : path, optional
         A new or empty folder: moments and counts are kept in files there, which are mapped, instead of in
         memory. With a table that is an ``np.memmap`` (mode "r+"), both may be larger than memory: only rows
@@ -98,6 +92,12 @@ class SparseAdam(Tables):
         theirs before the step writes anything. Without it, there is a `SparseAdamWarning` if the file system
         has less room than the state may take. Not on macOS. File systems that write changes elsewhere
         (btrfs, ZFS) may run out of room all the same; so does a table that is an ``np.memmap`` with holes.
+    device_checks : {"immediate", "deferred", "off"}, default "immediate"
+        For tables on a GPU. "immediate": the host reads one word back from the GPU in each step, before
+        anything is written, and raises errors at once. "deferred": it waits for nothing; a step that is
+        refused, and all steps after it, write nothing, until the error is raised by a later `step` or by
+        `synchronize`. "off": ids and offsets are not checked, at the caller's risk: what is out of range is
+        left out without a word, or updates a wrong row. Not with ``on_nonfinite="raise"``.
 
     Raises
     ------

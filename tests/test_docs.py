@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+import textwrap
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,7 @@ def examples():
     """Each block of Python, with the output below it."""
     for page in PAGES:
         blocks = list(fenced(page))
-        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        for i, block in enumerate(blocks):
             if block.language != "python":
                 continue
             marks = [pytest.mark.jit]
@@ -53,12 +54,12 @@ def examples():
                 marks.append(pytest.mark.gpu)
             if packages(block.text) & PEERS:
                 marks.append(pytest.mark.peers)
-            example = [block, after] if after is not None and after.language == "text" else [block]
+            example = [block, *(after for after in blocks[i + 1 : i + 2] if after.language == "text")]
             name = f"{page.relative_to(DOCS)}:{block.line}"
             yield pytest.param(page, example, marks=marks, id=name)
 
 
-@pytest.mark.parametrize(("page", "example"), examples())
+@pytest.mark.parametrize(("page", "example"), list(examples()))
 def test_each_example_runs_by_itself(page, example, tmp_path, monkeypatch):
     for package in packages(example[0].text):
         pytest.importorskip(package)
@@ -132,6 +133,12 @@ def test_links_within_the_repository_lead_somewhere(page):
         assert (page.parent / target).exists(), f"[{label}]({target})"
 
 
+def test_the_tree_of_errors_is_that_of_the_docstring():
+    tree = nb_sparse_adam.errors.__doc__.split("::\n")[1].partition("\nA class inherits")[0]
+    shown = textwrap.dedent(tree).replace("``", "`").strip()
+    assert shown in (DOCS / "errors.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["nb_sparse_adam", "checkpoint", "errors", "recommender", "torch", "typing"])
 def test_the_reference_has_the_public_names_and_no_other(name):
     """By name, or because all of a module is shown."""
@@ -141,7 +148,7 @@ def test_the_reference_has_the_public_names_and_no_other(name):
     if name != "nb_sparse_adam":
         module = importlib.import_module(f"nb_sparse_adam.{name}")
     public = {each for each in module.__all__ if not each.startswith("__")}
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.rst"))
     shown = set()
     for part in re.split(r"^\.\. currentmodule:: ", text, flags=re.MULTILINE)[1:]:
         if part.splitlines()[0] == module.__name__:

@@ -42,9 +42,9 @@ def read_interactions(path: str | os.PathLike[str], file_format: str = "auto") -
 
         Text is UTF-8, and may be compressed with gzip; it is read once, from beginning to end, so that it may
         come from a pipe. Lines end as on Unix, Windows or old Macs, and have at most 16,777,216 characters.
-        Lines at the beginning that start with ``# `` or ``% `` are comments. A field in quotes may have line
-        ends in it, but an id may not; such line ends are counted in the description, for a quote that does
-        not match makes the lines below it part of its field.
+        Lines at the beginning that start with ``#`` or ``%`` and a blank are comments. A field in quotes may
+        have line ends in it, but an id may not; such line ends are counted in the description, for a quote
+        that does not match makes the lines below it part of its field.
 
         Ids are integers or strings; blanks around them are dropped. They count as integers if every one of a
         column is written as one (``007`` is not) and fits int64. The name of a file is taken as it is: there

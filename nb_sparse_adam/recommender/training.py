@@ -261,7 +261,7 @@ class BPRModel:
 
     Examples
     --------
-    >>> from nb_sparse_adam.recommender.interactions import generate, hold_out
+    >>> from nb_sparse_adam.recommender import generate, hold_out
     >>> model = BPRModel(hold_out(generate(200, 50, 10.0)), BPROptions(dim=8, epochs=2))
     >>> model.fit()
     >>> [record.epoch for record in model.history]

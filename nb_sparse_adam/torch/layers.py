@@ -93,7 +93,17 @@ class Embedding(Fused, torch.nn.Embedding):
         *,
         optimizer: Mapping[str, Any] | None = None,
     ) -> Embedding:
-        """Make a layer of a table, (rows, dim), which is not copied; ``freeze=False`` to train it."""
+        """Make a layer of a table, which is not copied.
+
+        Parameters
+        ----------
+        embeddings : Tensor, (rows, dim)
+            Becomes the layer's weight.
+        freeze : bool, default True
+            Whether the table stays as it is; False to train it.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, optimizer
+            As of the class.
+        """
         rows, dim = _shape_of(embeddings)
         return cls(
             rows, dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, embeddings, freeze,
@@ -101,7 +111,17 @@ class Embedding(Fused, torch.nn.Embedding):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """Look up ids of any shape: (...) -> (..., dim)."""
+        """Look up ids.
+
+        Parameters
+        ----------
+        input : integer Tensor of any shape
+
+        Returns
+        -------
+        Tensor
+            The rows, of the shape of `input` and (dim,) after it.
+        """
         if self._is_training():
             return self._train(_Rows, self, input)
         return functional.embedding(input, self.weight.detach(), self.padding_idx)
@@ -179,7 +199,17 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         *,
         optimizer: Mapping[str, Any] | None = None,
     ) -> EmbeddingBag:
-        """Make a layer of a table, (rows, dim), which is not copied; ``freeze=False`` to train it."""
+        """Make a layer of a table, which is not copied.
+
+        Parameters
+        ----------
+        embeddings : Tensor, (rows, dim)
+            Becomes the layer's weight.
+        freeze : bool, default True
+            Whether the table stays as it is; False to train it.
+        max_norm, norm_type, scale_grad_by_freq, mode, sparse, include_last_offset, padding_idx, optimizer
+            As of the class.
+        """
         rows, dim = _shape_of(embeddings)
         layer = cls(
             rows, dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse, embeddings, include_last_offset,
@@ -194,7 +224,27 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
-        """Look up bags of ids: (n,) with offsets, or (bags, length), -> (bags, dim)."""
+        """Look up bags of ids, and pool each.
+
+        Parameters
+        ----------
+        input : integer Tensor, (n,) with `offsets`, or (bags, length)
+            The ids.
+        offsets : integer Tensor, (bags,), or (bags + 1,) with ``include_last_offset=True``
+            Where each bag begins in a one-dimensional `input`.
+        per_sample_weights : Tensor, of the shape of `input`, optional
+            One weight an id, with ``mode="sum"``.
+
+        Returns
+        -------
+        Tensor
+            (bags, dim).
+
+        Raises
+        ------
+        GradientError
+            If offsets are malformed (also a ValueError).
+        """
         if self._is_training():
             return self._train(_Bags, per_sample_weights, self, input, offsets)
         if _is_there(offsets) and bags.are_offsets(input, offsets):

@@ -311,6 +311,7 @@ class SparseAdam(torch.optim.Optimizer):
         Parameters
         ----------
         state_dict : dict
+            Of an optimizer with as many parameters, of the same shapes, in each group.
 
         Raises
         ------
