@@ -51,7 +51,8 @@ def site(tmp_path_factory):
         text=True,
         capture_output=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    if done.returncode or done.stderr:
+        pytest.fail(f"sphinx ends with {done.returncode}:\n{done.stderr}", pytrace=False)
     return folder / "html"
 
 
