@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -19,7 +18,6 @@ from nb_sparse_adam import info
 from nb_sparse_adam.engine.compilations import LOGGER
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
 from nb_sparse_adam.extras import require
-from nb_sparse_adam.files import prepare_folder, write_whole
 from nb_sparse_adam.options import STEP_COUNTS
 from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord, report
 from nb_sparse_adam.recommender.interactions import Interactions, Split, generate, hold_out
@@ -29,6 +27,7 @@ from nb_sparse_adam.warming import DTYPES, GRADIENTS, warm_up
 
 __all__ = ["main"]
 
+_BENCH_FOLDER = "nb-sparse-adam-bench"
 _INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 _HELP = {
@@ -151,7 +150,13 @@ def _add_train(commands: Any) -> None:
         _add_option(model, option.name, option.default)
 
     output = train.add_argument_group("output")
-    _add_out(output, "nb-sparse-adam-run", "the results")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("nb-sparse-adam-run"),
+        metavar="DIR",
+        help="folder for the results (default: %(default)s)",
+    )
     output.add_argument(
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
@@ -163,8 +168,8 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="measure speed on this machine, beside other libraries",
         description="Time steps beside kernels that only move the same bytes, and beside other libraries, "
-        "taking turns in one run; print a table, and write bench.json and bench.png. Without --quick it "
-        "takes about ten minutes and up to 8 GB of memory (19 for one of the lines).",
+        "taking turns in one run; print a table, and write bench.json, and bench.png if matplotlib is there. "
+        "Without --quick it takes about ten minutes and up to 8 GB of memory (19 for one of the lines).",
     )
     bench.add_argument(
         "--peers",
@@ -187,7 +192,18 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"
     )
-    _add_out(bench, "nb-sparse-adam-bench", "bench.json and bench.png")
+    bench.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write what bench.json holds into this file instead of a folder; - for stdout: the table then "
+        "goes to stderr",
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for bench.json and bench.png (default: {_BENCH_FOLDER}, none with --json)",
+    )
     bench.set_defaults(run=_bench, parser=bench)
 
 
@@ -214,11 +230,6 @@ def _add_warm_up(commands: Any) -> None:
             help=f"{text}: some of {', '.join(allowed)} (default: {' '.join(default)})",
         )
     warm.set_defaults(run=_warm_up, parser=warm)
-
-
-def _add_out(group: argparse._ActionsContainer, default: str, what: str) -> None:
-    text = f"folder for {what} (default: %(default)s)"
-    group.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=text)
 
 
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
@@ -336,42 +347,20 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from nb_sparse_adam.bench import chart, comparison  # the other commands need none of it
-    from nb_sparse_adam.bench.worker import Settings
+    from nb_sparse_adam.bench.command import bench  # the other commands need none of it
 
-    settings = Settings(
-        comparison.choose_peers(arguments.peers),
-        comparison.choose_threads(arguments.threads),
-        arguments.quick,
+    out = arguments.out
+    if out is None and arguments.json is None:
+        out = Path(_BENCH_FOLDER)
+    complete = bench(
+        peers=arguments.peers,
+        threads=arguments.threads,
+        quick=arguments.quick,
+        only=arguments.only,
+        out=out,
+        json_file=arguments.json,
     )
-    lines = comparison.choose_lines(arguments.only, arguments.quick)
-    require("matplotlib.figure", "bench", "drawing the chart")
-    folder = prepare_folder(arguments.out)
-    report.refuse_others(folder, {"bench.json": rb'\{\n  "schema": ', "bench.png": None})
-    result = comparison.describe(settings)
-    print(chart.headline(result))
-    for name, command in result["missing_peers"].items():
-        print(f"{name} is not installed: {command}")
-    if arguments.quick:
-        print("a quick run, with small tables: its figures are not to be compared with anything")
-    section = None
-    result["interrupted"], result["lines"] = False, []
-    try:
-        for line in comparison.run(lines, settings):
-            if line["section"] != section:
-                section = line["section"]
-                print(f"\n{section}\n{'-' * len(section)}")
-            result["lines"].append(line)
-            for text in chart.text_lines(line):
-                print(text, flush=True)
-    except KeyboardInterrupt:
-        result["interrupted"] = True
-        print(f"interrupted after {len(result['lines'])} of {len(lines)} lines: saving what there is")
-    text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False)
-    write_whole(folder / "bench.json", (text + "\n").encode())
-    write_whole(folder / "bench.png", chart.draw(result))
-    print(f"\nsaved in {folder.resolve()}: bench.json, bench.png")
-    return _INTERRUPTED if result["interrupted"] else 0
+    return 0 if complete else _INTERRUPTED
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:

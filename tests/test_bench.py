@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.bench import cases, chart, comparison, timing, worker
-from nb_sparse_adam.bench.cases import CASES, CSR, Bag, Case, Rows
+from nb_sparse_adam.bench import cases, chart, comparison, text, timing, worker
+from nb_sparse_adam.bench.cases import CASES, CSR, Bag, Case, Rows, compact
 from nb_sparse_adam.bench.contenders import Contender, Ours
 from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam.bench.limits import Limit
@@ -106,6 +106,38 @@ def test_a_line_of_one_figure_keeps_what_that_needs(line):
         assert 1 <= len(only.entries) <= 2
         numbers = {name: 1.0 for entry in only.entries for name in only.numbers_of(entry)}
         assert figure.value(numbers) == (0.0 if figure.difference else 1.0)
+
+
+def test_sizes_are_written_in_few_characters():
+    sizes = {1: "1", 4096: "4096", 200_000: "200k", 2_000_000: "2M", 1 << 24: "2**24", 1_677_721: "1.68M"}
+    assert [compact(size) for size in sizes] == list(sizes.values())
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES.keys())
+def test_a_title_says_the_sizes_that_are_measured(line, quick):
+    title = line.titled(quick)
+    assert "{" not in title
+    if line.key in ("large", "first-step", "scratch") or line.measure == "processes":
+        return  # of several tables
+    case = line.entries[0].sized(quick)
+    assert (case == CASES[case.name]) is not quick
+    assert re.findall(r"\S+ x \d+", title) == [f"{compact(case.rows)} x {case.dim}"]
+    counted = r"(\w+) (?:(?:sorted|shuffled) )?(?:rows? of|\S+ ids|bags|samples)\b"
+    said = re.search(counted, title)[1]
+    gradient = dataclasses.replace(case, gradients=1).arrays()[0] if quick else None
+    if isinstance(gradient, Rows):
+        assert said == compact(len(gradient.rows))
+    elif isinstance(gradient, Bag):
+        assert said == compact(len(gradient.offsets) - 1)
+    elif isinstance(gradient, CSR):
+        assert said == compact(np.count_nonzero(np.diff(gradient.indptr)))
+
+
+def test_quick_titles_are_not_those_of_the_whole_run():
+    titles = [(line.titled(False), line.titled(True)) for line in LINES.values() if "{table}" in line.title]
+    assert len(titles) > 20
+    assert all(whole != quick for whole, quick in titles)
 
 
 def test_figures():
@@ -201,6 +233,42 @@ def test_a_line_that_needs_a_peer(monkeypatch):
     assert skipped("paddle", ALONE) == "paddle was left out"
 
 
+def test_a_figure_that_needs_a_peer(monkeypatch):
+    """The others of its line are there."""
+    uninstalled(monkeypatch, "fbgemm")
+    installed(monkeypatch, "torch")
+    answer = {"numbers": {"element": 2.0, "row": 1.0}, "unusable": {}, "skipped": None}
+    monkeypatch.setattr(comparison, "_answers", lambda *_: iter([answer]))
+    (line,) = comparison.run([LINES["bag-zipf"]], ALONE)
+    fbgemm = f"needs fbgemm: {PEERS['fbgemm'].install}"
+    assert line["missing"] == {
+        "torch / element": "torch was left out",
+        "torch / row": "torch was left out",
+        "FBGEMM SGD / element": fbgemm,
+        "FBGEMM SGD / row": fbgemm,
+        "FBGEMM AdaGrad / element": fbgemm,
+        "FBGEMM AdaGrad / row": fbgemm,
+        "of the limit, grouping included": "there is no number for limit",
+    }
+    assert line["skipped"] is None
+    rows = list(text.text_lines(line))
+    assert "    n/a, torch was left out: torch / element, torch / row" in rows
+    assert "n/a, needs fbgemm: pip install fbgemm-gpu-cpu" in " ".join(rows)
+
+
+def test_a_peer_that_cannot_be_imported_takes_its_figures_only(monkeypatch):
+    def broken(name):
+        raise NotImplementedError(f"{name} cannot be imported (OSError: no luck)")
+
+    monkeypatch.setattr(worker, "import_peer", broken)
+    monkeypatch.setitem(worker._MEASURES, "times", lambda line, _: {one.name: 1.0 for one in line.entries})
+    settings, unusable = ALONE._replace(peers=("torch", "paddle")), {}
+    assert set(worker.measure(LINES["paddle"], settings, unusable)) == {"element", "row"}
+    assert unusable == {"Paddle": "paddle cannot be imported (OSError: no luck)"}
+    with pytest.raises(worker.CannotMeasureError, match=r"^torch cannot be imported"):
+        worker.measure(LINES["torch-bag-zipf"], settings, {})
+
+
 def test_a_line_that_needs_memory_or_cores(monkeypatch):
     whole = ALONE._replace(quick=False)
     monkeypatch.setattr(comparison, "_memory", lambda _: 3.5)
@@ -216,6 +284,60 @@ def test_a_line_whose_process_dies_is_one_line_less(monkeypatch):
         comparison, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('no luck')"]
     )
     assert skipped("small-1", ALONE) == "its process ended with status 1: no luck"
+
+
+DIES = """
+import json, os, sys
+for key in sys.argv[1:]:
+    if key == "small-32":
+        print("no luck", file=sys.stderr, flush=True)
+        os._exit(9)
+    answer = {"numbers": {"element": 1.0, "process": os.getpid()}, "unusable": {}, "skipped": None}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_another_worker_goes_on_after_one_that_died(quick, monkeypatch):
+    """Quick lines share a worker. Each line is answered once, in order, whichever dies."""
+    monkeypatch.setattr(comparison, "command", lambda *given: [sys.executable, "-c", DIES, *given[2:]])
+    keys = ["element-64", "small-1", "small-32", "hot", "scratch"]
+    lines = [LINES[key]._replace(gigabytes=0) for key in keys]
+    found = list(comparison.run(lines, ALONE._replace(quick=quick)))
+    assert [line["key"] for line in found] == keys
+    died = "its process ended with status 9: no luck"
+    assert [line["skipped"] for line in found] == [None, None, died, None, None]
+    processes = {line["numbers"]["process"] for line in found if line["numbers"]}
+    assert len(processes) == (3 if quick else 4)  # what is no time has its own in any case
+
+
+def test_a_worker_ends_when_nobody_wants_its_answers(monkeypatch):
+    program = "import time; print('{}', flush=True); time.sleep(600)"
+    monkeypatch.setattr(comparison, "command", lambda *_: [sys.executable, "-c", program])
+    answers = comparison._answers([LINES["small-1"], LINES["small-32"]], ALONE)
+    assert next(answers) == {}
+    answers.close()  # waits for it
+
+
+NOISY = """
+import os
+from nb_sparse_adam.bench import worker
+
+def noisy(*_):
+    print("hello", flush=True)
+    os.write(1, b"from C")
+    return {"element": 1.0}
+
+worker.measure = noisy
+worker._main("lines", "[[], 1, true]", "small-1", "small-32")
+"""
+
+
+def test_what_a_library_prints_is_no_answer():
+    done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers == 2 * [{"numbers": {"element": 1.0}, "unusable": {}, "skipped": None}]
+    assert done.stderr.count("from C") == done.stderr.count("hello") == 2
 
 
 def test_a_threading_layer_that_cannot_be_loaded():
@@ -369,7 +491,7 @@ def test_memory_that_is_not_needed_is_counted_in_gradients():
     pytest.importorskip("torch")
     settings = ALONE._replace(peers=("torch",))
     answer = subprocess.run(
-        worker.command("line", "torch-memory", json.dumps(settings)),
+        worker.command("lines", json.dumps(settings), "torch-memory"),
         check=True,
         text=True,
         capture_output=True,
@@ -389,39 +511,42 @@ def shown(line, numbers=None, reason=None):
     numbers = numbers or {}
     return {
         "key": line.key,
-        "title": line.title,
+        "title": line.titled(False),
         "section": line.section,
         "numbers": numbers,
         "figures": comparison.figures(line, numbers),
+        "missing": {},
         "skipped": reason,
     }
 
 
 def test_text_lines():
     line = shown(LINES["small-1"], {"element": 12.34e-6, "torch": 43.19e-6})
-    assert list(chart.text_lines(line)) == [
-        "1 x 16",
+    assert list(text.text_lines(line)) == [
+        "1 row of 100k x 16",
         "    a step                              12.3 µs  <= 15 µs  met",
         "    torch / element                        3.50  >= 4.5    NOT met",
         "    element 12.3 µs; torch 43.2 µs",
     ]
     without_torch = shown(LINES["small-1"], {"element": 0.0123})
-    assert [text.split() for text in chart.text_lines(without_torch)][1:] == [
+    assert [row.split() for row in text.text_lines(without_torch)][1:] == [
         ["a", "step", "12.30", "ms", "<=", "15", "µs", "NOT", "met"],
         ["element", "12.30", "ms"],
     ]
-    assert list(chart.text_lines(shown(LINES["large"], reason="needs 19 GB"))) == [
-        "80M instead of 10M rows of 16: skipped, needs 19 GB"
+    assert list(text.text_lines(shown(LINES["large"], reason="needs 19 GB"))) == [
+        "80M instead of 10M rows of 16: n/a, needs 19 GB"
     ]
+    slow = shown(LINES["first-step"], {"rows, compiled": 12.345, "rows, from disk": 0.4567})
+    assert [row.split()[-2:] for row in text.text_lines(slow)][1:3] == [["12.35", "s"], ["456.70", "ms"]]
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES.keys())
 def test_columns_stay_apart(line):
-    title, *rest = chart.text_lines(shown(line))
-    assert title == line.title
-    for figure, text in zip(line.figures, rest, strict=False):
-        assert re.match(rf"    {re.escape(figure.label)}  +\S.*", text)
-        assert len(text) <= 79
+    title, *rest = text.text_lines(shown(line))
+    assert title == line.titled(False)
+    for figure, row in zip(line.figures, rest, strict=False):
+        assert re.match(rf"    {re.escape(figure.label)}  +\S.*", row)
+        assert len(row) <= 79
 
 
 def fake_result(*lines, quick=False):
@@ -431,9 +556,9 @@ def fake_result(*lines, quick=False):
 def test_headline(monkeypatch):
     result = fake_result()
     for part in (str(result["machine"]["processor"]), "1 threads", f"numpy {np.__version__}"):
-        assert part in chart.headline(result)
+        assert part in text.headline(result)
     monkeypatch.setattr(comparison, "_memory", lambda _: None)  # there is no /proc
-    assert " GB" not in chart.headline(fake_result())
+    assert " GB" not in text.headline(fake_result())
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -449,8 +574,17 @@ def test_headline(monkeypatch):
 )
 def test_the_chart_draws_what_there_is(lines, quick):
     pytest.importorskip("matplotlib")
-    png = chart.draw(fake_result(*lines, quick=quick))
+    result = fake_result(*lines, quick=quick)
+    figure = chart.draw(result)
+    png = chart.png(figure, result)
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert chart.checksum(result).encode() in png
+    shown = chart.panels(result)
+    assert [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")] == [
+        title for title, _ in shown
+    ]
+    for ax, (_, bars) in zip(figure.axes, shown, strict=False):
+        assert len(ax.patches) == len(bars)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -481,7 +615,7 @@ def test_bench(tmp_path, capsys):
     said = capsys.readouterr().out
     result = load(tmp_path / "deep" / "run")
     assert list(result) == [
-        *["schema", "date", "quick", "threads", "machine", "versions", "missing_peers"],
+        *["schema", "commit", "date", "quick", "threads", "machine", "versions", "missing_peers"],
         *["interrupted", "lines"],
     ]
     assert (result["schema"], result["quick"], result["threads"], result["interrupted"]) == (
@@ -493,8 +627,10 @@ def test_bench(tmp_path, capsys):
     assert result["versions"]["numpy"] == np.__version__
     assert not set(PEERS) & set(result["versions"])
     (line,) = result["lines"]
-    assert list(line) == ["key", "title", "section", "numbers", "figures", "skipped"]
+    assert list(line) == ["key", "title", "section", "numbers", "figures", "missing", "skipped"]
     assert (line["key"], line["skipped"]) == ("small-1", None)
+    assert line["title"] == "1 row of 10k x 16"
+    assert set(line["missing"]) == {"torch / element"}
     assert list(line["numbers"]) == ["element"]
     (figure,) = line["figures"]  # the other one is of torch
     value = figure.pop("value")
@@ -543,10 +679,111 @@ def test_what_is_missing_is_said_before_the_work(tmp_path, capsys, monkeypatch, 
     uninstalled(monkeypatch, "paddle")
     assert main(["bench", "--peers", "paddle", "--out", str(tmp_path)]) == 1
     assert "pip install paddlepaddle" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["bench", "--peers", "none", "--out", str(tmp_path)]) == 1
-    assert 'pip install "nb_sparse_adam[bench]"' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """One line, without measuring."""
+    monkeypatch.setattr(comparison, "run", lambda *_: iter([shown(LINES["csr"])]))
+
+
+def test_without_matplotlib_there_is_no_chart_and_a_line_says_how_to_get_it(
+    tmp_path, capsys, monkeypatch, measured
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "bench.json").write_text('{\n  "schema": 1}')
+    (tmp_path / "bench.png").write_text("the chart of an earlier run")
+    assert main(["bench", "--peers", "none", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [row for row in said if 'pip install "nb_sparse_adam[bench]"' in row] == [said[-1]]
+    assert said[-1].startswith("no bench.png: drawing the chart needs matplotlib")
+    assert said[-2] == f"saved in {tmp_path}: bench.json"
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["lines"]
+    assert "    of the limit" in "\n".join(said)
+
+
+def test_json_on_stdout_and_the_table_on_stderr(tmp_path, capsys, monkeypatch, measured):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--peers", "none", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["lines"] == [shown(LINES["csr"])]
+    assert said.out.isascii()
+    assert LINES["csr"].titled(False) in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_in_a_file_of_ones_own(tmp_path, capsys, measured):
+    pytest.importorskip("matplotlib")
+    path, folder = tmp_path / "deep" / "mine.json", tmp_path / "run"
+    for _ in range(2):  # a result of an earlier run is replaced
+        assert main(["bench", "--peers", "none", "--json", str(path), "--out", str(folder)]) == 0
+    assert json.loads(path.read_text(encoding="utf-8")) == load(folder)
+    assert str(path) in capsys.readouterr().out
+
+
+def test_somebody_elses_file_is_not_replaced(tmp_path, capsys, no_measuring):
+    path = tmp_path / "mine.json"
+    path.write_text('{"name": "package"}')
+    assert main(["bench", "--peers", "none", "--json", str(path)]) == 1
+    assert "mine.json" in capsys.readouterr().err
+    assert path.read_text() == '{"name": "package"}'
+
+
+def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
+    """Not that of a repository around an environment that the package is installed in."""
+
+    def commit_of(package):
+        monkeypatch.setattr(comparison, "__file__", str(package / "bench" / "comparison.py"))
+        return comparison._commit()
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    ours, installed_there = tmp_path / "nb_sparse_adam", tmp_path / "lib" / "nb_sparse_adam"
+    for package in (ours, installed_there):
+        (package / "bench").mkdir(parents=True)
+        (package / "file").write_text("1")
+    assert commit_of(ours) is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert re.fullmatch("[0-9a-f]{7}", commit_of(ours))
+    assert commit_of(installed_there) is None
+    (ours / "file").write_text("2")
+    assert re.fullmatch("[0-9a-f]{7}-dirty", commit_of(ours))
+    monkeypatch.setenv("PATH", "")
+    assert commit_of(ours) is None
+
+
+FIRST_STEP = """
+import os, sys
+from pathlib import Path
+compiled = Path(os.environ["NUMBA_CACHE_DIR"], "kernels")
+print(0.25 if compiled.exists() else 12.5)
+compiled.write_text(str(sys.argv[1:]))
+"""
+
+
+def test_the_first_step_is_taken_with_nothing_on_disk_and_then_with_what_it_left_there(monkeypatch):
+    monkeypatch.setattr(worker, "command", lambda *given: [sys.executable, "-c", FIRST_STEP, *given])
+    numbers = worker.measure(LINES["first-step"], ALONE)
+    assert set(numbers) == {
+        name for entry in LINES["first-step"].entries for name in LINES["first-step"].numbers_of(entry)
+    }
+    assert {number for name, number in numbers.items() if name.endswith("compiled")} == {12.5}
+    assert {number for name, number in numbers.items() if name.endswith("disk")} == {0.25}
+    monkeypatch.setattr(worker, "command", lambda *_: [sys.executable, "-c", "raise MemoryError('no luck')"])
+    with pytest.raises(worker.CannotMeasureError, match="MemoryError: no luck"):
+        worker.measure(LINES["first-step"], ALONE)
+
+
+@pytest.mark.jit
+def test_a_worker_takes_one_step_and_says_how_long_that_took(capsys):
+    worker._main("first step", "first-step", "CSR", "1")
+    assert float(capsys.readouterr().out) > 0
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, no_measuring):

@@ -1,7 +1,7 @@
 """``nb-sparse-adam bench``: steps beside the limit that memory sets, and beside other libraries.
 
 `cases` says what is updated, by which gradients; `contenders`, `peers` and `limits` say by whom; `timing` has
-them take turns. `lines` lists every comparison with its targets, `worker` measures one of them in a process
-of its own, `comparison` runs them all, and `chart` shows their figures. The asv suite in ``benchmarks/`` is
-made of the same parts. Nothing of the library imports any of it.
+them take turns. `lines` lists every comparison with its targets, `worker` measures them in processes of their
+own, `comparison` runs them all, `text` and `chart` show their figures, and `command` is all of it. The asv
+suite in ``benchmarks/`` is made of the same parts. Nothing of the library imports any of it.
 """

@@ -8,14 +8,13 @@ the same work.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CASES", "CSR", "Arrays", "Bag", "Case", "Rows", "zipf_ids"]
+__all__ = ["CASES", "CSR", "Arrays", "Bag", "Case", "Rows", "compact", "zipf_ids"]
 
 SEED = 20260101
 
@@ -60,19 +59,33 @@ class Case:
     gradients : int
         How many different gradients there are. They are taken in turn, so that a step does not find the rows
         of the step before it in the cache where real work would not.
-    make : callable
-        ``make(case, rng)`` gives the arrays of one gradient.
+    make : functools.partial
+        ``make(case, rng)`` gives the arrays of one gradient; its keywords say how large that is.
     """
 
     name: str
     rows: int
     dim: int
     gradients: int
-    make: Callable[[Case, np.random.Generator], Arrays]
+    make: functools.partial[Any]
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """The shape of the table and the keywords of the gradients, for titles: ``table`` is "2M x 64"."""
+        numbers = {name: compact(value) for name, value in self.make.keywords.items()}
+        return {"table": f"{compact(self.rows)} x {self.dim}", **numbers}
 
     def smaller(self) -> Case:
-        """Give a case that is quick to set up: a tenth of the rows, two gradients. Its times mean little."""
-        return replace(self, rows=self.rows // 10, gradients=2)
+        """Give a case that is quick to set up: a tenth of all that is large, two gradients.
+
+        Its times mean little.
+        """
+        keywords = {
+            name: value // 10 if name in ("n", "bags", "samples") and value >= 1000 else value
+            for name, value in self.make.keywords.items()
+        }
+        make = functools.partial(self.make.func, **keywords)
+        return replace(self, rows=self.rows // 10, gradients=2, make=make)
 
     def arrays(self) -> list[Arrays]:
         """Make the gradients, the same ones at every call."""
@@ -82,6 +95,16 @@ class Case:
     def table(self) -> NDArray[Any]:
         """Make the table, float32, each of its pages written to."""
         return np.full((self.rows, self.dim), 0.1, dtype=np.float32)
+
+
+def compact(number: int) -> str:
+    """Write a number in few characters: "2M", "400k", "2**24", "4096"."""
+    if number < 10_000:
+        return str(number)
+    if number & (number - 1) == 0:
+        return f"2**{number.bit_length() - 1}"
+    unit, letter = (1_000_000, "M") if number >= 1_000_000 else (1000, "k")
+    return f"{number / unit:.3g}{letter}"
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> NDArray[Any]:

@@ -1,12 +1,14 @@
-"""Run the lines one after the other, each in a process of its own, and put together what they give."""
+"""Run the lines one after the other, in processes of their own, and put together what they give."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     """What the figures are measured on, and with."""
     return {
         "schema": SCHEMA,
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "quick": settings.quick,
         "threads": settings.threads,
@@ -109,30 +112,86 @@ def run(lines: Sequence[Line], settings: Settings) -> Iterator[dict[str, Any]]:
     dict
         ``key``, ``title``, ``section``; ``numbers`` by name, seconds where they are times; ``figures``, each
         with ``label``, ``value``, its ``unit`` ("s" or none), its target ``at_least`` or ``at_most``, and
-        whether it is ``met``; ``skipped``, the reason if there are no numbers.
+        whether it is ``met``; ``missing``, the labels of figures that there are not, each with the reason;
+        ``skipped``, the reason if there are no numbers.
     """
-    for line in lines:
-        yield {"key": line.key, "title": line.title, "section": line.section, **_one(line, settings)}
+    for group in _groups(lines, settings):
+        reasons = {line.key: reason_to_skip(line, settings) for line in group}
+        answers = _answers([line for line in group if reasons[line.key] is None], settings)
+        for line in group:
+            reason = reasons[line.key]
+            answer = next(answers) if reason is None else _nothing(reason)
+            numbers, skipped = answer["numbers"], answer["skipped"]
+            unusable = {**_left_out(line, settings), **answer["unusable"]}
+            yield {
+                "key": line.key,
+                "title": line.titled(settings.quick),
+                "section": line.section,
+                "numbers": numbers,
+                "figures": figures(line, numbers, not settings.quick),
+                "missing": {} if skipped is not None else _missing(line, numbers, unusable),
+                "skipped": skipped,
+            }
 
 
-def _one(line: Line, settings: Settings) -> dict[str, Any]:
-    skipped = reason_to_skip(line, settings)
-    numbers: dict[str, float] = {}
-    if skipped is None:
-        process = subprocess.run(
-            command("line", line.key, json.dumps(settings)),
-            env=_environment(line),
-            text=True,
-            capture_output=True,
-            check=False,
+def _groups(lines: Sequence[Line], settings: Settings) -> Iterator[list[Line]]:
+    """Yield lines that share a process: each its own, but for lines of times that are to be quick."""
+    for shared, group in itertools.groupby(lines, lambda line: settings.quick and line.measure == "times"):
+        together = list(group)
+        yield from [together] if shared else ([line] for line in together)
+
+
+def _nothing(reason: str) -> dict[str, Any]:
+    """Give the answer of a worker that has no numbers."""
+    return {"numbers": {}, "unusable": {}, "skipped": reason}
+
+
+def _answers(lines: Sequence[Line], settings: Settings) -> Iterator[dict[str, Any]]:
+    """Have a worker measure the lines; where it dies, another one goes on with the line after.
+
+    Yields
+    ------
+    dict
+        ``numbers``; ``unusable``, names of entries with reasons; ``skipped``.
+    """
+    left = [line.key for line in lines]
+    while left:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+            subprocess.Popen(
+                command("lines", json.dumps(settings), *left),
+                env=_environment(lines[-len(left)]), text=True, stdout=subprocess.PIPE, stderr=errors,
+            ) as process,
+        ):  # fmt: skip
+            assert process.stdout is not None
+            try:
+                for answer in process.stdout:
+                    del left[0]
+                    yield json.loads(answer)
+            except BaseException:  # the caller was interrupted, or wants no more
+                process.kill()
+                raise
+            if left:
+                status = process.wait()
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or [""])[-1]
+                del left[0]
+                yield _nothing(f"its process ended with status {status}: {last}")
+
+
+def _missing(line: Line, numbers: Mapping[str, float], unusable: Mapping[str, str]) -> dict[str, str]:
+    """Say why figures are missing, by label."""
+    return {
+        figure.label: " and ".join(
+            dict.fromkeys(
+                unusable.get(name, f"there is no number for {name}")
+                for name in (figure.over, figure.under)
+                if name is not None and name not in numbers
+            )
         )
-        if process.returncode:
-            last = (process.stderr.strip().splitlines() or [""])[-1]
-            skipped = f"its process ended with status {process.returncode}: {last}"
-        else:
-            answer = json.loads(process.stdout.splitlines()[-1])
-            numbers, skipped = answer.get("numbers", {}), answer.get("skipped")
-    return {"numbers": numbers, "figures": figures(line, numbers, not settings.quick), "skipped": skipped}
+        for figure in line.figures
+        if figure.value(numbers) is None
+    }
 
 
 def figures(line: Line, numbers: Mapping[str, float], judged: bool = True) -> list[dict[str, Any]]:
@@ -165,15 +224,21 @@ def reason_to_skip(line: Line, settings: Settings) -> str | None:
     if cores < 2 and (line.measure == "processes" or line.key.startswith("threads")):
         return f"needs 2 cores, there is {cores}"
     # A line all of whose figures need a peer that is not there.
-    gone = {
-        entry.name: entry.peer for entry in line.entries if entry.peer and entry.peer not in settings.peers
-    }
-    if all(gone.keys() & {figure.over, figure.under} for figure in line.figures):
-        return " and ".join(
-            f"{name} was left out" if PEERS[name].installed else f"needs {name}: {PEERS[name].install}"
-            for name in dict.fromkeys(filter(None, gone.values()))
-        )
+    left_out = _left_out(line, settings)
+    if all(left_out.keys() & {figure.over, figure.under} for figure in line.figures):
+        return " and ".join(dict.fromkeys(left_out.values()))
     return None
+
+
+def _left_out(line: Line, settings: Settings) -> dict[str, str]:
+    """Return the entries of a line whose library is not measured, each with the reason."""
+    return {
+        entry.name: f"{entry.peer} was left out"
+        if PEERS[entry.peer].installed
+        else f"needs {entry.peer}: {PEERS[entry.peer].install}"
+        for entry in line.entries
+        if entry.peer is not None and entry.peer not in settings.peers
+    }
 
 
 def _environment(line: Line) -> dict[str, str]:
@@ -185,6 +250,24 @@ def _environment(line: Line) -> dict[str, str]:
     if line.measure == "processes":
         return dict(os.environ)
     return {"OMP_PROC_BIND": "true", **os.environ}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that the package is in, "-dirty" if files differ; None elsewhere."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], text=True, capture_output=True, check=True
+        ).stdout.strip()
+
+    try:
+        # Not of somebody else's repository that has our installed package somewhere below.
+        if git("rev-parse", "--show-prefix") != f"{package.name}/":
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=7", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

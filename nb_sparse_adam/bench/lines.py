@@ -23,10 +23,13 @@ class Entry(NamedTuple):
     make: Callable[[Case, int], Contender]  # of the case and the number of threads
     peer: str | None = None  # the library that it needs
 
+    def sized(self, quick: bool) -> Case:
+        """Return its case, or the smaller one of ``--quick``."""
+        return CASES[self.case].smaller() if quick else CASES[self.case]
+
     def contender(self, threads: int, quick: bool) -> Contender:
         """Set it up."""
-        case = CASES[self.case]
-        return self.make(case.smaller() if quick else case, threads)
+        return self.make(self.sized(quick), threads)
 
 
 class Figure(NamedTuple):
@@ -77,14 +80,15 @@ class Line(NamedTuple):
     key : str
         Its name in results.
     title : str
-        What it is, for people.
+        What it is, for people; ``{table}``, ``{n}`` and the like stand for sizes of the first entry's case.
+        See `titled`.
     section : str
         The heading that it stands under.
     entries : tuple of Entry
         They take turns.
     figures : tuple of Figure
         Made of medians in seconds, or of what `measure` gives.
-    measure : {"times", "processes", "scratch", "resident"}
+    measure : {"times", "processes", "scratch", "resident", "first_step"}
         How it is measured; see `worker`.
     layer : str
         Of "processes": numba's threading layer.
@@ -107,6 +111,10 @@ class Line(NamedTuple):
     gigabytes: float = 8
     quick: bool = True
 
+    def titled(self, quick: bool) -> str:
+        """Return the title, with the sizes that such a run has."""
+        return self.title.format_map(self.entries[0].sized(quick).sizes)
+
     def only(self, label: str) -> Line:
         """Return a line with one of the figures, and no more entries than that figure needs."""
         figure = next(figure for figure in self.figures if figure.label == label)
@@ -118,6 +126,8 @@ class Line(NamedTuple):
         """Return the names of the numbers that come of measuring an entry."""
         if self.measure == "processes":
             return [f"{entry.name}, alone", f"{entry.name}, beside another"]
+        if self.measure == "first_step":
+            return [f"{entry.name}, compiled", f"{entry.name}, from disk"]
         return [entry.name]
 
 
@@ -167,12 +177,13 @@ _PEERS = "Beside others"
 _IN_TORCH = "In torch: nb_sparse_adam.torch"
 _SMALL = "Small steps"
 _SCALE = "As things grow"
+_START = "Starting"
 
 
 def _rows(dim: int, case: str) -> Line:
     return Line(
         f"rows-{dim}",
-        f"sorted rows, dim {dim}, row counts",
+        "{n} sorted rows of {table}, row counts",
         _MEMORY,
         (
             _ours(case, "row", "propagate", "propagate"),
@@ -191,7 +202,7 @@ def _rows(dim: int, case: str) -> Line:
 def _elements(key: str, what: str, case: str, at_least: float) -> Line:
     return Line(
         key,
-        f"sorted rows, {what}, element counts",
+        f"{what}, element counts",
         _MEMORY,
         (
             _ours(case, "element", "propagate"),
@@ -209,7 +220,7 @@ def _elements(key: str, what: str, case: str, at_least: float) -> Line:
 def _bags(key: str, what: str, case: str) -> Line:
     return Line(
         key,
-        f"4096 bags of 20, {what}",
+        f"{{bags}} bags of {{lookups}}, {what}",
         _PEERS,
         (
             _ours(case, "element"),
@@ -235,7 +246,7 @@ def _bags(key: str, what: str, case: str) -> Line:
 def _drop_in(ids: str, case: str) -> Line:
     return Line(
         f"torch-optimizer-{case.removeprefix('rows-')}",
-        f"82k {ids} ids in 2M x 64, not coalesced",
+        f"{{n}} {ids} ids in {{table}}, not coalesced",
         _IN_TORCH,
         (
             _peer("SparseAdam", case, "torch", DropInRows, coalesced=False),
@@ -248,7 +259,7 @@ def _drop_in(ids: str, case: str) -> Line:
 def _fused(ids: str, case: str) -> Line:
     return Line(
         f"torch-{case}",
-        f"backward and update, 4096 bags of 20 {ids} ids in 2M x 64",
+        f"backward and update, {{bags}} bags of {{lookups}} {ids} ids in {{table}}",
         _IN_TORCH,
         (_peer("EmbeddingBag", case, "torch", FusedBag), _torch_bag(case=case)),
         (Figure("torch / EmbeddingBag", "torch", "EmbeddingBag", at_least=8),),
@@ -260,7 +271,7 @@ def _small(rows: int, microseconds: float, torchs: float) -> Line:
     case = f"small-{rows}x16"
     return Line(
         f"small-{rows}",
-        f"{rows} x 16",
+        f"{{n}} row{'s' * (rows > 1)} of {{table}}",
         _SMALL,
         (_ours(case, "element"), _torch_rows(case=case, coalesced=True)),
         (
@@ -313,17 +324,35 @@ def _processes(layer: str, at_most: float) -> Line:
     )
 
 
+def _first_step() -> Line:
+    cases = {"rows": "rows-2Mx64", "bags": "bag-uniform", "CSR": "csr-400kx1024"}
+    return Line(
+        "first-step",
+        "the first step of a process, kernels compiled or found on disk",
+        _START,
+        tuple(_ours(case, "element", name=name) for name, case in cases.items()),
+        tuple(
+            Figure(f"{name}, {how}", f"{name}, {how}", unit="s")
+            for name in cases
+            for how in ("compiled", "from disk")
+        ),
+        measure="first_step",
+        gigabytes=2,
+        quick=False,
+    )
+
+
 _ALL = [
     _rows(16, "rows-6Mx16"),
     _rows(32, "rows-3Mx32"),
     _rows(64, "rows-2Mx64"),
     _rows(128, "rows-1Mx128"),
-    _elements("element-64", "dim 64", "rows-2Mx64", 0.9),
-    _elements("element-16", "dim 16", "rows-6Mx16", 0.9),
-    _elements("element-half", "dim 64, half zero", "rows-2Mx64-half", 0.75),
+    _elements("element-64", "{n} sorted rows of {table}", "rows-2Mx64", 0.9),
+    _elements("element-16", "{n} sorted rows of {table}", "rows-6Mx16", 0.9),
+    _elements("element-half", "{n} sorted rows of {table}, half zero", "rows-2Mx64-half", 0.75),
     Line(
         "csr",
-        "CSR, 1 % of 20k of 400k rows of 1024",
+        "CSR, {per_row} entries in each of {n} rows of {table}",
         _MEMORY,
         (
             _ours("csr-400kx1024", "element"),
@@ -338,7 +367,7 @@ _ALL = [
     ),
     Line(
         "rows-shuffled",
-        "100k shuffled rows of 2M x 64",
+        "{n} shuffled rows of {table}",
         _PEERS,
         (
             _ours("rows-2Mx64-shuffled", "row"),
@@ -352,7 +381,7 @@ _ALL = [
     ),
     Line(
         "rows-coalesced",
-        "100k sorted rows of 2M x 64",
+        "{n} sorted rows of {table}",
         _PEERS,
         (
             _ours("rows-2Mx64", "element"),
@@ -368,7 +397,7 @@ _ALL = [
     ),
     Line(
         "paddle",
-        "100k sorted rows of 2M x 64",
+        "{n} sorted rows of {table}",
         _PEERS,
         (
             _ours("rows-2Mx64", "element"),
@@ -382,7 +411,7 @@ _ALL = [
     ),
     Line(
         "rows-zipf",
-        "82k Zipf(1.2) ids in 2M x 64",
+        "{n} Zipf(1.2) ids in {table}",
         _PEERS,
         (
             _ours("rows-zipf", "element"),
@@ -397,11 +426,11 @@ _ALL = [
             Figure("numpy.unique / grouping", "numpy.unique", "grouping, one thread", at_least=3),
         ),
     ),
-    _bags("bag-uniform", "uniform in 2M x 64", "bag-uniform"),
-    _bags("bag-zipf", "Zipf(1.2) in 2M x 64", "bag-zipf"),
+    _bags("bag-uniform", "uniform in {table}", "bag-uniform"),
+    _bags("bag-zipf", "Zipf(1.2) in {table}", "bag-zipf"),
     Line(
         "linear",
-        "linear model, 8192 x 40 in 2**24",
+        "linear model, {samples} samples of {nonzeros} features in {table}",
         _PEERS,
         (
             _ours("linear", "element"),
@@ -422,7 +451,7 @@ _ALL = [
     _fused("Zipf(1.2)", "bag-zipf"),
     Line(
         "torch-memory",
-        "peak memory of backward and update, in gradients of one row an id",
+        "peak memory, in gradients of a row an id: backward and update, {bags} bags of {lookups} in {table}",
         _IN_TORCH,
         (
             _peer("EmbeddingBag", "bag-uniform", "torch", FusedBag),
@@ -435,7 +464,7 @@ _ALL = [
     _small(32, 20, 94),
     Line(
         "hot",
-        "one row takes half of the ids",
+        "{bags} bags of {lookups} in {table}, one row takes half of the ids",
         _SCALE,
         (
             _ours("bag-hot", "element", name="hot"),
@@ -455,9 +484,9 @@ _ALL = [
         gigabytes=19,
         quick=False,
     ),
-    _threads("rows", "rows", "rows-2Mx64", "row"),
-    _threads("elements", "rows, element counts", "rows-2Mx64", "element"),
-    _threads("bags", "bags", "bag-uniform", "row"),
+    _threads("rows", "{n} sorted rows of {table}", "rows-2Mx64", "row"),
+    _threads("elements", "{n} sorted rows of {table}, element counts", "rows-2Mx64", "element"),
+    _threads("bags", "{bags} bags of {lookups} in {table}", "bag-uniform", "row"),
     _processes("workqueue", 2.5),
     _processes("tbb", 2.5),
     _processes("omp", 3.2),
@@ -473,6 +502,7 @@ _ALL = [
         tuple(Figure(f"bytes an id, {name}", name, at_most=16) for name in ("rows", "bags", "linear model")),
         measure="scratch",
     ),
+    _first_step(),
 ]
 
 LINES: dict[str, Line] = {line.key: line for line in _ALL}

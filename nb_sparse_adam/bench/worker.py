@@ -1,18 +1,21 @@
-"""One line of the comparison, measured in a process of its own: ``python -m nb_sparse_adam.bench.worker``.
+"""Lines of the comparison, measured in another process: ``python -m nb_sparse_adam.bench.worker``.
 
-A process of its own, so that memory is given back, that a library that crashes takes one line with it, and
-that no two libraries of the comparison have to live with each other's threads but where they are compared.
+Each line has a process of its own, so that memory is given back, that a library that crashes takes one line
+with it, and that no two libraries of the comparison have to live with each other's threads but where they are
+compared. Lines of times share one with ``--quick``: most of what they would take is imports and compiling.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -20,14 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nb_sparse_adam.bench.cases import CASES, Arrays, Bag, Case, Rows
+from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam.bench.contenders import Contender, Ours, WithOptimizer, gradient
 from nb_sparse_adam.bench.lines import LINES, Entry, Line
+from nb_sparse_adam.bench.peers import import_peer
 from nb_sparse_adam.bench.timing import alternate
 
 __all__ = ["CannotMeasureError", "Settings", "command", "measure"]
 
 REPEATS = 21
+QUICK_REPEATS = 3
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 SECONDS_OF_STEPS = 3.0  # of two processes, side by side
 
@@ -58,34 +63,59 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "nb_sparse_adam.bench.worker", *arguments]
 
 
-def measure(line: Line, settings: Settings) -> dict[str, float]:
+def measure(line: Line, settings: Settings, unusable: dict[str, str] | None = None) -> dict[str, float]:
     """Measure a line here; return its numbers by name, times in seconds.
+
+    Parameters
+    ----------
+    line : Line
+    settings : Settings
+    unusable : dict, optional
+        Is given the names of entries that cannot be measured here, each with the reason; the others are
+        measured. Without it, such an entry is an error.
 
     Raises
     ------
     CannotMeasureError
         If it cannot be measured here, with the reason.
     """
-    return _MEASURES[line.measure](line, settings)
+    chosen = [entry for entry in line.entries if entry.peer is None or entry.peer in settings.peers]
+    if unusable is not None:
+        unusable.update(_unusable(chosen))
+        chosen = [entry for entry in chosen if entry.name not in unusable]
+        if not chosen:
+            raise CannotMeasureError(" and ".join(dict.fromkeys(unusable.values())))
+    return _MEASURES[line.measure](line._replace(entries=tuple(chosen)), settings)
+
+
+def _unusable(entries: list[Entry]) -> dict[str, str]:
+    """Import the libraries that entries need; return the entries whose library cannot be imported."""
+    reasons = {}
+    for entry in entries:
+        if entry.peer is not None:
+            try:
+                import_peer(entry.peer)
+            except NotImplementedError as error:
+                reasons[entry.name] = str(error)
+    return reasons
 
 
 def _times(line: Line, settings: Settings) -> dict[str, float]:
     contenders: dict[str, Contender] = {}
     first: dict[tuple[str, str], WithOptimizer] = {}
     for entry in line.entries:
-        if entry.peer is None or entry.peer in settings.peers:
-            try:
-                contender = entry.contender(settings.threads, settings.quick)
-            except NotImplementedError as error:
-                raise CannotMeasureError(str(error)) from error
-            contenders[entry.name] = contender
-            if isinstance(contender, WithOptimizer):
-                alike = entry.case, contender.optimizer.step_counts
-                if alike in first:
-                    contender.use_memory_of(first[alike])
-                else:
-                    first[alike] = contender
-    seconds = alternate(contenders, 5 if settings.quick else REPEATS, line.loop)
+        try:
+            contender = entry.contender(settings.threads, settings.quick)
+        except NotImplementedError as error:
+            raise CannotMeasureError(str(error)) from error
+        contenders[entry.name] = contender
+        if isinstance(contender, WithOptimizer):
+            alike = entry.case, contender.optimizer.step_counts
+            if alike in first:
+                contender.use_memory_of(first[alike])
+            else:
+                first[alike] = contender
+    seconds = alternate(contenders, QUICK_REPEATS if settings.quick else REPEATS, line.loop)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -100,7 +130,7 @@ def _scratch(line: Line, settings: Settings) -> dict[str, float]:
     """
     numbers = {}
     for entry in line.entries:
-        case = CASES[entry.case].smaller() if settings.quick else CASES[entry.case]
+        case = entry.sized(settings.quick)
         whole = case.arrays()[0]
         half = _first_half(whole)
         _peak(entry, case, whole, settings)  # compiles
@@ -150,16 +180,15 @@ def _resident(line: Line, settings: Settings) -> dict[str, float]:
 
     numbers = {}
     for entry in line.entries:
-        if entry.peer is None or entry.peer in settings.peers:
-            case = CASES[entry.case].smaller() if settings.quick else CASES[entry.case]
-            contender = entry.make(case, settings.threads)
-            contender.warm()
-            contender.ready()
-            clear.write_text("5")  # the peak is what there is now
-            before = kilobytes("VmRSS")
-            contender.step()
-            row_an_id = len(case.arrays()[0][0]) * case.dim * 4
-            numbers[entry.name] = 1024 * (kilobytes("VmHWM") - before) / row_an_id
+        case = entry.sized(settings.quick)
+        contender = entry.make(case, settings.threads)
+        contender.warm()
+        contender.ready()
+        clear.write_text("5")  # the peak is what there is now
+        before = kilobytes("VmRSS")
+        contender.step()
+        row_an_id = len(case.arrays()[0][0]) * case.dim * 4
+        numbers[entry.name] = 1024 * (kilobytes("VmHWM") - before) / row_an_id
     return numbers
 
 
@@ -244,25 +273,70 @@ def _stepper(entry: Entry) -> None:
         print((time.perf_counter() - start) / steps, flush=True)
 
 
+# --- the first step ---------------------------------------------------------------------------------------
+
+
+def _first_step(line: Line, settings: Settings) -> dict[str, float]:
+    """Time the first step of a process that finds no kernels on disk, and of one that finds them there."""
+    numbers = {}
+    for entry in line.entries:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            for number in line.numbers_of(entry):
+                done = subprocess.run(
+                    command("first step", line.key, entry.name, str(settings.threads)),
+                    env=environment, text=True, capture_output=True, check=False,
+                )  # fmt: skip
+                if done.returncode:
+                    raise CannotMeasureError(_reason(done.stderr))
+                numbers[number] = float(done.stdout)
+    return numbers
+
+
+def _step_once(entry: Entry, threads: int) -> None:
+    """Print the seconds of one step, on a small table: what is not compiling is some milliseconds."""
+    contender = entry.contender(threads, quick=True)
+    contender.ready()
+    start = time.perf_counter()
+    contender.step()
+    print(time.perf_counter() - start)
+
+
 _MEASURES: dict[str, Callable[[Line, Settings], dict[str, float]]] = {
     "times": _times,
     "scratch": _scratch,
     "resident": _resident,
     "processes": _processes,
+    "first_step": _first_step,
 }
 
 
-def _main(what: str, key: str, given: str) -> None:
-    line = LINES[key]
-    if what == "stepper":
-        _stepper(next(entry for entry in line.entries if entry.name == given))
+def _lines(settings: Settings, keys: list[str]) -> None:
+    """Measure lines, and print a line of JSON for each: ``numbers``, ``unusable``, ``skipped``."""
+    # What libraries print is no answer.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for key in keys:
+            answer: dict[str, Any] = {"numbers": {}, "unusable": {}, "skipped": None}
+            try:
+                answer["numbers"] = measure(LINES[key], settings, answer["unusable"])
+            except CannotMeasureError as error:
+                answer["skipped"] = str(error)
+            print(json.dumps(answer), file=answers, flush=True)
+            gc.collect()  # tables in cycles: the next line needs the memory
+
+
+def _main(what: str, *given: str) -> None:
+    if what == "lines":
+        peers, threads, quick = json.loads(given[0])
+        _lines(Settings(tuple(peers), threads, quick), list(given[1:]))
         return
-    peers, threads, quick = json.loads(given)
-    try:
-        answer: dict[str, Any] = {"numbers": measure(line, Settings(tuple(peers), threads, quick))}
-    except CannotMeasureError as error:
-        answer = {"skipped": str(error)}
-    print(json.dumps(answer))
+    key, name, *threads_of_first_step = given
+    entry = next(entry for entry in LINES[key].entries if entry.name == name)
+    if what == "stepper":
+        _stepper(entry)
+    else:
+        _step_once(entry, int(*threads_of_first_step))
 
 
 if __name__ == "__main__":
