@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from benchmarks import need_memory
 from nb_sparse_adam.bench.cases import CASES
 from nb_sparse_adam.bench.contenders import Contender, Grouping, NumpyUnique, Ours
 from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
@@ -27,7 +28,11 @@ def _warm(make: Callable[..., Contender], case: str, options: tuple[tuple[str, o
     they go on from sample to sample. That changes no time, for a step does the same work whatever the state
     holds.
     """
-    contender = make(CASES[case], **dict(options))
+    need_memory(4)
+    try:
+        contender = make(CASES[case], **dict(options))
+    except ImportError as error:
+        raise NotImplementedError(f"not at this commit: {error}") from error
     contender.warm()
     return contender
 

@@ -16,6 +16,7 @@ from typing import Any
 import numba
 
 from nb_sparse_adam.bench.lines import LINES, Line
+from nb_sparse_adam.bench.machine import memory as _memory
 from nb_sparse_adam.bench.peers import PEERS
 from nb_sparse_adam.bench.worker import Settings, command
 from nb_sparse_adam.engine.threads import max_threads
@@ -284,14 +285,3 @@ def _llvm_name() -> str:
     import llvmlite.binding
 
     return str(llvmlite.binding.get_host_cpu_name())
-
-
-def _memory(what: str) -> float | None:
-    """Return a line of /proc/meminfo in GB; None where there is none."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(f"{what}:"):
-                return round(int(line.split()[1]) / 1e6, 1)
-    except OSError:
-        pass
-    return None
