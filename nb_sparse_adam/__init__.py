@@ -1,6 +1,11 @@
 """Sparse Adam in Numba: an optimizer that reads and writes only what a sparse gradient touches."""
 
+__version__ = "0.1.0"
+
+from typing import TYPE_CHECKING
+
 from nb_sparse_adam import errors
+from nb_sparse_adam import typing as typing  # numba takes `LentTable` by its name only if it is imported
 from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
 from nb_sparse_adam.kernels import apply_row_gradient
 from nb_sparse_adam.optimizer import SparseAdam
@@ -17,4 +22,25 @@ __all__ = [
     "warm_up",
 ]
 
-__version__ = "0.1.0"
+_WHEN_ASKED_FOR = ("checkpoint", "recommender", "torch")
+
+if TYPE_CHECKING:
+    from nb_sparse_adam import checkpoint as checkpoint
+    from nb_sparse_adam import recommender as recommender
+    from nb_sparse_adam import torch as torch
+else:
+
+    def __getattr__(name):
+        if name not in _WHEN_ASKED_FOR:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except errors.MissingExtraError as error:  # so that hasattr is False, and inspect goes on
+            raise AttributeError(str(error)) from error
+
+
+def __dir__() -> list[str]:
+    # Not in __all__: an import of * is not to take the names of other packages.
+    return sorted([*__all__, *_WHEN_ASKED_FOR, "typing"])

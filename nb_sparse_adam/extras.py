@@ -19,7 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "cuda": ("numba-cuda",),
     "cuda12": ("numba-cuda",),
-    "test": (*_TRAIN, "expecttest", "hypothesis", "pytest", "scipy"),
+    "test": (*_TRAIN, "basedpyright", "expecttest", "hypothesis", "mypy", "pytest", "scipy"),
     "bench": (*_TRAIN, "asv", "virtualenv"),
 }
 """Extra -> the packages it brings. Each is imported by the name that it is installed by, but for hyphens."""

@@ -7,20 +7,40 @@ The user's own objects are never modified, and copied only where their dtype or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from nb_sparse_adam.annotations import (
+    Array,
+    BagMode,
+    BatchedCoordinates,
+    CompressedMatrix,
+    CoordinateMatrix,
+    IndexedSlices,
+)
 from nb_sparse_adam.engine.records import BAGS, COO, CSC, CSR, ROWS
 from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
 from nb_sparse_adam.frameworks import located
+from nb_sparse_adam.naming import type_name
+from nb_sparse_adam.options import BAG_MODES
+from nb_sparse_adam.public import public
+from nb_sparse_adam.remedies import for_ids, for_no_gradient, for_values
 
-__all__ = ["BagGradient", "CSRGradient", "RowGradient"]
+__all__ = ["BagGradient", "CSRGradient", "Gradient", "RowGradient"]
 
 
+def _size(array: Any) -> int:
+    """Count elements; of a tensor, ``size`` is a method."""
+    shape = getattr(array, "shape", None)
+    return int(np.size(array) if shape is None else math.prod(shape))
+
+
+@public("nb_sparse_adam")
 @dataclass(frozen=True, eq=False)
 class RowGradient:
     """Gradient of some rows of a table: what the backward pass of an embedding lookup gives.
@@ -44,13 +64,14 @@ class RowGradient:
     RowGradient(3 rows)
     """
 
-    rows: ArrayLike
-    values: ArrayLike
+    rows: Array
+    values: Array
 
     def __repr__(self) -> str:
-        return f"RowGradient({np.size(self.rows)} rows)"
+        return f"RowGradient({_size(self.rows)} rows)"
 
 
+@public("nb_sparse_adam")
 @dataclass(frozen=True, eq=False)
 class BagGradient:
     """Gradient of pooled embeddings: Aᵀ·grad_output, summed inside the kernel and never stored.
@@ -72,22 +93,38 @@ class BagGradient:
     mode : {"sum", "mean"}, default "sum"
         "mean" divides by the number of ids of the bag. With ``weights`` it is refused, as in torch.
 
+    Raises
+    ------
+    GradientError
+        For another ``mode``, or "mean" together with ``weights``.
+
     Notes
     -----
-    Nothing is checked or copied before `SparseAdam.step`, which raises a `GradientError` for a gradient that
+    No array is checked or copied before `SparseAdam.step`, which raises a `GradientError` for a gradient that
     does not fit its table.
     """
 
-    indices: ArrayLike
-    offsets: ArrayLike
-    grad_output: ArrayLike
-    weights: ArrayLike | None = None
-    mode: str = "sum"
+    indices: Array
+    offsets: Array
+    grad_output: Array
+    weights: Array | None = None
+    mode: BagMode = "sum"
+
+    def __post_init__(self) -> None:
+        mode: object = self.mode
+        if not isinstance(mode, str) or mode not in BAG_MODES:
+            raise GradientError(f"BagGradient: mode is {mode!r}, expected one of {BAG_MODES}")
+        if mode == "mean" and self.weights is not None:
+            raise GradientError(
+                "BagGradient: got weights together with mode='mean', which torch does not define either; "
+                "divide the weights by the sizes of their bags and pass mode='sum'"
+            )
 
     def __repr__(self) -> str:
-        return f"BagGradient({np.size(self.indices)} ids, mode={self.mode!r})"
+        return f"BagGradient({_size(self.indices)} ids, mode={self.mode!r})"
 
 
+@public("nb_sparse_adam")
 @dataclass(frozen=True, eq=False)
 class CSRGradient:
     """Gradient in compressed sparse rows, without scipy.
@@ -107,12 +144,24 @@ class CSRGradient:
     does not fit its table.
     """
 
-    indptr: ArrayLike
-    indices: ArrayLike
-    data: ArrayLike
+    indptr: Array
+    indices: Array
+    data: Array
 
     def __repr__(self) -> str:
-        return f"CSRGradient({np.size(self.data)} entries)"
+        return f"CSRGradient({_size(self.data)} entries)"
+
+
+Gradient: TypeAlias = (
+    RowGradient
+    | BagGradient
+    | CSRGradient
+    | CompressedMatrix
+    | CoordinateMatrix
+    | IndexedSlices
+    | BatchedCoordinates
+)
+"""What `SparseAdam.step` takes as the gradient of a table."""
 
 
 class Names(NamedTuple):
@@ -210,15 +259,8 @@ def read(gradient: object, target: Target) -> Given:
         if found.columns is None:
             return _read_rows(names, found.ids, found.values, target)
         return _read_coo(names, found.ids, found.columns, found.values, target)
-    got, forms = type(gradient).__name__, target.reader.forms
-    advice = ""
-    if isinstance(gradient, np.ndarray):
-        got = f"a dense array of shape {gradient.shape}"
-        advice = "; for a dense gradient g pass RowGradient(np.arange(len(g)), g)"
-    elif on_gpu(gradient) and target.reader.layouts == ("csr",):
-        got = f"a dense {got}"
-        advice = "; for a dense gradient g pass RowGradient with the rows 0..len(g) - 1"
-    raise target.refuse(GradientTypeError, f"got {got}, expected {forms}{advice}")
+    got, remedy = for_no_gradient(gradient, target.reader.layouts == ("csr",))
+    raise target.refuse(GradientTypeError, f"got {got}, expected {target.reader.forms}{remedy}")
 
 
 def on_gpu(given: object) -> bool:
@@ -271,7 +313,8 @@ def _values(what: str, given: Any, target: Target, rows: int | None, of: str, ma
             shapes = f"({count}, {target.dim})" + (f" or ({count},)" if target.ndim == 1 else "")
         raise target.refuse(
             GradientError,
-            f"{what} has shape {tuple(shape)}, expected {shapes}: one row or value for each of {of}",
+            f"{what} has shape {tuple(shape)}, expected {shapes}: one row or value for each of {of}"
+            + for_values(what, tuple(shape), rows, target.dim if matrix else None),
         )
     return reader.ready(what, array, target.dtype, target, matrix)
 
@@ -297,7 +340,10 @@ def _integers(what: str, given: Any, target: Target, length: int | None = None) 
         )
     if array.ndim != 1 or length not in (None, array.shape[0]):
         count = "n" if length is None else str(length)
-        raise target.refuse(GradientError, f"{what} has shape {tuple(array.shape)}, expected ({count},)")
+        remedy = for_ids(what, tuple(array.shape), target.dim)
+        raise target.refuse(
+            GradientError, f"{what} has shape {tuple(array.shape)}, expected ({count},){remedy}"
+        )
     if dtype.kind == "u" and isinstance(array, np.ndarray):
         _refuse_huge(what, array, target)
     wanted = _INT32 if dtype.kind == "i" and dtype.itemsize <= 4 else _INT64
@@ -333,14 +379,6 @@ def _read_coo(names: Names, rows: Any, columns: Any, data: Any, target: Target) 
 
 
 def _read_bags(gradient: BagGradient, target: Target) -> Given:
-    if gradient.mode not in ("sum", "mean"):
-        raise target.refuse(GradientError, f"BagGradient.mode is {gradient.mode!r}, expected 'sum' or 'mean'")
-    if gradient.mode == "mean" and gradient.weights is not None:
-        raise target.refuse(
-            GradientError,
-            "BagGradient got weights together with mode='mean', which torch does not define either; divide "
-            "the weights by the sizes of their bags and pass mode='sum'",
-        )
     ids = _integers(_BAGS.ids, gradient.indices, target)
     values = _values(_BAGS.values, gradient.grad_output, target, None, "the bags")
     n, bags = ids.shape[0], values.shape[0]
@@ -399,7 +437,7 @@ def _read_scipy(gradient: Any, target: Target) -> Given:
         if getattr(gradient, attribute, None) is None:
             raise target.refuse(
                 GradientTypeError,
-                f"got a {type(gradient).__name__} that calls itself {layout!r} but has no {attribute}, "
+                f"got a {type_name(gradient)} that calls itself {layout!r} but has no {attribute}, "
                 f"expected {reader.forms}",
             )
     target.check_shape(what, gradient.shape)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from nb_sparse_adam import options
+from nb_sparse_adam.annotations import DeviceChecks, OnNonfinite
 from nb_sparse_adam.backend import Backend
 from nb_sparse_adam.errors import OptionError
 from nb_sparse_adam.options import Options
@@ -55,7 +56,7 @@ def _check_threads(self: HyperParameters, value: int | None) -> None:
         )
 
 
-def _leave_device_checks(self: HyperParameters, value: str) -> None:
+def _leave_device_checks(self: HyperParameters, value: DeviceChecks) -> None:
     if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
         raise options.needless_checks(value, "table", "host")
     options.refuse_unseen(self.on_nonfinite, value)
@@ -102,7 +103,8 @@ class HyperParameters:
         "eps_hat", "Whether ε is added before the correction of v; settable between steps."
     )
     maximize = Option[bool]("maximize", "Whether steps ascend; settable between steps.")
-    on_nonfinite = Option[str](
+    # Of literals: pyright takes what is not annotated for any string.
+    on_nonfinite: Option[OnNonfinite] = Option(
         "on_nonfinite",
         "What happens to values that are not finite; settable between steps.",
         lambda self, value: options.refuse_unseen(value, self._options.device_checks),
@@ -112,7 +114,7 @@ class HyperParameters:
         "Threads for large steps, None for numba's setting or fewer; settable between steps.",
         _check_threads,
     )
-    device_checks = Option[str](
+    device_checks: Option[DeviceChecks] = Option(
         "device_checks",
         "When gradients of tables on a GPU are checked, and who waits; settable between steps.",
         _leave_device_checks,

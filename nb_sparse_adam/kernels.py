@@ -1,6 +1,7 @@
 """Adam inside a user's own compiled loop: a table that is lent to it, and the update of one row.
 
-numba's caches of users' functions know `LentTable` by this module and its name: both stay.
+numba's caches of users' functions know `LentTable` by its name, and by the module that it is public in: both
+stay.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nb_sparse_adam import __version__
 from nb_sparse_adam.engine.codecs import PLAIN
 from nb_sparse_adam.engine.compile import jit
 from nb_sparse_adam.engine.formula import after, correction, counts_agree, is_nonfinite, most_of, one_more
@@ -19,10 +21,12 @@ from nb_sparse_adam.engine.layout import count_offset
 from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, ROW
 from nb_sparse_adam.engine.rows import updates
 from nb_sparse_adam.engine.view import viewed
+from nb_sparse_adam.public import public
 
 __all__ = ["LentTable", "apply_row_gradient", "lent", "view"]
 
 
+@public("nb_sparse_adam.typing")
 class LentTable(NamedTuple):
     """A table as a user's own function is given it.
 
@@ -38,7 +42,7 @@ class LentTable(NamedTuple):
     corrections: Any  # pairs, see `corrections.Corrections`
     settings: Any  # (1,) record of `records.TABLE`, read-only: it says where rows lie
     skips: Any  # (1,) bool, read-only: whether rows that are not finite are left out
-    version: Any = np.empty(0, [(f"kernels {STAMP}", np.int8)])
+    version: Any = np.empty(0, [(f"kernels {STAMP or __version__}", np.int8)])
 
 
 def lent(

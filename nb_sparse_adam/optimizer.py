@@ -7,12 +7,13 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam import options
+from nb_sparse_adam.annotations import DeviceChecks, OnNonfinite, StepCounts, Table
 from nb_sparse_adam.backend import Backend, Request, backends_for
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.mapped import StateFolder
@@ -24,10 +25,12 @@ from nb_sparse_adam.errors import (
     SparseAdamWarning,
     StateError,
     TableError,
-    TableTypeError,
 )
-from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam.gradients import BagGradient, CSRGradient, Gradient, RowGradient
+from nb_sparse_adam.naming import type_name
 from nb_sparse_adam.options import Options
+from nb_sparse_adam.public import public
+from nb_sparse_adam.remedies import for_several_arguments, named_tables
 from nb_sparse_adam.stepping import finish, prepare, step_alone
 from nb_sparse_adam.tables import Tables, refuse_overlap
 
@@ -36,6 +39,7 @@ __all__ = ["SparseAdam", "tables_of"]
 _FORMS = (RowGradient, BagGradient, CSRGradient)
 
 
+@public("nb_sparse_adam")
 class SparseAdam(Tables):
     r"""Adam that reads and writes only the entries of parameter tables that a gradient touches.
 
@@ -133,23 +137,23 @@ class SparseAdam(Tables):
 
     def __init__(
         self,
-        tables: NDArray[Any] | Mapping[str, NDArray[Any]],
-        *,
+        tables: Table | Mapping[str, Table],
         lr: float = 1e-3,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        step_counts: str = "element",
+        step_counts: StepCounts = "element",
         eps_hat: bool = False,
         maximize: bool = False,
-        on_nonfinite: str = "raise",
+        on_nonfinite: OnNonfinite = "raise",
         num_threads: int | None = None,
         state_dir: str | os.PathLike[str] | None = None,
         reserve: bool = False,
-        device_checks: str = "immediate",
+        device_checks: DeviceChecks = "immediate",
     ) -> None:
         self._step_counts = options.choice("step_counts", step_counts, options.STEP_COUNTS)
         self._unfinished = None
-        named = _named_tables(tables)
+        named = named_tables(tables)
         reserve = options.flag("reserve", reserve)
         if reserve and state_dir is None:
             raise OptionError(
@@ -214,7 +218,9 @@ class SparseAdam(Tables):
 
     # --- steps --------------------------------------------------------------------------------------------
 
-    def step(self, gradient: Any, *, stream: Any = None) -> None:
+    def step(
+        self, gradient: Gradient | Mapping[str, Gradient], *others: NoReturn, stream: Any = None
+    ) -> None:
         """Update the tables with one gradient, or with one for each of several tables.
 
         Parameters
@@ -224,6 +230,8 @@ class SparseAdam(Tables):
             the table's shape; TensorFlow's ``IndexedSlices``, or JAX's ``BCOO`` with ``n_batch`` 0, whose
             padding is left out (both on the host only). With a mapping, the tables named in it are updated
             and the others are not touched, their counts included.
+        *others
+            Refused: arrays are passed as the gradient that they make up.
         stream : optional
             For tables on a GPU: the stream to run on, of numba's, CuPy's or torch's, or its address. By
             default the one that the gradient's arrays are ready on: torch's current one for torch's tensors,
@@ -254,6 +262,11 @@ class SparseAdam(Tables):
         left out. A value that has become infinite or NaN after it was looked at gets into the table, whatever
         ``on_nonfinite`` says.
         """
+        if others:
+            raise GradientTypeError(
+                f"step got {1 + len(others)} arguments, expected one gradient, and stream by its name"
+                + for_several_arguments(1 + len(others))
+            )
         if self._has_streams or stream is not None:
             step_alone([(self, gradient, stream)])
         else:
@@ -290,7 +303,7 @@ class SparseAdam(Tables):
                 return {next(iter(self._tables)): gradient}
             names = ", ".join(map(repr, self._tables))
             raise GradientTypeError(
-                f"got {type(gradient).__name__} for an optimizer of {len(self._tables)} tables, expected a "
+                f"got {type_name(gradient)} for an optimizer of {len(self._tables)} tables, expected a "
                 f"mapping of table names ({names}) to gradients: step({{{next(iter(self._tables))!r}: ...}})"
             )
         named: dict[str, Any] = {}
@@ -306,17 +319,6 @@ class SparseAdam(Tables):
 def tables_of(optimizer: SparseAdam) -> Mapping[str, TableState]:
     """Return an optimizer's tables, for checkpoints and PyTorch's doors; users have `SparseAdam.state`."""
     return optimizer._tables
-
-
-def _named_tables(tables: Any) -> Mapping[str, Any]:
-    if not isinstance(tables, Mapping):
-        return {"table": tables}
-    if not tables:
-        raise TableError("got an empty mapping of tables, expected at least one: SparseAdam({'user': array})")
-    for name in tables:
-        if not isinstance(name, str):
-            raise TableTypeError(f"got a table named {name!r} ({type(name).__name__}), expected str names")
-    return tables
 
 
 def _rebuild(

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
+from nb_sparse_adam.annotations import BagMode, DeviceChecks, OnNonfinite, StepCounts
 from nb_sparse_adam.engine.threads import max_threads
 from nb_sparse_adam.errors import OptionError, OptionTypeError, StateError, StateTypeError
 
-STEP_COUNTS = ("element", "row", "global")
-ON_NONFINITE = ("raise", "skip", "propagate")
-DEVICE_CHECKS = ("immediate", "deferred", "off")
+STEP_COUNTS: tuple[StepCounts, ...] = get_args(StepCounts)
+ON_NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
+DEVICE_CHECKS: tuple[DeviceChecks, ...] = get_args(DeviceChecks)
+BAG_MODES: tuple[BagMode, ...] = get_args(BagMode)
 # What a state dict holds.
 SAVED = ("lr", "betas", "eps", "step_counts", "eps_hat", "maximize", "on_nonfinite")
 
 Dtypes = Iterable[np.dtype[Any]]
+Choice = TypeVar("Choice", bound=str)
 
 
 class Options(NamedTuple):
@@ -29,12 +32,12 @@ class Options(NamedTuple):
     eps: float
     eps_hat: bool
     maximize: bool
-    on_nonfinite: str
+    on_nonfinite: OnNonfinite
     num_threads: int | None
-    device_checks: str
+    device_checks: DeviceChecks
 
 
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def choice(name: str, value: Any, allowed: tuple[Choice, ...]) -> Choice:
     """Check that a value is one of a few strings."""
     if not isinstance(value, str):
         raise OptionTypeError(f"{name} is {value!r} ({type(value).__name__}), expected one of {allowed}")

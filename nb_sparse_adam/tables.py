@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nb_sparse_adam import options
+from nb_sparse_adam.annotations import StepCounts, Table
 from nb_sparse_adam.engine.mapped import StateFolder
 from nb_sparse_adam.engine.records import GLOBAL
 from nb_sparse_adam.engine.state import MAX_INT64, STATE_VERSION, TableState
@@ -29,11 +29,11 @@ class Tables(HyperParameters):
 
     __slots__ = ("_folder", "_step_counts", "_unfinished")
     _folder: StateFolder | None
-    _step_counts: str
+    _step_counts: StepCounts
     _unfinished: str | None  # why tables and state are not of one moment
 
     @property
-    def step_counts(self) -> str:
+    def step_counts(self) -> StepCounts:
         """What k counts: "element", "row" or "global"; fixed."""
         return self._step_counts
 
@@ -55,7 +55,7 @@ class Tables(HyperParameters):
         return self._tables[name]
 
     @property
-    def tables(self) -> Mapping[str, NDArray[Any]]:
+    def tables(self) -> Mapping[str, Any]:
         """The parameter tables by name: the arrays that were given."""
         return MappingProxyType({name: table.given for name, table in self._tables.items()})
 
@@ -134,7 +134,7 @@ class Tables(HyperParameters):
                 loads = [table.check_load(given_tables[name], live) for name, table in self._tables.items()]
             run_all([*loads, lambda: self._set(**values)])
 
-    def rearrange(self, table: NDArray[Any], source: Any, name: str | None = None) -> None:
+    def rearrange(self, table: Table, source: Any, name: str | None = None) -> None:
         """Go on with another array for a table, whose rows take moments and counts of rows of the old one.
 
         For rows that come, go or change places: a vocabulary that grows, users that are dropped, Gaussians

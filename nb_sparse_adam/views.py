@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import numpy as np
 
+from nb_sparse_adam.public import public
+
 if TYPE_CHECKING:
     from nb_sparse_adam.engine.state import TableState
 
@@ -46,6 +48,7 @@ class Shown(property, Generic[T]):
         def __set__(self, instance: Any, value: NoReturn) -> None: ...
 
 
+@public("nb_sparse_adam.typing")
 class StateView:
     """State of one table, as `SparseAdam.state` shows it.
 

@@ -9,24 +9,24 @@ from typing import Any, Literal, NamedTuple
 
 import numba
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
+from nb_sparse_adam.annotations import StepCounts
 from nb_sparse_adam.engine.compilations import LOGGER, counts
 from nb_sparse_adam.engine.kernel_cache import folder_of
 from nb_sparse_adam.engine.prepare import PREPARE
 from nb_sparse_adam.engine.records import STEP
 from nb_sparse_adam.engine.threads import numba_threads, threading_layer
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, OptionTypeError
-from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam.gradients import BagGradient, CSRGradient, Gradient, RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
-from nb_sparse_adam.options import STEP_COUNTS, choice, flag
+from nb_sparse_adam.options import STEP_COUNTS, Choice, choice, flag
 
 __all__ = ["DTYPES", "GRADIENTS", "WarmUp", "warm_up"]
 
 DTYPES = ("float32", "float64")
 GRADIENTS = ("rows", "bags", "csr")
 
-StepCounts = Literal["element", "row", "global"]
 Form = Literal["rows", "bags", "csr"]
 
 
@@ -120,7 +120,7 @@ def warm_up(
     return WarmUp(compiled, kept, time.perf_counter() - start, folder_of(PREPARE.work))
 
 
-def _several(name: str, given: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def _several(name: str, given: Any, allowed: tuple[Choice, ...]) -> tuple[Choice, ...]:
     """Check one of a few names, or several of them."""
     values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     if not values:
@@ -139,18 +139,21 @@ def _name_of(dtype: Any) -> str:
     raise OptionTypeError(f"dtypes is or holds {dtype!r}, expected one of {DTYPES}")
 
 
-def _take_steps(dtype: np.dtype[Any], step_counts: str, forms: tuple[str, ...]) -> None:
-    """Take a step of each way that there is: of one table, of several, and of numbers that overflow."""
+def _gradient(form: str, values: NDArray[Any]) -> Gradient:
+    """Make a gradient of a form for a table of one number."""
     ids, ends = np.zeros(1, np.int64), np.array([0, 1])
+    if form == "rows":
+        return RowGradient(ids, values)
+    return BagGradient(ids, ends, values) if form == "bags" else CSRGradient(ends, ids, values[0])
+
+
+def _take_steps(dtype: np.dtype[Any], step_counts: StepCounts, forms: tuple[str, ...]) -> None:
+    """Take a step of each way that there is: of one table, of several, and of numbers that overflow."""
     tables = {name: np.zeros((1, 1), dtype) for name in ("a", "b")}
     optimizer = SparseAdam(tables, step_counts=step_counts)
     for form in forms:
         ordinary, too_large = (
-            {
-                "rows": RowGradient(ids, values),
-                "bags": BagGradient(ids, ends, values),
-                "csr": CSRGradient(ends, ids, values[0]),
-            }[form]
+            _gradient(form, values)
             for values in (np.ones((1, 1), dtype), np.full((1, 1), np.finfo(dtype).max))
         )
         optimizer.step({"a": ordinary})

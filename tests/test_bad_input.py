@@ -330,9 +330,6 @@ BAD_GRADIENTS = {
         ["weights", "(30, 1)"],
     ),
     "integer weights": (lambda: bags(weights=np.ones(30, np.int64)), GradientTypeError, ["weights", "int64"]),
-    "unknown mode": (lambda: bags(mode="max"), GradientError, ["mode", "max", "sum", "mean"]),
-    "mode of another type": (lambda: bags(mode=1), GradientError, ["mode", "1", "sum", "mean"]),
-    "weighted mean": (lambda: bags(weights=np.ones(30), mode="mean"), GradientError, ["mean", "weights"]),
     # Something else altogether
     "dense array": (
         lambda: np.ones((ROWS, DIM)),
@@ -340,8 +337,8 @@ BAD_GRADIENTS = {
         ["dense array", "(10, 4)", "RowGradient(np.arange("],
     ),
     "None": (lambda: None, GradientTypeError, ["NoneType"]),
-    "list": (lambda: [1.0, 2.0], GradientTypeError, ["list"]),
-    "tuple": (lambda: (at(0), values()), GradientTypeError, ["tuple", "RowGradient"]),
+    "list": (lambda: [1.0, 2.0], GradientTypeError, ["list", "RowGradient(np.arange("]),
+    "tuple": (lambda: (at(0), values()), GradientTypeError, ["tuple", "pass RowGradient(rows, values)"]),
     "something with a format": (
         lambda: SimpleNamespace(format="csr"),
         GradientTypeError,
@@ -404,7 +401,7 @@ OTHERWISE_ON_A_GPU = {
     **{name: (GradientTypeError, [name, "not offered", "tocsr()"]) for name in ("DOK", "LIL", "BSR", "DIA")},
     "dense array": (GradientTypeError, ["dense", "RowGradient with the rows 0..len(g) - 1"]),
     "COO without rows": (GradientTypeError, ["COO", "not offered on a GPU"]),
-    "masked values": (GradientTypeError, ["RowGradient.values is a MaskedArray in the memory of the host"]),
+    "masked values": (GradientTypeError, ["values is a numpy.ma.MaskedArray in the memory of the host"]),
 }
 ON_A_GPU = [name for name in BAD_GRADIENTS if OTHERWISE_ON_A_GPU.get(name, ()) is not None]
 
@@ -773,7 +770,7 @@ def test_a_misspelt_option_is_refused():
     with pytest.raises(TypeError, match="learning_rate"):
         SparseAdam(np.ones((3, 4)), learning_rate=0.1)
     with pytest.raises(TypeError):
-        SparseAdam(np.ones((3, 4)), 0.1)  # options are keywords
+        SparseAdam(np.ones((3, 4)), 0.1, (0.9, 0.999))  # but for lr, options are keywords
     with pytest.raises(TypeError, match="weight"):
         BagGradient(at(0), np.array([0]), values(1), weight=np.ones(30))
     opt, _ = trained()

@@ -1,11 +1,18 @@
 """The public names, pinned: adding or losing one is a decision, and shows up here."""
 
 import builtins
+import importlib
 import inspect
+import pickle
 import re
+import subprocess
+import sys
+import typing
+
+import pytest
 
 import nb_sparse_adam
-from nb_sparse_adam import errors
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, errors
 
 PUBLIC = [
     "BagGradient",
@@ -14,20 +21,99 @@ PUBLIC = [
     "SparseAdam",
     "__version__",
     "apply_row_gradient",
+    "checkpoint",
     "errors",
+    "recommender",
+    "torch",
+    "typing",
     "warm_up",
 ]
+MODULES = ["checkpoint", "errors", "recommender", "torch", "typing"]
+NOT_IN_ALL = ["checkpoint", "recommender", "torch", "typing"]
 
 
 def test_public_names():
-    assert sorted(nb_sparse_adam.__all__) == PUBLIC
-    assert all(hasattr(nb_sparse_adam, name) for name in PUBLIC)
+    assert dir(nb_sparse_adam) == PUBLIC
+    assert sorted({*nb_sparse_adam.__all__, *NOT_IN_ALL}) == PUBLIC
+    assert all(hasattr(nb_sparse_adam, name) for name in nb_sparse_adam.__all__)
+    assert not hasattr(nb_sparse_adam, "optimizers")
+
+
+def test_an_import_of_everything_takes_no_name_of_another_package():
+    assert not {"torch", "typing"} & set(nb_sparse_adam.__all__)
+
+
+def in_python(program):
+    out = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=False)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+def test_public_modules_are_there_when_they_are_asked_for():
+    program = (
+        "import sys, nb_sparse_adam\n"
+        "def loaded(): return [name for name in NAMES if f'nb_sparse_adam.{name}' in sys.modules]\n"
+        "print(loaded())\n"
+        "nb_sparse_adam.checkpoint.save, nb_sparse_adam.recommender.train, nb_sparse_adam.typing.Gradient\n"
+        "print(loaded(), dir(nb_sparse_adam))\n"
+    )
+    program = program.replace("NAMES", repr(["checkpoint", "recommender"]))
+    assert in_python(program).splitlines() == ["[]", f"['checkpoint', 'recommender'] {PUBLIC}"]
+
+
+def test_the_module_for_pytorch_says_what_it_needs():
+    """However it is asked for; what goes over all names, as inspect does, goes on."""
+    program = (
+        "import inspect, sys\n"
+        "sys.modules['torch'] = None\n"  # as if there were none
+        "import nb_sparse_adam\n"
+        "assert not hasattr(nb_sparse_adam, 'torch')\n"
+        "print(len(inspect.getmembers(nb_sparse_adam)))\n"
+        "asks = 'nb_sparse_adam.torch', 'import nb_sparse_adam.torch', 'from nb_sparse_adam import torch'\n"
+        "for ask in asks:\n"
+        "    try:\n"
+        "        exec(ask)\n"
+        "    except (AttributeError, nb_sparse_adam.errors.MissingExtraError) as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    members, *said = in_python(program).splitlines()
+    assert int(members) == len(PUBLIC) - 1
+    assert [line.partition(" ")[0] for line in said] == ["AttributeError", *["MissingExtraError"] * 2]
+    assert all("nb_sparse_adam.torch needs torch" in line for line in said)
+    assert all('pip install "nb_sparse_adam[torch]"' in line for line in said)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_modules_show_what_they_list(module):
+    if module == "torch":
+        pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+    module = importlib.import_module(f"nb_sparse_adam.{module}")
+    assert module.__doc__
+    for name in module.__all__:
+        shown = getattr(module, name)
+        if inspect.isclass(shown) or inspect.isfunction(shown):
+            assert inspect.getdoc(shown), name
 
 
 def test_public_classes_know_their_home_and_are_documented():
-    for name in ("BagGradient", "CSRGradient", "RowGradient", "SparseAdam"):
-        public = getattr(nb_sparse_adam, name)
-        assert public.__module__.startswith("nb_sparse_adam.")
+    for public in (BagGradient, CSRGradient, RowGradient, SparseAdam):
+        assert public.__module__ == "nb_sparse_adam"
+        assert getattr(nb_sparse_adam, public.__name__) is public
+        assert inspect.getdoc(public)
+        assert pickle.loads(pickle.dumps(public)) is public
+    for name in ("LentTable", "StateView"):
+        assert getattr(nb_sparse_adam.typing, name).__module__ == "nb_sparse_adam.typing"
+    for made in (BagGradient, CSRGradient, RowGradient):
+        assert typing.get_type_hints(made)
+    for name in nb_sparse_adam.checkpoint.__all__:
+        assert getattr(nb_sparse_adam.checkpoint, name).__module__ == "nb_sparse_adam.checkpoint"
+
+
+def test_public_classes_for_pytorch_know_their_home():
+    pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+    for name in nb_sparse_adam.torch.__all__:
+        public = getattr(nb_sparse_adam.torch, name)
+        assert public.__module__ == "nb_sparse_adam.torch"
         assert inspect.getdoc(public)
 
 

@@ -9,7 +9,7 @@ import pytest
 from fences import fenced, run
 
 import nb_sparse_adam
-from nb_sparse_adam import gradients, optimizer
+from nb_sparse_adam import tables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -52,17 +52,17 @@ def test_links_within_the_repository_lead_somewhere():
 @pytest.mark.jit
 def test_docstring_examples_with_pytorch():
     torch = pytest.importorskip("torch")
-    from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate, layers, optimizer
+    from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate, fused
 
     names = {"torch": torch, "SparseAdam": SparseAdam, "EmbeddingBag": EmbeddingBag, "accumulate": accumulate}
-    for module in (optimizer, layers):
+    for module in (nb_sparse_adam.torch, fused):
         result = doctest.testmod(module, extraglobs=names)
         assert result.attempted > 0
         assert result.failed == 0
 
 
 @pytest.mark.jit
-@pytest.mark.parametrize("module", [gradients, optimizer], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [nb_sparse_adam, tables], ids=lambda module: module.__name__)
 def test_docstring_examples(module):
     names = {name: getattr(nb_sparse_adam, name) for name in nb_sparse_adam.__all__}
     result = doctest.testmod(module, extraglobs={"np": np, **names}, optionflags=doctest.ELLIPSIS)

@@ -23,6 +23,7 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
+from nb_sparse_adam.annotations import StepCounts
 from nb_sparse_adam.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam.bench.contenders import WithOptimizer
 from nb_sparse_adam.engine.intrinsics import (
@@ -215,7 +216,7 @@ class Limit(WithOptimizer):
         pointer of a CSR gradient is read as a whole in any case.
     """
 
-    def __init__(self, case: Case, *, step_counts: str, threads: int, reads: int = 1) -> None:
+    def __init__(self, case: Case, *, step_counts: StepCounts, threads: int, reads: int = 1) -> None:
         super().__init__(case, SparseAdam(case.table(), step_counts=step_counts, on_nonfinite="propagate"))
         self.optimizer.lr = 0
         self._rows, self._threads, self._reads = case.rows, threads, reads

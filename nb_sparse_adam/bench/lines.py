@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from nb_sparse_adam.annotations import StepCounts
 from nb_sparse_adam.bench.cases import CASES, Case
 from nb_sparse_adam.bench.contenders import Contender, Grouping, NumpyUnique, Ours
 from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
@@ -150,7 +151,7 @@ def _ours(
 
 
 def _limit(
-    case: str, step_counts: str, reads: int = 1, name: str = "limit", threads: int | None = None
+    case: str, step_counts: StepCounts, reads: int = 1, name: str = "limit", threads: int | None = None
 ) -> Entry:
     def make(case: Case, given: int) -> Contender:
         return Limit(
@@ -282,7 +283,7 @@ def _small(rows: int, microseconds: float, torchs: float) -> Line:
     )
 
 
-def _threads(key: str, title: str, case: str, step_counts: str) -> Line:
+def _threads(key: str, title: str, case: str, step_counts: StepCounts) -> Line:
     return Line(
         f"threads-{key}",
         f"1 -> 2 threads: {title}",

@@ -29,7 +29,9 @@ from nb_sparse_adam.engine import locks
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
 from nb_sparse_adam.files import descriptor
+from nb_sparse_adam.naming import type_name
 from nb_sparse_adam.optimizer import SparseAdam, tables_of
+from nb_sparse_adam.public import public
 
 __all__ = ["load", "restore", "save"]
 
@@ -41,6 +43,7 @@ def _reached(point: str) -> None:
 # --- saving -----------------------------------------------------------------------------------------------
 
 
+@public("nb_sparse_adam.checkpoint")
 def save(
     path: str | os.PathLike[str], optimizer: SparseAdam, extra: Any = None, *, progress: bool = False
 ) -> None:
@@ -173,7 +176,7 @@ def _folder(path: Any) -> Path:
 def _check_optimizer(given: Any) -> None:
     if not isinstance(given, SparseAdam):
         raise OptionTypeError(
-            f"optimizer is a {type(given).__name__}, expected a nb_sparse_adam.SparseAdam; those of torch, "
+            f"optimizer is a {type_name(given)}, expected a nb_sparse_adam.SparseAdam; those of torch, "
             "nb_sparse_adam.torch's too, are saved by torch.save(optimizer.state_dict(), file)"
         )
 
@@ -216,6 +219,7 @@ def _sync_folder(folder: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
+@public("nb_sparse_adam.checkpoint")
 def load(
     path: str | os.PathLike[str],
     mmap: bool = False,
@@ -291,6 +295,7 @@ def _map(file: TableFile) -> NDArray[Any]:
             ) from error
 
 
+@public("nb_sparse_adam.checkpoint")
 def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bool = False) -> Any:
     """Put a checkpoint's parameters, state and options into an optimizer, which goes on with the same bits.
 

@@ -27,6 +27,7 @@ from nb_sparse_adam.cuda.table import extent
 from nb_sparse_adam.errors import GradientError, GradientTypeError
 from nb_sparse_adam.faults import shares_memory
 from nb_sparse_adam.gradients import Given, Target, on_gpu, read
+from nb_sparse_adam.naming import type_name
 
 __all__ = ["DeviceReader", "Matrix", "check"]
 
@@ -69,7 +70,7 @@ class DeviceReader:
         if not on_gpu(given):
             raise target.refuse(
                 GradientTypeError,
-                f"{what} is a {type(given).__name__} in the memory of the host, expected it on the GPU, "
+                f"{what} is a {type_name(given)} in the memory of the host, expected it on the GPU, "
                 "where the table is: numba.cuda.to_device(array), cupy.asarray(array) or tensor.cuda()",
             )
         try:

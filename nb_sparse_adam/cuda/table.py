@@ -36,6 +36,8 @@ from nb_sparse_adam.engine.records import ELEMENT, GLOBAL
 from nb_sparse_adam.engine.state import TableState
 from nb_sparse_adam.engine.table_checks import READ_ONLY
 from nb_sparse_adam.errors import TableError, TableTypeError
+from nb_sparse_adam.naming import type_name
+from nb_sparse_adam.remedies import for_table
 
 if TYPE_CHECKING:
     from nb_sparse_adam.cuda.backend import DeviceBackend as Backend
@@ -75,7 +77,8 @@ class DeviceTable(TableState):
             array = array_from(param)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise TableTypeError(
-                f"{where} is a {type(param).__name__} that cannot be seen as a device array: {error}"
+                f"{where} is a {type_name(param)} that cannot be seen as a device array: {error}"
+                + for_table(param)
             ) from error
         if array.dtype not in (np.float32, np.float64):
             raise TableTypeError(f"{where} has dtype {array.dtype}, expected float32 or float64")

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
+from nb_sparse_adam.naming import type_name
+from nb_sparse_adam.remedies import for_table
 
 __all__ = ["READ_ONLY", "check_table", "refuse_outside", "to_load"]
 
@@ -20,7 +22,8 @@ def check_table(name: str, table: Any) -> NDArray[Any]:
     where = f"table {name!r}"
     if not isinstance(table, np.ndarray) or isinstance(table, np.ma.MaskedArray):
         raise TableTypeError(
-            f"{where} is a {type(table).__name__}, expected a numpy.ndarray: it is updated in place"
+            f"{where} is a {type_name(table)}, expected a numpy.ndarray: it is updated in place"
+            + for_table(table)
         )
     if table.dtype.kind != "f" or table.dtype.itemsize not in (4, 8) or not table.dtype.isnative:
         raise TableTypeError(

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nb_sparse_adam.annotations import StepCounts
 from nb_sparse_adam.engine.driver import Drivers
 from nb_sparse_adam.engine.pacing import Pace, choices_up_to
 from nb_sparse_adam.engine.threads import Partition, run, usable_threads
@@ -31,6 +32,7 @@ from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.gradients import RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.options import STEP_COUNTS
+from nb_sparse_adam.public import public
 from nb_sparse_adam.recommender import bpr
 from nb_sparse_adam.recommender.interactions import Interactions, Split, hold_out, random_stream
 from nb_sparse_adam.recommender.ranking import Quality, evaluate
@@ -69,6 +71,7 @@ DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Option -> (test of a value, the values that pass it in words)."""
 
 
+@public("nb_sparse_adam.recommender")
 @dataclass(frozen=True)
 class BPROptions:
     """Options of the training; each is checked, and refused by name.
@@ -115,7 +118,7 @@ class BPROptions:
     seed: int = 0
     top: int = 20
     eval_every: int = 5
-    step_counts: str = "element"
+    step_counts: StepCounts = "element"
     eps_hat: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -129,6 +132,7 @@ class BPROptions:
                 raise OptionError(f"{option.name}: expected {domain}, got {value!r}")
 
 
+@public("nb_sparse_adam.recommender")
 @dataclass(frozen=True)
 class EpochRecord:
     """What happened in one epoch.
@@ -157,6 +161,7 @@ class EpochRecord:
 _CHUNK = 1 << 16  # interactions for which items are sampled at a time
 
 
+@public("nb_sparse_adam.recommender")
 class Batch(NamedTuple):
     """One batch, in arrays that the next batch overwrites.
 
@@ -190,6 +195,7 @@ def _trainable(split: Split) -> npt.NDArray[np.int64]:
     return np.flatnonzero(train.counts()[train.users()] < train.n_items)
 
 
+@public("nb_sparse_adam.recommender")
 def epoch_batches(split: Split, options: BPROptions, epoch: int) -> Iterator[Batch]:
     """Yield the batches of an epoch, the very ones that the training uses.
 
@@ -231,6 +237,7 @@ def epoch_batches(split: Split, options: BPROptions, epoch: int) -> Iterator[Bat
             yield Batch(users[start:stop], positives, negatives.reshape(-1, options.negatives), of_batch)
 
 
+@public("nb_sparse_adam.recommender")
 class BPRModel:
     """Matrix factorization for the ranking of items, trained with the BPR loss by one `SparseAdam`.
 
@@ -382,6 +389,7 @@ class BPRModel:
         return evaluate(self.user_table, self.item_table, self.split, self.options.top)
 
 
+@public("nb_sparse_adam.recommender")
 def train(data: Interactions | Split, options: BPROptions | None = None) -> BPRModel:
     """Train a recommender.
 

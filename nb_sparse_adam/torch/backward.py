@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from nb_sparse_adam.annotations import BagMode
 from nb_sparse_adam.errors import GradientError
 from nb_sparse_adam.gradients import BagGradient, RowGradient
 from nb_sparse_adam.torch import deferred, sharing
@@ -36,7 +37,7 @@ class Lookup(NamedTuple):
     grad_output: Tensor  # (n, dim) or (bags, dim)
     starts: Tensor | None = None  # (bags,)
     weights: Tensor | None = None  # (n,), a copy: it may be trained, and change before the pass ends
-    mode: str = "sum"
+    mode: BagMode = "sum"
     stream: Any = None  # of a GPU, on which all of this is ready
 
     def copied(self) -> Lookup:

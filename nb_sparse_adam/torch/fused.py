@@ -99,12 +99,13 @@ class Fused(_Module):
         sharing.register(self)
 
     @property
-    def lr(self) -> Any:
+    def lr(self) -> float | Tensor:
         """Learning rate, that of ``optimizer.param_groups[0]``, where torch's schedulers set it."""
-        return self.optimizer.param_groups[0]["lr"]
+        lr: float | Tensor = self.optimizer.param_groups[0]["lr"]
+        return lr
 
     @lr.setter
-    def lr(self, value: float) -> None:
+    def lr(self, value: float | Tensor) -> None:
         self.optimizer.param_groups[0]["lr"] = value
 
     def _is_training(self) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nb_sparse_adam.annotations import BagMode
 from nb_sparse_adam.errors import GradientError, OptionError, TableError
+from nb_sparse_adam.options import BAG_MODES
+from nb_sparse_adam.public import public
 from nb_sparse_adam.torch import bags
 from nb_sparse_adam.torch.backward import Accumulating, Lookup, check_pass, collect, this_pass
 from nb_sparse_adam.torch.fused import Fused
@@ -19,6 +22,7 @@ from nb_sparse_adam.torch.tensors import Gpu
 __all__ = ["Embedding", "EmbeddingBag", "accumulate"]
 
 
+@public("nb_sparse_adam.torch")
 class Embedding(Fused, torch.nn.Embedding):
     """``torch.nn.Embedding`` whose backward pass updates the table; ``weight.grad`` stays None.
 
@@ -110,7 +114,11 @@ class Embedding(Fused, torch.nn.Embedding):
             optimizer=optimizer,
         )  # fmt: skip
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...  # noqa: A002, D102 (torch's name)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Look up ids.
 
         Parameters
@@ -127,6 +135,7 @@ class Embedding(Fused, torch.nn.Embedding):
         return functional.embedding(input, self.weight.detach(), self.padding_idx)
 
 
+@public("nb_sparse_adam.torch")
 class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` whose backward pass updates the table; ``weight.grad`` stays None.
 
@@ -158,6 +167,8 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
     tensor([1, 1, 0], dtype=torch.int32)
     """
 
+    mode: BagMode
+
     def __init__(
         self,
         num_embeddings: int,
@@ -165,7 +176,7 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
-        mode: str = "mean",
+        mode: BagMode = "mean",
         sparse: bool = False,
         _weight: Tensor | None = None,
         include_last_offset: bool = False,
@@ -176,8 +187,8 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         optimizer: Mapping[str, Any] | None = None,
     ) -> None:
         _refuse("EmbeddingBag", max_norm, scale_grad_by_freq)
-        if mode not in ("sum", "mean"):
-            raise OptionError(f"EmbeddingBag: mode is {mode!r}, expected 'sum' or 'mean'")
+        if mode not in BAG_MODES:
+            raise OptionError(f"EmbeddingBag: mode is {mode!r}, expected one of {BAG_MODES}")
         torch.nn.EmbeddingBag.__init__(
             self, num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, mode, sparse,
             _weight, include_last_offset, padding_idx, device, dtype,
@@ -185,14 +196,14 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         self._set_up(optimizer)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override] # two of torch's modes
         cls,
         embeddings: Tensor,
         freeze: bool = True,
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
-        mode: str = "mean",
+        mode: BagMode = "mean",
         sparse: bool = False,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
@@ -218,9 +229,18 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         layer.weight.requires_grad_(not freeze)
         return layer
 
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102
+            self,
+            input: Tensor,  # noqa: A002 (torch's name)
+            offsets: Tensor | None = None,
+            per_sample_weights: Tensor | None = None,
+        ) -> Tensor: ...
+
     def forward(
         self,
-        input: Tensor,  # noqa: A002 (torch's name)
+        input: Tensor,  # noqa: A002
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
@@ -272,6 +292,7 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
         )  # fmt: skip
 
 
+@public("nb_sparse_adam.torch")
 def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
     """Make all backward passes inside a ``with`` block one step, applied at its end.
 

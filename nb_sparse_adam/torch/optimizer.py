@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from nb_sparse_adam import options
+from nb_sparse_adam.annotations import DeviceChecks, OnNonfinite, StepCounts
 from nb_sparse_adam.engine import locks
 from nb_sparse_adam.errors import OptionError
+from nb_sparse_adam.public import public
 from nb_sparse_adam.torch import deferred, groups
 from nb_sparse_adam.torch.param_state import ParamState, has_state
 from nb_sparse_adam.torch.plain import copy_state, plain_copy, set_values
@@ -25,6 +27,7 @@ from nb_sparse_adam.torch.tensors import Gpu, coo, is_in_shared_memory
 __all__ = ["SparseAdam"]
 
 
+@public("nb_sparse_adam.torch")
 class SparseAdam(torch.optim.Optimizer):
     r"""``torch.optim.SparseAdam``, many times faster: the same numbers, arguments, state dict and errors.
 
@@ -99,7 +102,7 @@ class SparseAdam(torch.optim.Optimizer):
     >>> optimizer.step()
     """
 
-    _device_checks = "immediate"
+    _device_checks: DeviceChecks = "immediate"
 
     def __init__(
         self,
@@ -109,10 +112,10 @@ class SparseAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         maximize: bool = False,
         *,
-        step_counts: str = "global",
+        step_counts: StepCounts = "global",
         eps_hat: bool = True,
-        on_nonfinite: str = "propagate",
-        device_checks: str = "immediate",
+        on_nonfinite: OnNonfinite = "propagate",
+        device_checks: DeviceChecks = "immediate",
     ) -> None:
         groups.check_defaults(lr, betas, eps)
         defaults = {
@@ -152,25 +155,25 @@ class SparseAdam(torch.optim.Optimizer):
                 raise
 
     @property
-    def device_checks(self) -> str:
+    def device_checks(self) -> DeviceChecks:
         """When gradients on a GPU are checked, and who waits; settable between steps."""
         return self._device_checks
 
     @device_checks.setter
-    def device_checks(self, value: str) -> None:
+    def device_checks(self, value: DeviceChecks) -> None:
         value = options.choice("device_checks", value, options.DEVICE_CHECKS)
         with self.turn:
             self.check_device_checks(value)
             self.set_device_checks(value)
 
-    def set_device_checks(self, value: str) -> None:
+    def set_device_checks(self, value: DeviceChecks) -> None:
         """Set `device_checks` for parameters that may yet be moved to a GPU."""
         value = options.choice("device_checks", value, options.DEVICE_CHECKS)
         with self.turn:
             self.synchronize()  # without "deferred", nothing would ask for an earlier error
             self._device_checks = value
 
-    def check_device_checks(self, value: str) -> None:
+    def check_device_checks(self, value: DeviceChecks) -> None:
         """Refuse `device_checks` that mean nothing where the parameters are."""
         params = (param for group in self.param_groups for param in group["params"])
         if value != "immediate" and not any(map(Gpu.has, params)):
@@ -268,7 +271,7 @@ class SparseAdam(torch.optim.Optimizer):
             entry = self.state[param] = {} if entry is None else dict(entry)
         param_state.show(entry)
 
-    def _state_of(self, param: Tensor, sparse_dim: int, step_counts: str, name: str) -> ParamState:
+    def _state_of(self, param: Tensor, sparse_dim: int, step_counts: StepCounts, name: str) -> ParamState:
         """What the engine holds for a parameter, made anew where something has been exchanged since."""
         param_state, entry = self._param_states.get(param), self.state.get(param)
         if param_state is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nb_sparse_adam.annotations import DeviceChecks, StepCounts
 from nb_sparse_adam.engine.state import MAX_COUNT
 from nb_sparse_adam.engine.threads import max_threads, numba_threads
 from nb_sparse_adam.errors import GradientError, GradientIndexError, StateError
@@ -59,7 +60,13 @@ class ParamState:
     table: Any
 
     def __init__(
-        self, name: str, param: Tensor, sparse_dim: int, step_counts: str, *, after: ParamState | None = None
+        self,
+        name: str,
+        param: Tensor,
+        sparse_dim: int,
+        step_counts: StepCounts,
+        *,
+        after: ParamState | None = None,
     ) -> None:
         if step_counts == "row" and sparse_dim > 1:
             raise GradientError(
@@ -267,7 +274,7 @@ class ParamState:
             )
         return _whole(where, tensors.host_array(step)).reshape(as_loaded)
 
-    def use(self, options: Mapping[str, Any], device_checks: str) -> None:
+    def use(self, options: Mapping[str, Any], device_checks: DeviceChecks) -> None:
         """Set the engine's options."""
         if self.on_gpu and self.checks != device_checks:
             # This one goes with all other options, the old and the new. To leave "deferred" is to wait.

@@ -1,0 +1,41 @@
+"""Types for annotations in users' code.
+
+`Table` is what `SparseAdam` updates, and `Gradient` what its `step` takes. `StepCounts`, `OnNonfinite`,
+`DeviceChecks` and `BagMode` are the choices of the options of these names. `Array` is what gradients are made
+of; `StateView` is what `SparseAdam.state` shows of a table, and `LentTable` what `SparseAdam.kernel_table`
+lends. The others are protocols: arrays and matrices of other libraries, known by their attributes.
+"""
+
+from nb_sparse_adam.annotations import (
+    Array,
+    BagMode,
+    BatchedCoordinates,
+    CompressedMatrix,
+    CoordinateMatrix,
+    DeviceArray,
+    DeviceChecks,
+    IndexedSlices,
+    OnNonfinite,
+    StepCounts,
+    Table,
+)
+from nb_sparse_adam.gradients import Gradient
+from nb_sparse_adam.kernels import LentTable
+from nb_sparse_adam.views import StateView
+
+__all__ = [
+    "Array",
+    "BagMode",
+    "BatchedCoordinates",
+    "CompressedMatrix",
+    "CoordinateMatrix",
+    "DeviceArray",
+    "DeviceChecks",
+    "Gradient",
+    "IndexedSlices",
+    "LentTable",
+    "OnNonfinite",
+    "StateView",
+    "StepCounts",
+    "Table",
+]
