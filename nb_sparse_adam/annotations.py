@@ -108,6 +108,10 @@ class BatchedCoordinates(Protocol):
         """The table's shape."""
 
     @property
+    def n_batch(self) -> int:
+        """How many dimensions are of a batch: 0."""
+
+    @property
     def n_sparse(self) -> int:
         """How many dimensions are sparse."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numba
 import numpy as np
@@ -21,13 +21,14 @@ from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, OptionTyp
 from nb_sparse_adam.gradients import BagGradient, CSRGradient, Gradient, RowGradient
 from nb_sparse_adam.optimizer import SparseAdam
 from nb_sparse_adam.options import STEP_COUNTS, Choice, choice, flag
+from nb_sparse_adam.public import public
 
 __all__ = ["DTYPES", "GRADIENTS", "WarmUp", "warm_up"]
 
 DTYPES = ("float32", "float64")
-GRADIENTS = ("rows", "bags", "csr")
 
 Form = Literal["rows", "bags", "csr"]
+GRADIENTS: tuple[Form, ...] = get_args(Form)
 
 
 class WarmUp(NamedTuple):
@@ -39,6 +40,7 @@ class WarmUp(NamedTuple):
     folder: str | None  # where; None if there is no folder that can be written to
 
 
+@public("nb_sparse_adam")
 def warm_up(
     dtypes: DTypeLike | Iterable[DTypeLike] = "float32",
     step_counts: StepCounts | Iterable[StepCounts] = ("element", "row", "global"),
@@ -139,23 +141,23 @@ def _name_of(dtype: Any) -> str:
     raise OptionTypeError(f"dtypes is or holds {dtype!r}, expected one of {DTYPES}")
 
 
-def _gradient(form: str, values: NDArray[Any]) -> Gradient:
-    """Make a gradient of a form for a table of one number."""
-    ids, ends = np.zeros(1, np.int64), np.array([0, 1])
-    if form == "rows":
-        return RowGradient(ids, values)
-    return BagGradient(ids, ends, values) if form == "bags" else CSRGradient(ends, ids, values[0])
-
-
-def _take_steps(dtype: np.dtype[Any], step_counts: StepCounts, forms: tuple[str, ...]) -> None:
+def _take_steps(dtype: np.dtype[Any], step_counts: StepCounts, forms: tuple[Form, ...]) -> None:
     """Take a step of each way that there is: of one table, of several, and of numbers that overflow."""
+    ids, ends = np.zeros(1, np.int64), np.array([0, 1])
     tables = {name: np.zeros((1, 1), dtype) for name in ("a", "b")}
     optimizer = SparseAdam(tables, step_counts=step_counts)
+
+    def gradient(form: Form, values: NDArray[Any]) -> Gradient:
+        made: dict[Form, Gradient] = {
+            "rows": RowGradient(ids, values),
+            "bags": BagGradient(ids, ends, values),
+            "csr": CSRGradient(ends, ids, values[0]),
+        }
+        return made[form]
+
     for form in forms:
-        ordinary, too_large = (
-            _gradient(form, values)
-            for values in (np.ones((1, 1), dtype), np.full((1, 1), np.finfo(dtype).max))
-        )
+        ordinary = gradient(form, np.ones((1, 1), dtype))
+        too_large = gradient(form, np.full((1, 1), np.finfo(dtype).max))
         optimizer.step({"a": ordinary})
         optimizer.step({"a": ordinary, "b": ordinary})
         with suppress(NonFiniteGradientError):

@@ -57,6 +57,7 @@ class Bcoo:
     data: NDArray[np.float32]
     indices: NDArray[np.int32]
     shape: tuple[int, ...]
+    n_batch: int
     n_sparse: int
     n_dense: int
 
