@@ -2,7 +2,7 @@
 
 As `nb_sparse_adam.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not public, so
 that it can stand beside an optimizer of any commit: it finds the table and the state by the arrays that users
-see, reads and writes each element once at its own place, and asks for rows some ahead.
+see. Memory is moved by lines: it reads and writes one element of each, once, and asks for rows some ahead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nb_sparse_adam.bench.contenders import Contender, Ours
 
 __all__ = ["Limit"]
 
-LINE = 64  # bytes
+LINE, IN_A_LINE = 64, 16  # bytes of a cache line, and elements
 ROWS_AHEAD, ENTRIES_AHEAD = 8, 16
 
 _worker = numba.njit(error_model="numpy", nogil=True, forceinline=True, _nrt=False)
@@ -45,31 +45,17 @@ def _ask_for(typingctx: Any, address: Any) -> Any:
 
 
 @_worker
-def _ask_for_row(place: Any, r: Any) -> None:
-    """Ask for row r of an array that is at a place: its address, and the stride and the length of a row."""
-    first = place[0] + r * place[1] * 4
-    for line in range(first & -LINE, first + place[2] * 4, LINE):
-        _ask_for(line)
-
-
-@_worker
 def _place(places: Any, i: Any) -> Any:
     return places[i, 0], places[i, 1], places[i, 2]
 
 
 @_worker
-def _touch(memory: Any, place: Any, r: Any, values: Any, at: Any, nothing: Any) -> None:
-    """Add nothing to row r of an array."""
-    start, at = np.uint64(r * place[1]), np.uint64(at)
-    for j in range(np.uint64(place[2])):  # unsigned, or it is not vectorized
-        memory[start + j] += nothing * values[at + j]
-
-
-@_worker
-def _count(memory: Any, place: Any, r: Any, nothing: Any) -> None:
-    start, one = np.uint64(r * place[1]), np.int32(nothing)
-    for j in range(np.uint64(place[2])):
-        memory[start + j] += one
+def _touch(memory: Any, place: Any, r: Any, j: Any, before: Any, following: Any, nothing: Any) -> None:
+    """Add nothing to element j of row r, if it begins another line than `before`, and ask for a later row."""
+    address = place[0] + (r * place[1] + j) * 4
+    if address & -LINE != (address - (j - before) * 4) & -LINE:
+        _ask_for(place[0] + (following * place[1] + j) * 4)
+        memory[r * place[1] + j] += nothing
 
 
 @_worker
@@ -86,18 +72,17 @@ def _rows_worker(
     hi: Any,
 ) -> None:
     of_param, of_m, of_v = _place(places, 0), _place(places, 1), _place(places, 2)
-    of_counts = _place(places, 3)
+    of_counts, dim, none = _place(places, 3), places[0, 2], np.int32(nothing)
     for s in range(lo, hi):
-        r, at, following = rows[s], s * of_param[2], rows[min(s + ROWS_AHEAD, hi - 1)]
-        # Piece by piece: a core that has asked for a whole row at once waits until all of that is accepted.
-        _ask_for_row(of_param, following)
-        _touch(param, of_param, r, values, at, nothing)
-        _ask_for_row(of_m, following)
-        _touch(m, of_m, r, values, at, nothing)
-        _ask_for_row(of_v, following)
-        _touch(v, of_v, r, values, at, nothing)
-        _ask_for_row(of_counts, following)
-        _count(counts, of_counts, r, nothing)
+        r, following = rows[s], rows[min(s + ROWS_AHEAD, hi - 1)]
+        for start in range(0, dim + IN_A_LINE - 1, IN_A_LINE):
+            j = min(start, dim - 1)  # and the last one, where lines are not as elements are
+            g = nothing * values[s * dim + j]
+            _touch(param, of_param, r, j, start - IN_A_LINE, following, g)
+            _touch(m, of_m, r, j, start - IN_A_LINE, following, g)
+            _touch(v, of_v, r, j, start - IN_A_LINE, following, g)
+            if j < of_counts[2]:
+                _touch(counts, of_counts, r, j, start - IN_A_LINE, following, none)
 
 
 @_shared_out
@@ -114,25 +99,48 @@ def _entries_worker(
     lo: Any, hi: Any,
 ) -> None:  # fmt: skip
     of_param, of_m, of_v = _place(places, 0), _place(places, 1), _place(places, 2)
-    of_counts = _place(places, 3)
+    of_counts, none = _place(places, 3), np.int32(nothing)
     for e in range(lo, hi):
         later = min(e + ENTRIES_AHEAD, hi - 1)
         for place in (of_param, of_m, of_v, of_counts):
             _ask_for(place[0] + (rows[later] * place[1] + columns[later]) * 4)
-        r, j, g = np.uint64(rows[e]), np.uint64(columns[e]), nothing * data[e]
-        param[r * np.uint64(of_param[1]) + j] += g
-        m[r * np.uint64(of_m[1]) + j] += g
-        v[r * np.uint64(of_v[1]) + j] += g
-        counts[r * np.uint64(of_counts[1]) + j] += np.int32(nothing)
+        r, j, g = rows[e], columns[e], nothing * data[e]
+        param[r * of_param[1] + j] += g
+        m[r * of_m[1] + j] += g
+        v[r * of_v[1] + j] += g
+        counts[r * of_counts[1] + j] += none
+
+
+@_worker
+def _sum(starts: Any, lo: Any, hi: Any) -> Any:
+    total = np.int64(0)
+    for i in range(np.uint64(lo), np.uint64(hi)):  # unsigned, or it is not vectorized
+        total += starts[i]
+    return total
 
 
 @_shared_out
 def _touch_entries(
-    bounds: Any, param: Any, m: Any, v: Any, counts: Any, places: Any, rows: Any, columns: Any, data: Any,
-    nothing: Any,
+    bounds: Any, param: Any, m: Any, v: Any, counts: Any, places: Any, starts: Any, rows: Any, columns: Any,
+    data: Any, nothing: Any,
 ) -> None:  # fmt: skip
-    for t in prange(len(bounds) - 1):
-        _entries_worker(param, m, v, counts, places, rows, columns, data, nothing, bounds[t], bounds[t + 1])
+    threads = len(bounds) - 1
+    for t in prange(threads):
+        # A step has to read the row pointer as a whole. Of it nothing comes, too, but it has to be looked at.
+        seen = _sum(starts, len(starts) * t // threads, len(starts) * (t + 1) // threads)
+        _entries_worker(
+            param,
+            m,
+            v,
+            counts,
+            places,
+            rows,
+            columns,
+            data,
+            nothing * np.float32(seen),
+            bounds[t],
+            bounds[t + 1],
+        )
 
 
 class _Memory:
@@ -182,7 +190,7 @@ class Limit(Contender):
             return _touch_rows, self._bounds(len(arrays.rows)), arrays.rows, arrays.values.reshape(-1)
         assert isinstance(arrays, CSR)
         rows = np.repeat(np.arange(len(arrays.indptr) - 1), np.diff(arrays.indptr))
-        return _touch_entries, self._bounds(len(rows)), rows, arrays.indices, arrays.data
+        return _touch_entries, self._bounds(len(rows)), arrays.indptr, rows, arrays.indices, arrays.data
 
     def _bounds(self, n: int) -> NDArray[np.int64]:
         return np.arange(self._threads + 1) * n // self._threads

@@ -105,68 +105,29 @@ class TorchRowSteps(_Steps):
         self.contender.step()
 
 
-class TorchBagSteps(_Steps):
-    """Bags in torch: the backward pass of EmbeddingBag and the step."""
+class OtherSteps(_Steps):
+    """Ours in torch, torch's, and grouping; of bags in torch with the backward pass, which comes before."""
 
-    param_names = ["case", "threads"]
-    params = [["bag-uniform", "bag-zipf", "linear"], THREADS]
+    what = {
+        "torch, bags": (TorchBag, "bag-uniform", {}),
+        "torch, bags of long-tailed ids": (TorchBag, "bag-zipf", {}),
+        "torch, linear model": (TorchBag, "linear", {}),
+        "torch, single entries": (TorchEntries, "csr-400kx1024", {"coalesced": True}),
+        "its optimizer replaced, rows": (DropInRows, "rows-uniform", {"coalesced": False}),
+        "its optimizer replaced, long-tailed ids": (DropInRows, "rows-zipf", {"coalesced": False}),
+        "its layer replaced, bags": (FusedBag, "bag-uniform", {}),
+        "its layer replaced, bags of long-tailed ids": (FusedBag, "bag-zipf", {}),
+        "its layer replaced, linear model": (FusedBag, "linear", {}),
+        "82k long-tailed ids, sorted and cut": (Grouping, "rows-zipf", {}),
+    }
+    param_names = ["work", "threads"]
+    params = [list(what), THREADS]
 
-    def setup(self, case: str, threads: int) -> None:
-        self.take(TorchBag, case, threads=threads)
+    def setup(self, work: str, threads: int) -> None:
+        make, case, options = self.what[work]
+        self.take(make, case, threads=threads, **options)
 
-    def time_backward_and_step(self, case: str, threads: int) -> None:
-        self.contender.step()
-
-
-class DropInSteps(_Steps):
-    """Rows in nb_sparse_adam.torch.SparseAdam, as they come from the backward pass: not coalesced."""
-
-    param_names = ["case", "threads"]
-    params = [["rows-uniform", "rows-zipf"], THREADS]
-
-    def setup(self, case: str, threads: int) -> None:
-        self.take(DropInRows, case, threads=threads, coalesced=False)
-
-    def time_step(self, case: str, threads: int) -> None:
-        self.contender.step()
-
-
-class FusedBagSteps(_Steps):
-    """Bags in nb_sparse_adam.torch.EmbeddingBag: the backward pass, which updates the table."""
-
-    param_names = ["case", "threads"]
-    params = [["bag-uniform", "bag-zipf", "linear"], THREADS]
-
-    def setup(self, case: str, threads: int) -> None:
-        self.take(FusedBag, case, threads=threads)
-
-    def time_backward(self, case: str, threads: int) -> None:
-        self.contender.step()
-
-
-class TorchEntrySteps(_Steps):
-    """Single entries, as of CSR, in torch.optim.SparseAdam."""
-
-    param_names = ["threads"]
-    params = [THREADS]
-
-    def setup(self, threads: int) -> None:
-        self.take(TorchEntries, "csr-400kx1024", threads=threads, coalesced=True)
-
-    def time_step(self, threads: int) -> None:
-        self.contender.step()
-
-
-class Groupings(_Steps):
-    """82k long-tailed ids, sorted and cut into segments."""
-
-    param_names = ["threads"]
-    params = [THREADS]
-
-    def setup(self, threads: int) -> None:
-        self.take(Grouping, "rows-zipf", threads=threads)
-
-    def time_group(self, threads: int) -> None:
+    def time_step(self, work: str, threads: int) -> None:
         self.contender.step()
 
 
