@@ -41,8 +41,10 @@ def _beside_the_limit(case: str, step_counts: str) -> tuple[Contender, Contender
     return ours, Limit(ours, THREADS)
 
 
-def _beside_torch(case: str, other: Callable[..., Any], **options: Any) -> tuple[Contender, Contender]:
-    return _make(Ours, case, step_counts="element"), _make(other, case, **options)
+def _beside_torch(
+    case: str, other: Callable[..., Any], threads: int = THREADS, **options: Any
+) -> tuple[Contender, Contender]:
+    return _make(Ours, case, threads, step_counts="element"), _make(other, case, threads, **options)
 
 
 class _Ratio:
@@ -95,13 +97,13 @@ class OverTorch(_Ratio):
 
 
 class SmallOverTorch(_Ratio):
-    """A step that has next to nothing to do, over torch's: what a call costs."""
+    """A step that has next to nothing to do, over torch's, on one thread: what a call costs."""
 
     unit = "of torch's time"
     loop = 200
     pairs = {
-        "1 row of 16": lambda: _beside_torch("small-1x16", TorchRows, coalesced=True),
-        "32 rows of 16": lambda: _beside_torch("small-32x16", TorchRows, coalesced=True),
+        "1 row of 16": lambda: _beside_torch("small-1x16", TorchRows, 1, coalesced=True),
+        "32 rows of 16": lambda: _beside_torch("small-32x16", TorchRows, 1, coalesced=True),
     }
     params = [list(pairs)]
 
