@@ -390,6 +390,9 @@ def test_contenders_take_turns_on_idle_cores_with_threads_that_are_awake(monkeyp
     timed = ["clock", "{} steps", "{} ready", "{} steps", "clock"]
     a, b = ([text.format(name) for text in once + timed] for name in "ab")
     assert did[4 * warm :] == ["rest 0.25", *a, "rest 0.25", *b, "rest 0.02", *a, "rest 0.25", *b]
+    did.clear()
+    timing.alternate(contenders, repeats=1, longest_rest=0.05)
+    assert [what for what in did if "rest" in what] == 2 * ["rest 0.05"]
 
 
 # --- the same work ----------------------------------------------------------------------------------------

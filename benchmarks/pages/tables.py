@@ -10,6 +10,7 @@ Result = dict[str, Any]
 BEFORE_THE_REBUILD = {"815d91d", "5b82f2e"}
 """Commits at which the engine was another one, of committed results that have not been measured again."""
 
+NBSP = "\N{NO-BREAK SPACE}"
 _OLD = "before the engine was rebuilt"
 
 OTHERS = ("element", "row")
@@ -96,7 +97,7 @@ def faster(numbers: Mapping[str, float], theirs: str, ours: str) -> str:
     if theirs not in numbers or ours not in numbers:
         return ""
     there, here = numbers[theirs], numbers[ours]
-    return f"**{there / here:.1f}×** {milliseconds(there)} → {milliseconds(here)}"
+    return f"**{there / here:.1f}×** {milliseconds(there)}{NBSP}→{NBSP}{milliseconds(here)}"
 
 
 def lines_of(machines: list[Machine]) -> dict[str, Result]:

@@ -450,17 +450,6 @@ _ALL = [
     _drop_in("Zipf(1.2)", "rows-zipf"),
     _fused("uniform", "bag-uniform"),
     _fused("Zipf(1.2)", "bag-zipf"),
-    Line(
-        "torch-memory",
-        "peak memory, in gradients of a row an id: backward and update, {bags} bags of {lookups} in {table}",
-        _IN_TORCH,
-        (
-            _peer("EmbeddingBag", "bag-uniform", "torch", FusedBag),
-            _torch_bag(case="bag-uniform"),
-        ),
-        (Figure("torch - EmbeddingBag", "torch", "EmbeddingBag", at_least=1, difference=True),),
-        measure="resident",
-    ),
     _small(1, 15, 68),
     _small(32, 20, 94),
     Line(
@@ -491,6 +480,17 @@ _ALL = [
     _processes("workqueue", 2.5),
     _processes("tbb", 2.5),
     _processes("omp", 3.2),
+    Line(
+        "torch-memory",
+        "peak memory in torch, in gradients of a row an id: {bags} bags of {lookups} in {table}",
+        _SCALE,
+        (
+            _peer("EmbeddingBag", "bag-uniform", "torch", FusedBag),
+            _torch_bag(case="bag-uniform"),
+        ),
+        (Figure("torch - EmbeddingBag", "torch", "EmbeddingBag", at_least=1, difference=True),),
+        measure="resident",
+    ),
     Line(
         "scratch",
         "memory beyond gradient and state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -10,7 +11,9 @@ from nb_sparse_adam.bench.contenders import Contender
 __all__ = ["alternate"]
 
 
-def alternate(contenders: Mapping[str, Contender], repeats: int, loop: int = 1) -> dict[str, list[float]]:
+def alternate(
+    contenders: Mapping[str, Contender], repeats: int, loop: int = 1, longest_rest: float = math.inf
+) -> dict[str, list[float]]:
     """Time the contenders one after the other, `repeats` times over, all of them warm.
 
     The ratio of their medians can be trusted where the times themselves cannot. Before each timed step the
@@ -25,6 +28,8 @@ def alternate(contenders: Mapping[str, Contender], repeats: int, loop: int = 1) 
         How often each is timed.
     loop : int
         Steps that are timed together, gradients taken included: for steps that are short.
+    longest_rest : float
+        Seconds that the machine rests at most: less than contenders ask for, where times do not matter.
 
     Returns
     -------
@@ -37,7 +42,7 @@ def alternate(contenders: Mapping[str, Contender], repeats: int, loop: int = 1) 
     rest = max(contender.rest for contender in contenders.values())
     for _ in range(repeats):
         for name, contender in contenders.items():
-            time.sleep(rest)
+            time.sleep(min(rest, longest_rest))
             contender.ready()
             contender.step()
             contender.ready()

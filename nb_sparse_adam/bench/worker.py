@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import re
 import statistics
@@ -32,7 +33,7 @@ from nb_sparse_adam.bench.timing import alternate
 __all__ = ["CannotMeasureError", "Settings", "command", "measure"]
 
 REPEATS = 21
-QUICK_REPEATS = 3
+QUICK_REPEATS, QUICK_REST = 3, 0.02
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 SECONDS_OF_STEPS = 3.0  # of two processes, side by side
 
@@ -115,7 +116,8 @@ def _times(line: Line, settings: Settings) -> dict[str, float]:
                 contender.use_memory_of(first[alike])
             else:
                 first[alike] = contender
-    seconds = alternate(contenders, QUICK_REPEATS if settings.quick else REPEATS, line.loop)
+    repeats, rest = (QUICK_REPEATS, QUICK_REST) if settings.quick else (REPEATS, math.inf)
+    seconds = alternate(contenders, repeats, line.loop, rest)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
