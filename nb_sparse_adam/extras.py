@@ -15,11 +15,22 @@ __all__ = ["EXTRAS", "install_command", "require"]
 _TRAIN = ("matplotlib", "polars", "safetensors", "tqdm")
 
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "scipy": ("scipy",),
     "train": _TRAIN,
     "torch": ("torch",),
     "cuda": ("numba-cuda",),
     "cuda12": ("numba-cuda",),
-    "test": (*_TRAIN, "basedpyright", "expecttest", "hypothesis", "mypy", "pytest", "scipy"),
+    "test": (
+        *_TRAIN,
+        "basedpyright",
+        "expecttest",
+        "hypothesis",
+        "mpmath",
+        "mypy",
+        "pytest",
+        "ruamel.yaml",
+        "scipy",
+    ),
     "bench": (*_TRAIN, "asv", "virtualenv"),
 }
 """Extra -> the packages it brings. Each is imported by the name that it is installed by, but for hyphens."""
