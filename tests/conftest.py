@@ -1,10 +1,11 @@
 """Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone.
 
 Tests marked `gpu` are of tables on a GPU. They run on numba's simulator of one, wherever numba-cuda is; with
-``-m gpu`` on a real one.
+``-m gpu`` on a real one. Tests marked `docs`, `browser` or `peers` run only where ``-m`` names the marker.
 """
 
 import os
+import re
 import sys
 from importlib.util import find_spec
 
@@ -23,6 +24,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 # A thread of the simulated GPU computes with NumPy's scalars, under the error state that threads start with.
 SIMULATED_WARNINGS = "ignore:.* encountered in (scalar|cast):RuntimeWarning"
+
+ONLY_WHEN_NAMED = {"docs", "browser", "peers"}
+"""Markers of tests that need what most machines have not. Lanes of `.ci/run` and `.ci/extra` name them."""
 
 
 def pytest_addoption(parser):
@@ -43,9 +47,22 @@ def pytest_configure(config):
         np.seterr(over="ignore", invalid="ignore", divide="ignore")
 
 
-def pytest_collection_modifyitems(items):
+def leave_out(items, config):
+    """Deselect tests with a marker of `ONLY_WHEN_NAMED` that the expression of ``-m`` does not name."""
+    unnamed = ONLY_WHEN_NAMED.difference(re.findall(r"\w+", config.option.markexpr))
+    kept, left_out = [], []
+    for item in items:
+        marked = any(mark.name in unnamed for mark in item.iter_markers())
+        (left_out if marked else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_collection_modifyitems(items, config):
     import numba
 
+    leave_out(items, config)
     if numba.config.ENABLE_CUDASIM:
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -59,9 +76,10 @@ def _a_gpu_or_its_simulator(request):
         yield
         return
     import numba
+    from needs import missing
 
     if find_spec("numba_cuda") is None:
-        pytest.skip('no numba-cuda: pip install "nb-sparse-adam[test,cuda]"')
+        pytest.skip(missing("numba_cuda"))
     if not numba.config.ENABLE_CUDASIM and request.config.option.markexpr != "gpu":
         pytest.skip(
             "NUMBA_ENABLE_CUDASIM=0: tests of the extra `cuda` run on the simulator, or with -m gpu on a GPU"

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam.__main__ import main
 from nb_sparse_adam.bench import cases, chart, comparison, text, timing, worker
@@ -455,7 +456,7 @@ def test_the_limit_writes_where_a_step_writes(name, step_counts, reads, threads)
     ],
 )
 def test_torch_is_given_the_same_work(name, make):
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     threads, case = torch.get_num_threads(), TINY[name]
     try:
         theirs = make(case, threads=1)
@@ -491,7 +492,7 @@ def test_scratch_is_counted_by_the_id(monkeypatch):
 @pytest.mark.jit
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_is_not_needed_is_counted_in_gradients():
-    pytest.importorskip("torch")
+    need("torch")
     settings = ALONE._replace(peers=("torch",))
     answer = subprocess.run(
         worker.command("lines", json.dumps(settings), "torch-memory"),
@@ -576,7 +577,7 @@ def test_headline(monkeypatch):
     ],
 )
 def test_the_chart_draws_what_there_is(lines, quick):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     result = fake_result(*lines, quick=quick)
     figure = chart.draw(result)
     png = chart.png(figure, result)
@@ -612,7 +613,7 @@ def load(folder):
 
 @pytest.mark.jit
 def test_bench(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     arguments = ["--quick", "--only", "small-1", "--peers", "none", "--threads", "1"]
     assert main(["bench", *arguments, "--out", str(tmp_path / "deep" / "run")]) == 0
     said = capsys.readouterr().out
@@ -645,7 +646,7 @@ def test_bench(tmp_path, capsys):
 
 
 def test_an_interrupt_saves_what_there_is(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
 
     def interrupted(*_):
         yield shown(LINES["csr"])
@@ -718,7 +719,7 @@ def test_json_on_stdout_and_the_table_on_stderr(tmp_path, capsys, monkeypatch, m
 
 
 def test_json_in_a_file_of_ones_own(tmp_path, capsys, measured):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     path, folder = tmp_path / "deep" / "mine.json", tmp_path / "run"
     for _ in range(2):  # a result of an earlier run is replaced
         assert main(["bench", "--peers", "none", "--json", str(path), "--out", str(folder)]) == 0
@@ -790,7 +791,7 @@ def test_a_worker_takes_one_step_and_says_how_long_that_took(capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, no_measuring):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     (tmp_path / "file").write_text("in the way")
     assert main(["bench", "--peers", "none", "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err

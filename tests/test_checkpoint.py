@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from backends import CPU, CUDA, host
 from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bits
+from needs import need
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
 from nb_sparse_adam.checkpoint import manifest as manifests
@@ -146,7 +147,7 @@ def test_counts_beyond_int32_are_kept(tmp_path, backend):
 
 
 def test_the_package_safetensors_reads_the_files(saved):
-    numpy = pytest.importorskip("safetensors.numpy")
+    numpy = need("safetensors.numpy")
     folder, opt = saved
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert len(list(folder.iterdir())) == 5

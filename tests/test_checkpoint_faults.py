@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
+from needs import need
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
 from nb_sparse_adam.checkpoint import manifest, saving, tensor_files
@@ -141,7 +142,8 @@ def test_a_path_that_is_no_folder(saved, tmp_path):
 @POSIX
 def test_four_hundred_tables_where_256_files_may_be_open(tmp_path, monkeypatch):
     """As 1,500 where 1,024 may."""
-    resource = pytest.importorskip("resource")
+    import resource  # not on Windows
+
     monkeypatch.setattr(os, "fsync", lambda _: None)
     opt = SparseAdam({f"t{i}": np.full((2, 1), float(i)) for i in range(400)})
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -611,7 +613,7 @@ def test_a_damaged_manifest_of_ours_is_replaced(damage, saved):
 def test_only_what_a_save_has_written_is_deleted(saved):
     folder, opt = saved
     token = "0123456789abcdef"
-    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors = need("safetensors.numpy")
     mine = {
         f"table-7-{token}.safetensors": b"my notes about table 7",
         f"table-8-{token}.safetensors": safetensors.save({"weights": np.ones(3)}),

@@ -12,6 +12,8 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from needs import need
+from project import pyproject
 
 from nb_sparse_adam import __main__, extras, info
 from nb_sparse_adam.__main__ import main
@@ -28,7 +30,7 @@ FILES = {"embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "hi
 @pytest.fixture
 def ratings(tmp_path):
     for package in extras.EXTRAS["train"]:
-        pytest.importorskip(package)
+        need(package)
     pairs = generate(60, 40, 8.0, seed=2).pairs
     path = tmp_path / "ratings.csv"
     lines = [f"{user + 100},i{item},5\n" for user, item in zip(pairs.users(), pairs.indices, strict=True)]
@@ -128,7 +130,7 @@ def test_the_order_of_the_lines_does_not_matter(ratings, tmp_path, capsys):
 
 
 def test_a_test_file_and_formats(tmp_path, capsys):
-    pytest.importorskip("polars")
+    need("polars")
     (tmp_path / "train.txt").write_text("0 0 1 2\n1 1 2\n2 0 3\n3\n")
     (tmp_path / "test.txt").write_text("0 3\n1 0 3\n2 1\n")
     arguments = ["--test", str(tmp_path / "test.txt"), "--format", "adjacency"]
@@ -141,7 +143,7 @@ def test_a_test_file_and_formats(tmp_path, capsys):
 
 
 def test_repeated_pairs_and_users_with_every_item_are_reported(tmp_path, capsys):
-    pytest.importorskip("polars")
+    need("polars")
     path = tmp_path / "a.csv"
     path.write_text("u,x\nu,x\nv,y\nw,x\nw,y\n")
     assert main(["train", str(path), *options(tmp_path / "run", "--test-fraction", "0.1")]) == 0
@@ -156,8 +158,8 @@ def test_repeated_pairs_and_users_with_every_item_are_reported(tmp_path, capsys)
 
 
 def test_generated_data_are_called_that(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("safetensors")
-    pytest.importorskip("matplotlib")
+    need("safetensors")
+    need("matplotlib")
     monkeypatch.setattr(__main__, "generate", lambda seed: generate(50, 30, 6.0, seed=seed))
     monkeypatch.setitem(sys.modules, "polars", None)  # which is not needed for it
     assert main(["train", *options(tmp_path)]) == 0
@@ -461,9 +463,7 @@ def test_info_says_why_an_extra_does_not_work_and_what_mends_it(capsys, monkeypa
 
 
 def test_the_registry_of_extras_is_the_projects():
-    tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = project["optional-dependencies"]
+    declared = pyproject()["project"]["optional-dependencies"]
 
     def packages(extra):
         names = [re.match(r"[\w.-]+(\[[\w,]+\])?", line)[0] for line in declared[extra]]

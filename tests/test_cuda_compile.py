@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import need
 
-pytest.importorskip("numba_cuda", reason='no numba-cuda: pip install "nb_sparse_adam[cuda]"')
-pytest.importorskip("cuda.bindings.nvvm", reason='no CUDA toolkit: pip install "nb_sparse_adam[cuda]"')
+need("numba_cuda")
+need("cuda.bindings.nvvm")
 
 pytestmark = pytest.mark.jit
 

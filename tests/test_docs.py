@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fences import commands, fenced, run
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import __main__
@@ -62,7 +63,7 @@ def examples():
 @pytest.mark.parametrize(("page", "example"), list(examples()))
 def test_each_example_runs_by_itself(page, example, tmp_path, monkeypatch):
     for package in packages(example[0].text):
-        pytest.importorskip(package)
+        need(package)
     monkeypatch.chdir(tmp_path)
     assert run(example, page) == 1
 
@@ -143,7 +144,7 @@ def test_the_tree_of_errors_is_that_of_the_docstring():
 def test_the_reference_has_the_public_names_and_no_other(name):
     """By name, or because all of a module is shown."""
     if name == "torch":
-        pytest.importorskip("torch")
+        need("torch")
     module = nb_sparse_adam
     if name != "nb_sparse_adam":
         module = importlib.import_module(f"nb_sparse_adam.{name}")

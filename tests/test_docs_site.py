@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from needs import need
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -43,7 +44,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built; a warning is an error."""
-    pytest.importorskip("sphinx", reason='needs sphinx: pip install ".[docs]"')
+    need("sphinx")
     folder = tmp_path_factory.mktemp("site")
     options = ["-q", "-W", "--keep-going", "-b", "html", "-d", str(folder / "doctrees")]
     done = subprocess.run(
@@ -123,7 +124,7 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    webdriver = need("selenium.webdriver")
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("needs Chromium: apt-get install chromium chromium-driver")

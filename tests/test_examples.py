@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import need
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -24,7 +25,7 @@ def skip_gram(monkeypatch):
 
 @pytest.fixture
 def dlrm_cpu(monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     threads = torch.get_num_threads()
     yield example("dlrm_cpu", monkeypatch)
     torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ import sys
 import typing
 
 import pytest
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, errors
@@ -86,7 +87,7 @@ def test_the_module_for_pytorch_says_what_it_needs():
 @pytest.mark.parametrize("module", MODULES)
 def test_public_modules_show_what_they_list(module):
     if module == "torch":
-        pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+        need("torch")
     module = importlib.import_module(f"nb_sparse_adam.{module}")
     assert module.__doc__
     for name in module.__all__:
@@ -110,7 +111,7 @@ def test_public_classes_know_their_home_and_are_documented():
 
 
 def test_public_classes_for_pytorch_know_their_home():
-    pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+    need("torch")
     for name in nb_sparse_adam.torch.__all__:
         public = getattr(nb_sparse_adam.torch, name)
         assert public.__module__ == "nb_sparse_adam.torch"

@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, state_bits
+from needs import need
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
 from nb_sparse_adam.engine.threads import max_threads
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 pytestmark = [
     pytest.mark.jit,

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from needs import missing
 
 pytestmark = [
     pytest.mark.jit,
@@ -277,7 +278,7 @@ print(said.count("stepped") > 0)
 """
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+@pytest.mark.skipif(find_spec("torch") is None, reason=missing("torch"))
 def test_forks_while_another_thread_steps_with_torch():
     assert run(TORCH) == ["True"]
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
+from needs import need
 from scipy import sparse
 
 import nb_sparse_adam
@@ -399,7 +400,9 @@ def test_a_gradient_that_is_the_tables_memory_is_refused():
 
 @pytest.mark.gpu
 def test_on_a_gpu_they_are_refused_by_name():
-    cuda = pytest.importorskip("numba.cuda")
+    need("numba_cuda")
+    from numba import cuda
+
     opt = SparseAdam(cuda.to_device(np.ones(SHAPE, np.float32)))
     for gradient, name in ((slices(), "IndexedSlices"), (rows_of_bcoo(), "BCOO")):
         with pytest.raises(GradientTypeError, match=f"{name}, which is not offered on a GPU.*RowGradient"):
@@ -424,7 +427,7 @@ def test_neither_library_is_imported():
 
 @pytest.fixture(scope="module")
 def jax():
-    pytest.importorskip("jax", reason='no JAX: pip install "jax[cpu]"')
+    need("jax")
     import jax
 
     return jax
@@ -538,7 +541,7 @@ def test_what_is_said_of_other_layouts_of_a_bcoo_makes_them_gradients(jax_sparse
 
 @pytest.fixture(scope="module")
 def tf():
-    return pytest.importorskip("tensorflow", reason="no TensorFlow: pip install tensorflow-cpu")
+    return need("tensorflow")
 
 
 @pytest.mark.peers

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import need
 
-pytest.importorskip("numba_cuda", reason='no numba-cuda: pip install "nb-sparse-adam[test,cuda]"')
+need("numba_cuda")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.jit]
 

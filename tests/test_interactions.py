@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 from nb_sparse_adam.recommender.interactions import Interactions, UserItems, generate, hold_out
@@ -18,7 +19,7 @@ def pairs_of(interactions):
 
 @pytest.fixture
 def write(tmp_path):
-    pytest.importorskip("polars")
+    need("polars")
 
     def write(content, name="interactions.txt"):
         path = tmp_path / name
@@ -108,14 +109,14 @@ def test_gzip(write):
     ],
 )
 def test_parquet(tmp_path, columns, expected):
-    polars = pytest.importorskip("polars")
+    polars = need("polars")
     path = tmp_path / "no-suffix"
     polars.DataFrame(columns, strict=False).write_parquet(path)
     assert pairs_of(read_interactions(path)) == expected
 
 
 def test_parquet_categories_and_small_integers(tmp_path):
-    pl = pytest.importorskip("polars")
+    pl = need("polars")
     path = tmp_path / "a.parquet"
     frame = pl.DataFrame(
         {"user": pl.Series(["b", "a"], dtype=pl.Categorical), "item": pl.Series([3, 4], dtype=pl.UInt8)}
@@ -172,7 +173,7 @@ def test_late_latin_1_is_refused_too(write):
 
 
 def test_no_file_and_a_folder(tmp_path):
-    pytest.importorskip("polars")
+    need("polars")
     with pytest.raises(InteractionsError, match="No such file"):
         read_interactions(tmp_path / "nothing.csv")
     with pytest.raises(InteractionsError, match="is a directory"):
@@ -191,7 +192,7 @@ def test_no_file_and_a_folder(tmp_path):
     ],
 )
 def test_bad_parquet(tmp_path, columns, words):
-    polars = pytest.importorskip("polars")
+    polars = need("polars")
     path = tmp_path / "a.parquet"
     polars.DataFrame(columns).write_parquet(path)
     with pytest.raises(InteractionsError) as caught:

@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam.engine.kernel_cache import SOURCES
@@ -496,7 +497,7 @@ print(json.dumps(found))
 
 
 def test_kernels_of_a_gpu_are_kept_in_the_same_way(install):
-    pytest.importorskip("numba_cuda", reason='no numba-cuda: pip install "nb_sparse_adam[cuda]"')
+    need("numba_cuda")
 
     def run():
         env = {
@@ -638,8 +639,8 @@ def test_a_full_disk_is_read_from(small, install, error):
     assert small() == [[7, "found"], []]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of processes")
 def test_a_file_that_is_cut_off_while_it_is_written(small, install):
-    pytest.importorskip("resource", reason="needs limits of processes")
     code = """
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import need
 
 from nb_sparse_adam.bench import chart, comparison
 
@@ -132,7 +133,7 @@ def test_a_picture_shows_the_result_as_it_is(picture):
 
 
 def test_a_picture_of_another_result_is_noticed(tmp_path):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     result = pages.load(pages.EPYC)
     other = {**result, "date": "2020-01-01"}
     (tmp_path / "one.png").write_bytes(chart.png(speed.draw(result, "a processor"), result))
@@ -194,7 +195,7 @@ def overlap(one, other):
 
 @pytest.mark.parametrize("picture", pages.PICTURES)
 def test_no_text_of_a_picture_is_cut_or_lies_on_another_or_on_a_line(picture):
-    pytest.importorskip("matplotlib")
+    need("matplotlib")
     result, draw = pages.PICTURES[picture]
     figure = draw(pages.load(result))
     texts, whole = drawn_texts(figure)

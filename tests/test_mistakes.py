@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 from checks import refused
+from needs import need
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
@@ -80,7 +81,7 @@ def test_what_is_of_pytorch_is_sent_to_its_optimizer(given, got):
 
 
 def test_real_tensors_and_modules_are_sent_to_pytorchs_optimizer():
-    torch = pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+    torch = need("torch")
     module = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2))
     weight = module[0].weight
     cases = [
@@ -218,7 +219,7 @@ def test_what_is_no_gradient_is_told_what_to_pass(make, got, remedy):
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")  # torch's own
 def test_what_is_said_of_pytorchs_sparse_tensors_works():
-    torch = pytest.importorskip("torch", reason='needs PyTorch: pip install ".[torch]"')
+    torch = need("torch")
     dense = torch.zeros(ROWS, DIM).index_fill(0, torch.tensor([2, 5]), 1.0)
     results = []
     for g in (dense.to_sparse(1).coalesce(), dense.to_sparse_csr(), dense):

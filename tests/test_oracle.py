@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from needs import need
 from oracle import TOLERANCES, OracleSparseAdam, Sums, bias_correction
 
 LR, BETAS, EPS = 0.05, (0.9, 0.99), 1e-6
@@ -75,7 +76,7 @@ def test_an_element_without_gradient_decays_in_row_mode_and_rests_in_element_mod
 
 
 def test_bias_correction_is_accurate_where_the_direct_form_is_not():
-    mpmath = pytest.importorskip("mpmath")
+    mpmath = need("mpmath")
     with mpmath.workdps(50):
         for beta in (0.0, 0.5, 0.9, 0.999, 1 - 1e-9, 1 - 2**-53):
             for k in (1, 2, 1000, 2**31 - 1):
@@ -85,7 +86,7 @@ def test_bias_correction_is_accurate_where_the_direct_form_is_not():
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
 def test_bag_gradients_are_a_transposed_matrix_product(mode):
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = need("scipy.sparse")
     rng = np.random.default_rng(1)
     offsets = np.array([0, 3, 3, 4, 9])
     indices = rng.integers(0, 6, 9)
@@ -104,7 +105,7 @@ def test_bag_gradients_are_a_transposed_matrix_product(mode):
 
 
 def test_csr_gradients_sum_duplicates_and_have_the_rows_that_store_something():
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = need("scipy.sparse")
     indptr, indices, data = [0, 3, 3, 4, 6], [2, 0, 2, 1, 1, 0], [1.0, 2.0, 4.0, 0.0, 3.0, -1.0]
     expected = sparse.csr_array((data, indices, indptr), shape=(4, 3)).toarray()
     sums = OracleSparseAdam(np.zeros((4, 3))).sums("csr", (indptr, indices, data))
@@ -136,7 +137,7 @@ def test_skip_leaves_bad_rows_and_counts_them_and_raise_changes_nothing():
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("step_counts", ["element", "row", "global"])
 def test_dense_gradients_are_torch_adam(step_counts, maximize):
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     param, gradients = table_and_gradients()
     theirs = torch.tensor(param, requires_grad=True)
     adam = torch.optim.Adam([theirs], lr=LR, betas=BETAS, eps=EPS, maximize=maximize)
@@ -153,7 +154,7 @@ def test_dense_gradients_are_torch_adam(step_counts, maximize):
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_global_counts_with_eps_hat_are_torch_sparse_adam(maximize):
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     rng = np.random.default_rng(2)
     param = rng.normal(size=(7, 3))
     theirs = torch.tensor(param, requires_grad=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fences import fenced, run
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import tables
@@ -18,7 +19,7 @@ EXAMPLES = [block for block in fenced(README) if block.language in ("python", "t
 
 @pytest.mark.jit
 def test_the_examples_print_what_the_readme_says():
-    pytest.importorskip("torch")
+    need("torch")
     assert run(EXAMPLES, README) == 2
 
 
@@ -51,7 +52,7 @@ def test_links_within_the_repository_lead_somewhere():
 
 @pytest.mark.jit
 def test_docstring_examples_with_pytorch():
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate, fused
 
     names = {"torch": torch, "SparseAdam": SparseAdam, "EmbeddingBag": EmbeddingBag, "accumulate": accumulate}

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches
 from nb_sparse_adam.recommender.interactions import generate, hold_out
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 EPOCHS = 3
 

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate, backward  # noqa: E402
 from nb_sparse_adam.torch.tensors import Gpu  # noqa: E402

@@ -14,8 +14,9 @@ import threading
 import numpy as np
 import pytest
 from interrupts import interrupted
+from needs import need
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 import nb_sparse_adam.torch  # noqa: E402
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402

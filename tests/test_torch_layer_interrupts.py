@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from interrupts import Interrupted, interrupted
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E402
 

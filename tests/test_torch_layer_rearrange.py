@@ -1,10 +1,11 @@
 """Rows of a fused layer that come, go and change places."""
 
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E402
 

@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag  # noqa: E402
 
@@ -257,7 +258,7 @@ def test_numbers_of_numpy_and_tensors_become_plain_ones():
 
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 def test_safetensors_saves_a_model_and_loads_it(step_counts, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = need("safetensors.torch")
     model, other = make(step_counts), make(step_counts)
     train(model, 1, 2)
     safetensors.save_model(model, tmp_path / "model.safetensors")

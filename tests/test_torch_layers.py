@@ -7,12 +7,13 @@ import warnings
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("torch.utils.checkpoint")
-pytest.importorskip("torch.nn.utils.prune")
+torch = need("torch")
+need("torch.utils.checkpoint")
+need("torch.nn.utils.prune")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate  # noqa: E402
 

@@ -5,11 +5,12 @@ import io
 
 import numpy as np
 import pytest
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import RowGradient, errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 

@@ -4,11 +4,12 @@ import copy
 import pickle
 
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("torch._dynamo.compiled_autograd")
+torch = need("torch")
+need("torch._dynamo.compiled_autograd")
 
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam  # noqa: E402
 

@@ -1,11 +1,12 @@
 """Offsets of a fused `EmbeddingBag` are checked before anything is read by them."""
 
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("torch.fx.experimental.proxy_tensor")
+torch = need("torch")
+need("torch.fx.experimental.proxy_tensor")
 
 from nb_sparse_adam.torch import EmbeddingBag  # noqa: E402
 

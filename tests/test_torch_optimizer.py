@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import RowGradient, errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 from nb_sparse_adam.torch.tensors import coo  # noqa: E402
@@ -710,8 +711,8 @@ def test_nonfinite_gradients_propagate_by_default_and_may_be_skipped():
 
 @pytest.fixture(scope="module")
 def cases():
-    pytest.importorskip("expecttest")  # torch's test code imports it
-    return pytest.importorskip("torch.testing._internal.common_optimizers")
+    need("expecttest")  # torch's test code imports it
+    return need("torch.testing._internal.common_optimizers")
 
 
 @pytest.mark.jit

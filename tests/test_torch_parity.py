@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from checks import STEP_COUNTS
+from needs import need
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6}
 STEPS = 40

@@ -4,10 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam import errors
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 

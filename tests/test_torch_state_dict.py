@@ -8,8 +8,9 @@ import threading
 
 import numpy as np
 import pytest
+from needs import need
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
 

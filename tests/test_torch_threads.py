@@ -5,8 +5,9 @@ import sys
 import threading
 
 import pytest
+from needs import need
 
-torch = pytest.importorskip("torch")
+torch = need("torch")
 
 from nb_sparse_adam.torch import EmbeddingBag, SparseAdam  # noqa: E402
 

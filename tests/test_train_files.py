@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import need
 
 from nb_sparse_adam.errors import InteractionsError
 from nb_sparse_adam.recommender.reading import read_interactions, read_split
 
-pl = pytest.importorskip("polars")
+pl = need("polars")
 
 ROOT = Path(__file__).parents[1]
 INTEGERS = [(1, 10), (1, 30), (2, 10), (12, 7)]

@@ -7,12 +7,13 @@ import os
 import sys
 
 import pytest
+from needs import need
 
 from nb_sparse_adam import __main__, extras
 from nb_sparse_adam.__main__ import main
 
 for _package in extras.EXTRAS["train"]:
-    pytest.importorskip(_package)
+    need(_package)
 
 NAMES = ["embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import need
 
 import nb_sparse_adam
 from nb_sparse_adam import annotations, options
@@ -62,7 +63,7 @@ def errors_of_basedpyright(folder):
 def test_exactly_the_wrong_uses_are_found(checker, tmp_path):
     """Lines of `typed_uses.py`, and, where there is PyTorch, of `typed_torch_uses.py`."""
     package = checker.__name__.rpartition("_")[2]
-    pytest.importorskip(package, reason=f'needs {package}: pip install ".[test]"')
+    need(package)
     if np.lib.NumpyVersion(np.__version__) < "2.0.0":
         pytest.skip("needs the types of NumPy 2: pip install numpy>=2")
     found, wrong = checker(tmp_path), wrong_lines()

@@ -1,6 +1,7 @@
 """numba's workqueue layer aborts the process if two threads enter parallel kernels at once: ours do not."""
 
 import pytest
+from needs import need
 from test_threads_and_forks import run
 
 pytestmark = pytest.mark.jit
@@ -84,5 +85,5 @@ print(len(driver._drive.signatures) > 0, len(driver._drive_alone.signatures))
 
 
 def test_the_monitor_of_a_bar_is_no_company():
-    pytest.importorskip("tqdm")
+    need("tqdm")
     assert run(BESIDE_A_BAR, "workqueue") == ["True", "0"]
