@@ -1,41 +1,28 @@
-"""The asv suite, made of the parts of `nb_sparse_adam.bench`. See README.md beside this file.
+"""The asv suite, made of the parts of `nb_sparse_adam._src.bench`. See README.md here."""
 
-asv takes these files from the working tree, and the package from the environment, built at the commit that it
-measures. What is imported of `nb_sparse_adam.bench` here comes from the working tree, too: so that all
-commits are measured by the same code.
-"""
-
-from __future__ import annotations
-
+import importlib.abc
 import importlib.util
-import os
 import sys
-from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-__all__ = ["need_memory"]
-
-# Threads that have rested are sometimes woken up on one core together, step after step.
-os.environ.setdefault("OMP_PROC_BIND", "true")
+NOW, BEFORE = "nb_sparse_adam._src", "nb_sparse_adam"
 
 
-def _take_bench_from_here() -> None:
-    name = "nb_sparse_adam.bench"
-    path = Path(__file__).resolve().parents[1].joinpath(*name.split("."), "__init__.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+class _Older(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds what the suite imports in older commits, too: private modules lay beside the public ones."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != NOW and not name.startswith(NOW + "."):
+            return None
+        return importlib.util.spec_from_loader(name, self)
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return importlib.import_module(spec.name.replace(NOW, BEFORE, 1))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: it has been imported."""
 
 
-if "nb_sparse_adam.bench" not in sys.modules:
-    _take_bench_from_here()
-
-
-def need_memory(gigabytes: float) -> None:
-    """Raise what asv shows as n/a, with the reason, where less memory is free."""
-    from nb_sparse_adam.bench.machine import memory
-
-    free = memory("MemAvailable")
-    if free is not None and free < gigabytes:
-        raise NotImplementedError(f"needs {gigabytes:g} GB of free memory, there are {free:g}")
+if importlib.util.find_spec(BEFORE) is not None and importlib.util.find_spec(NOW) is None:
+    sys.meta_path.insert(0, _Older())

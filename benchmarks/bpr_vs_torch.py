@@ -22,12 +22,12 @@ from typing import Any
 import numba
 
 import nb_sparse_adam
-from nb_sparse_adam.bench.contenders import Contender
-from nb_sparse_adam.bench.peers import TorchRows, import_peer
-from nb_sparse_adam.bench.timing import alternate
+from nb_sparse_adam._src.bench.contenders import Contender
+from nb_sparse_adam._src.bench.peers import TorchRows, import_peer
+from nb_sparse_adam._src.bench.timing import alternate
+from nb_sparse_adam._src.recommender.interactions import Split, generate, hold_out
+from nb_sparse_adam._src.recommender.reading import read_interactions
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches
-from nb_sparse_adam.recommender.interactions import Split, generate, hold_out
-from nb_sparse_adam.recommender.reading import read_interactions
 
 TARGET = 5.0  # what is promised: a fifth of torch's time
 

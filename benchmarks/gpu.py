@@ -42,10 +42,10 @@ except ImportError:  # asv imports all files of this folder, numba-cuda or not
     cuda = None
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.bench.cases import SEED, zipf_ids
-from nb_sparse_adam.bench.contenders import HYPER
+from nb_sparse_adam._src.bench.cases import SEED, zipf_ids
+from nb_sparse_adam._src.bench.contenders import HYPER
+from nb_sparse_adam._src.info import gpus
 from nb_sparse_adam.errors import GradientError
-from nb_sparse_adam.info import gpus
 
 Figures = dict[str, Any]
 Work = Callable[[], object]
@@ -100,9 +100,9 @@ def to_gpu(gradient: Any) -> Any:
 
 def table_on_gpu(rows: int, dim: int) -> Any:
     """Make a float32 table that need not be copied there."""
-    from nb_sparse_adam.cuda import copies
-    from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
-    from nb_sparse_adam.cuda.records import THREADS
+    from nb_sparse_adam._src.cuda import copies
+    from nb_sparse_adam._src.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
+    from nb_sparse_adam._src.cuda.records import THREADS
 
     flat = empty(rows * dim, SINGLE)
     launch(copies.fill, blocks_for(rows * dim, THREADS), THREADS, Stream(DEFAULT), flat, SINGLE(0.1))
@@ -130,7 +130,7 @@ class Clock:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        from nb_sparse_adam.cuda.device import DEFAULT, Stream, empty
+        from nb_sparse_adam._src.cuda.device import DEFAULT, Stream, empty
 
         self._repeats, self._in_flight = sizes.repeats, sizes.in_flight
         self._stream = Stream(DEFAULT).numba  # the one that steps run on, and torch
@@ -437,7 +437,7 @@ def copy_kernel() -> Any:
 
 def same_bytes_kernel() -> Any:
     """Compile a kernel that moves the bytes of a step of sorted rows, in pieces as large as a step's."""
-    from nb_sparse_adam.cuda.device import load_piece, store_piece
+    from nb_sparse_adam._src.cuda.device import load_piece, store_piece
 
     load, store = load_piece(4), store_piece(4)
 
@@ -473,8 +473,8 @@ def gb_per_s(moved: int, ms: float) -> float:
 
 def copy(sizes: Sizes, found: Figures) -> None:
     """How fast the GPU's memory is copied, reads and writes counted; the driver's copy, and a kernel's."""
-    from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
-    from nb_sparse_adam.cuda.records import THREADS
+    from nb_sparse_adam._src.cuda.device import DEFAULT, Stream, blocks_for, empty, launch
+    from nb_sparse_adam._src.cuda.records import THREADS
 
     clock, stream, n = Clock(sizes), Stream(DEFAULT), sizes.rows * sizes.dim
     given, out = empty(n, SINGLE), empty(n, SINGLE)
@@ -508,9 +508,9 @@ class Stages:
     """
 
     def __init__(self, optimizer: SparseAdam, gradients: list[Any]) -> None:
-        from nb_sparse_adam.cuda.ring import Ring
-        from nb_sparse_adam.optimizer import tables_of
-        from nb_sparse_adam.stepping import prepare
+        from nb_sparse_adam._src.cuda.ring import Ring
+        from nb_sparse_adam._src.optimizer import tables_of
+        from nb_sparse_adam._src.stepping import prepare
 
         self._batches = []
         for gradient in gradients:
@@ -543,9 +543,9 @@ class SameBytes:
     """The limit: what moves the bytes of such a step, but for counts, and computes next to nothing."""
 
     def __init__(self, optimizer: SparseAdam, gradients: list[Any]) -> None:
-        from nb_sparse_adam.cuda.device import DEFAULT, Stream, blocks_for
-        from nb_sparse_adam.cuda.records import THREADS
-        from nb_sparse_adam.optimizer import tables_of
+        from nb_sparse_adam._src.cuda.device import DEFAULT, Stream, blocks_for
+        from nb_sparse_adam._src.cuda.records import THREADS
+        from nb_sparse_adam._src.optimizer import tables_of
 
         table = tables_of(optimizer)["table"]
         n, dim = gradients[0].values.shape
@@ -558,7 +558,7 @@ class SameBytes:
 
     def __call__(self) -> None:
         """Move them."""
-        from nb_sparse_adam.cuda.device import launch
+        from nb_sparse_adam._src.cuda.device import launch
 
         arguments = *next(self._turns), *self._memory, self._dim
         launch(self._kernel, self._blocks, self._shape, self._stream, *arguments)
@@ -690,7 +690,7 @@ def torch_rows(sizes: Sizes, found: Figures) -> None:
 
 
 def bag_gradient(rng: np.random.Generator, sizes: Sizes, zipf: bool) -> BagGradient:
-    """Bags of as many ids each; the ids of `nb_sparse_adam.bench.cases`."""
+    """Bags of as many ids each; the ids of `nb_sparse_adam._src.bench.cases`."""
     n = sizes.bags * sizes.lookups
     ids = zipf_ids(rng, n, sizes.rows) if zipf else rng.integers(sizes.rows, size=n)
     offsets = np.arange(sizes.bags + 1, dtype=np.int64) * sizes.lookups

@@ -1,8 +1,9 @@
 """The limit of the tracking set: it moves the bytes of a step, and is the same for every commit.
 
-As `nb_sparse_adam.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not public, so
-that it can stand beside an optimizer of any commit: it finds the table and the state by the arrays that users
-see. Memory is moved by lines: it reads and writes one element of each, once, and asks for rows some ahead.
+As `nb_sparse_adam._src.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not
+public, so that it can stand beside an optimizer of any commit: it finds the table and the state by the arrays
+that users see. Memory is moved by lines: it reads and writes one element of each, once, and asks for rows
+some ahead.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from nb_sparse_adam.bench.cases import CSR, Rows
-from nb_sparse_adam.bench.contenders import Contender, Ours
+from nb_sparse_adam._src.bench.cases import CSR, Rows
+from nb_sparse_adam._src.bench.contenders import Contender, Ours
 
 __all__ = ["Limit"]
 

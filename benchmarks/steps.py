@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable
 
 from benchmarks import need_memory
-from nb_sparse_adam.bench.cases import CASES
-from nb_sparse_adam.bench.contenders import Contender, Grouping, NumpyUnique, Ours
-from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
-from nb_sparse_adam.bench.peers import TorchBag, TorchEntries, TorchRows
+from nb_sparse_adam._src.bench.cases import CASES
+from nb_sparse_adam._src.bench.contenders import Contender, Grouping, NumpyUnique, Ours
+from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
+from nb_sparse_adam._src.bench.peers import TorchBag, TorchEntries, TorchRows
 
 STEP_COUNTS = ["element", "row", "global"]
 THREADS = [1, 2]

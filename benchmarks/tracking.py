@@ -23,11 +23,11 @@ import numpy as np
 from benchmarks import counts, need_memory
 from benchmarks.limit import Limit
 from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.bench.cases import CASES
-from nb_sparse_adam.bench.contenders import Contender, Ours
-from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
-from nb_sparse_adam.bench.peers import TorchBag, TorchRows
-from nb_sparse_adam.bench.timing import alternate
+from nb_sparse_adam._src.bench.cases import CASES
+from nb_sparse_adam._src.bench.contenders import Contender, Ours
+from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
+from nb_sparse_adam._src.bench.peers import TorchBag, TorchRows
+from nb_sparse_adam._src.bench.timing import alternate
 
 THREADS, REPEATS = 2, 21
 

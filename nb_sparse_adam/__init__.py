@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from nb_sparse_adam import errors
 from nb_sparse_adam import typing as typing  # numba takes `LentTable` by its name only if it is imported
-from nb_sparse_adam.gradients import BagGradient, CSRGradient, RowGradient
-from nb_sparse_adam.kernels import apply_row_gradient
-from nb_sparse_adam.optimizer import SparseAdam
-from nb_sparse_adam.warming import warm_up
+from nb_sparse_adam._src.former import keep_names
+from nb_sparse_adam._src.gradients import BagGradient, CSRGradient, RowGradient
+from nb_sparse_adam._src.kernels import apply_row_gradient
+from nb_sparse_adam._src.optimizer import SparseAdam
+from nb_sparse_adam._src.warming import warm_up
 
 __all__ = [
     "BagGradient",
@@ -21,6 +22,8 @@ __all__ = [
     "errors",
     "warm_up",
 ]
+
+keep_names(__name__, "gradients", "kernels", "optimizer", "views")
 
 _WHEN_ASKED_FOR = ("checkpoint", "recommender", "torch")
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import numba
 
-from nb_sparse_adam import info
-from nb_sparse_adam.engine.compilations import LOGGER
+from nb_sparse_adam._src import info
+from nb_sparse_adam._src.engine.compilations import LOGGER
+from nb_sparse_adam._src.extras import require
+from nb_sparse_adam._src.options import STEP_COUNTS
+from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
+from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
+from nb_sparse_adam._src.recommender.reading import FORMATS, read_interactions, read_split
+from nb_sparse_adam._src.warming import DTYPES, GRADIENTS, warm_up
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
-from nb_sparse_adam.extras import require
-from nb_sparse_adam.options import STEP_COUNTS
-from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord, report
-from nb_sparse_adam.recommender.interactions import Interactions, Split, generate, hold_out
-from nb_sparse_adam.recommender.ranking import Quality, popularity_quality
-from nb_sparse_adam.recommender.reading import FORMATS, read_interactions, read_split
-from nb_sparse_adam.warming import DTYPES, GRADIENTS, warm_up
+from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
 
 __all__ = ["main"]
 
@@ -347,7 +348,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from nb_sparse_adam.bench.command import bench  # the other commands need none of it
+    from nb_sparse_adam._src.bench.command import bench  # the other commands need none of it
 
     out = arguments.out
     if out is None and arguments.json is None:

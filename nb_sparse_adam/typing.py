@@ -6,7 +6,7 @@ of; `StateView` is what `SparseAdam.state` shows of a table, and `LentTable` wha
 lends. The others are protocols: arrays and matrices of other libraries, known by their attributes.
 """
 
-from nb_sparse_adam.annotations import (
+from nb_sparse_adam._src.annotations import (
     Array,
     BagMode,
     BatchedCoordinates,
@@ -19,9 +19,9 @@ from nb_sparse_adam.annotations import (
     StepCounts,
     Table,
 )
-from nb_sparse_adam.gradients import Gradient
-from nb_sparse_adam.kernels import LentTable
-from nb_sparse_adam.views import StateView
+from nb_sparse_adam._src.gradients import Gradient
+from nb_sparse_adam._src.kernels import LentTable
+from nb_sparse_adam._src.views import StateView
 
 __all__ = [
     "Array",

@@ -13,7 +13,7 @@ __all__ = ["CPU", "CUDA", "Foreign", "Matrix", "foreign", "host"]
 def host(array):
     """An array as NumPy has it; of one on a GPU, a copy."""
     if isinstance(array, Foreign):
-        from nb_sparse_adam.cuda.device import array_from
+        from nb_sparse_adam._src.cuda.device import array_from
 
         array = array_from(array)
     return array.copy_to_host() if hasattr(array, "copy_to_host") else np.asarray(array)
@@ -39,7 +39,7 @@ def foreign(array, *, read_only=False, **more):
     """A copy on the GPU in the very layout of the array, known by its interface only."""
     from numba import cuda
 
-    from nb_sparse_adam.cuda.device import address_of
+    from nb_sparse_adam._src.cuda.device import address_of
 
     first = last = array.__array_interface__["data"][0]
     for length, stride in zip(array.shape, array.strides, strict=True):

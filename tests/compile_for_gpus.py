@@ -22,8 +22,8 @@ from numba.cuda.types import Array
 from numba.cuda.typing.typeof import typeof
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine.codecs import Codec
-from nb_sparse_adam.optimizer import tables_of
+from nb_sparse_adam._src.engine.codecs import Codec
+from nb_sparse_adam._src.optimizer import tables_of
 
 
 class OnHost:
@@ -116,7 +116,7 @@ def pretend(capability):
         def __getattr__(self, name):
             return lambda *arguments: None
 
-    from nb_sparse_adam.cuda import device
+    from nb_sparse_adam._src.cuda import device
 
     device.launch = compiled.launch
     device.Stream = Stream
@@ -179,7 +179,7 @@ def steps():
 def main():
     compiled = pretend((int(sys.argv[1]), int(sys.argv[2])))
     steps()
-    from nb_sparse_adam.cuda import checks
+    from nb_sparse_adam._src.cuda import checks
 
     compiled.launch(checks.join, 1, 1, None, 0)  # of steps of very many ids
     report = [

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nb_sparse_adam.bench.peers import PEERS
-from nb_sparse_adam.extras import EXTRAS
+from nb_sparse_adam._src.bench.peers import PEERS
+from nb_sparse_adam._src.extras import EXTRAS
 
 __all__ = ["COMMANDS", "missing", "need"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from records import Step
 
-from nb_sparse_adam.engine import records
-from nb_sparse_adam.engine.prepare import PART, PREPARE, PREPARE_WIDE
-from nb_sparse_adam.engine.records import (
+from nb_sparse_adam._src.engine import records
+from nb_sparse_adam._src.engine.prepare import PART, PREPARE, PREPARE_WIDE
+from nb_sparse_adam._src.engine.records import (
     BAGS,
     COMPRESSED,
     COO,
@@ -19,7 +19,7 @@ from nb_sparse_adam.engine.records import (
     ROWS,
     SEGMENTS,
 )
-from nb_sparse_adam.engine.scratch import BLOCK, DIGIT_BITS, bytes_needed
+from nb_sparse_adam._src.engine.scratch import BLOCK, DIGIT_BITS, bytes_needed
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from nb_sparse_adam.engine import records
-from nb_sparse_adam.engine.codecs import PLAIN
-from nb_sparse_adam.engine.corrections import corrections
-from nb_sparse_adam.engine.layout import allocate
-from nb_sparse_adam.engine.rows import SCRATCH_ROWS
-from nb_sparse_adam.engine.scratch import BLOCK
+from nb_sparse_adam._src.engine import records
+from nb_sparse_adam._src.engine.codecs import PLAIN
+from nb_sparse_adam._src.engine.corrections import corrections
+from nb_sparse_adam._src.engine.layout import allocate
+from nb_sparse_adam._src.engine.rows import SCRATCH_ROWS
+from nb_sparse_adam._src.engine.scratch import BLOCK
 
 
 def address(array):

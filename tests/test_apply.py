@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from records import Table, compressed, distinct, entries, run, segments, step_of
 
-from nb_sparse_adam.engine.apply import apply_for
-from nb_sparse_adam.engine.audit import audit_for
-from nb_sparse_adam.engine.codecs import PLAIN
-from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, NO_FAULT, OVERFLOW, PROPAGATE, ROW, SKIP
+from nb_sparse_adam._src.engine.apply import apply_for
+from nb_sparse_adam._src.engine.audit import audit_for
+from nb_sparse_adam._src.engine.codecs import PLAIN
+from nb_sparse_adam._src.engine.records import ELEMENT, GLOBAL, NO_FAULT, OVERFLOW, PROPAGATE, ROW, SKIP
 
 ROWS, DIM = 9, 5
 RULES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}

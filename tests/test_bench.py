@@ -13,15 +13,15 @@ import pytest
 from needs import need
 
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.bench import cases, chart, comparison, text, timing, worker
-from nb_sparse_adam.bench.cases import CASES, CSR, Bag, Case, Rows, compact
-from nb_sparse_adam.bench.contenders import Contender, Ours
-from nb_sparse_adam.bench.in_torch import DropInRows, FusedBag
-from nb_sparse_adam.bench.limits import Limit
-from nb_sparse_adam.bench.lines import LINES, Figure
-from nb_sparse_adam.bench.peers import PEERS, TorchBag, TorchEntries, TorchRows
-from nb_sparse_adam.bench.worker import Settings
-from nb_sparse_adam.engine.threads import max_threads
+from nb_sparse_adam._src.bench import cases, chart, comparison, text, timing, worker
+from nb_sparse_adam._src.bench.cases import CASES, CSR, Bag, Case, Rows, compact
+from nb_sparse_adam._src.bench.contenders import Contender, Ours
+from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
+from nb_sparse_adam._src.bench.limits import Limit
+from nb_sparse_adam._src.bench.lines import LINES, Figure
+from nb_sparse_adam._src.bench.peers import PEERS, TorchBag, TorchEntries, TorchRows
+from nb_sparse_adam._src.bench.worker import Settings
+from nb_sparse_adam._src.engine.threads import max_threads
 from nb_sparse_adam.errors import MissingExtraError, OptionError
 
 ALONE = Settings(peers=(), threads=1, quick=True)
@@ -322,7 +322,7 @@ def test_a_worker_ends_when_nobody_wants_its_answers(monkeypatch):
 
 NOISY = """
 import os
-from nb_sparse_adam.bench import worker
+from nb_sparse_adam._src.bench import worker
 
 def noisy(*_):
     print("hello", flush=True)

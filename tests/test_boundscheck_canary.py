@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import records
 
-from nb_sparse_adam.engine.apply import apply_for
-from nb_sparse_adam.engine.codecs import PLAIN
-from nb_sparse_adam.engine.records import ELEMENT, ROW
+from nb_sparse_adam._src.engine.apply import apply_for
+from nb_sparse_adam._src.engine.codecs import PLAIN
+from nb_sparse_adam._src.engine.records import ELEMENT, ROW
 
 pytestmark = pytest.mark.jit
 

@@ -16,8 +16,8 @@ from checks import STEP_COUNTS, assert_same_bits, options_of, refused, state_bit
 from needs import need
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.checkpoint import manifest as manifests
-from nb_sparse_adam.checkpoint import saving, tensor_files
+from nb_sparse_adam._src.checkpoint import manifest as manifests
+from nb_sparse_adam._src.checkpoint import saving, tensor_files
 from nb_sparse_adam.errors import CheckpointError, OptionTypeError, TableError
 
 EXTRA = {"epoch": 3, "best": [0.5, None, True], "name": "Zürich", "nested": {"a": -1e-300}}
@@ -559,7 +559,7 @@ FORKING = """
 import os, sys, time
 import numpy as np
 from nb_sparse_adam import SparseAdam, checkpoint
-from nb_sparse_adam.checkpoint import saving
+from nb_sparse_adam._src.checkpoint import saving
 optimizer = SparseAdam(np.ones((10, 2)))
 children = []
 def fork(point):
@@ -633,7 +633,7 @@ KILLS = """
 import json, os, random, signal, sys, time
 import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.checkpoint import saving
+from nb_sparse_adam._src.checkpoint import saving
 
 folder, at_random = sys.argv[1], int(sys.argv[2])
 POINTS = ["a file begun", "a file written", "a file synced", "manifest written", "manifest in its place",

@@ -15,7 +15,7 @@ from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 from needs import need
 
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.checkpoint import manifest, saving, tensor_files
+from nb_sparse_adam._src.checkpoint import manifest, saving, tensor_files
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, StateError
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs files of POSIX systems")

@@ -15,13 +15,15 @@ import pytest
 from needs import need
 from project import pyproject
 
-from nb_sparse_adam import __main__, extras, info
+from nb_sparse_adam import __main__
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.engine import compilations
-from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.recommender import BPRModel, report
-from nb_sparse_adam.recommender.interactions import generate
-from nb_sparse_adam.warming import WarmUp
+from nb_sparse_adam._src import extras, info
+from nb_sparse_adam._src.engine import compilations
+from nb_sparse_adam._src.engine.compile import jit
+from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.interactions import generate
+from nb_sparse_adam._src.warming import WarmUp
+from nb_sparse_adam.recommender import BPRModel
 
 ROOT = Path(__file__).parents[1]
 FILES = {"embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"}
@@ -479,7 +481,7 @@ def test_importing_the_library_imports_none_of_this():
     program = (
         "import sys, nb_sparse_adam; "
         "late = ('polars', 'safetensors', 'matplotlib', 'tqdm', 'torch', 'nb_sparse_adam.recommender', "
-        "'nb_sparse_adam.recommender.reading', 'nb_sparse_adam.extras'); "
+        "'nb_sparse_adam._src.recommender.reading', 'nb_sparse_adam._src.extras'); "
         "print([name for name in late if name in sys.modules])"
     )
     done = subprocess.run(

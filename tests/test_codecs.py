@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from records import Table, compressed, distinct, entries, run, segments
 
-from nb_sparse_adam.engine.apply import apply_for
-from nb_sparse_adam.engine.codecs import PLAIN, Codec
-from nb_sparse_adam.engine.layout import State, allocate
-from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, ROW
+from nb_sparse_adam._src.engine.apply import apply_for
+from nb_sparse_adam._src.engine.codecs import PLAIN, Codec
+from nb_sparse_adam._src.engine.layout import State, allocate
+from nb_sparse_adam._src.engine.records import ELEMENT, GLOBAL, ROW
 
 RULES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}
 ROWS, DIM = 11, 5

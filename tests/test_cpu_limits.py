@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from nb_sparse_adam.engine import cpu_limits
-from nb_sparse_adam.info import usable_cores
+from nb_sparse_adam._src.engine import cpu_limits
+from nb_sparse_adam._src.info import usable_cores
 
 needs_cores = pytest.mark.skipif(usable_cores() == 1, reason="numba starts one thread on one core")
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from nb_sparse_adam.engine import cpu_limits
-from nb_sparse_adam.engine.pacing import Paces
+from nb_sparse_adam._src.engine import cpu_limits
+from nb_sparse_adam._src.engine.pacing import Paces
 if len(sys.argv) > 1:
     cpu_limits.CGROUPS, cpu_limits.OWN_CGROUPS = Path(sys.argv[1], "mount"), Path(sys.argv[1], "own")
 partition, _ = Paces().partition_for("Rows", 1 << 20, None)

@@ -14,7 +14,9 @@ from oracle import OracleSparseAdam
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.engine.scratch import BLOCK
+from nb_sparse_adam._src.engine.scratch import BLOCK
+from nb_sparse_adam._src.optimizer import tables_of
+from nb_sparse_adam._src.stepping import step_together
 from nb_sparse_adam.errors import (
     CheckpointError,
     GradientError,
@@ -26,8 +28,6 @@ from nb_sparse_adam.errors import (
     StateError,
     TableError,
 )
-from nb_sparse_adam.optimizer import tables_of
-from nb_sparse_adam.stepping import step_together
 
 pytestmark = pytest.mark.gpu
 
@@ -196,7 +196,7 @@ def test_counts_are_widened_before_one_overflows(step_counts):
 
 
 def test_an_interrupt_while_counts_are_widened_finds_the_old_ones(monkeypatch):
-    from nb_sparse_adam.cuda import copies, table
+    from nb_sparse_adam._src.cuda import copies, table
 
     both = Both(step_counts="row")
     state = both.opt_on_gpu.state_dict()
@@ -562,7 +562,7 @@ def test_what_is_shown_of_tables_on_a_gpu():
     ("step_counts", "names"), [("row", ("increasing", "repeated")), ("global", ("entries", "means"))]
 )
 def test_an_interrupt_after_any_launch_finds_all_tables_stepped_or_none(step_counts, names, monkeypatch):
-    from nb_sparse_adam.cuda import launches as steps
+    from nb_sparse_adam._src.cuda import launches as steps
 
     both = Both({"one": (ROWS, 4), "other": (ROWS, 4)}, step_counts=step_counts)
     given = dict(zip(both.tables, (forms(4)[name] for name in names), strict=True))
@@ -609,7 +609,7 @@ import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam
 table = np.ones((3, 2), np.float32)
 SparseAdam(table).step(RowGradient([1], np.ones((1, 2))))
-assert "nb_sparse_adam.cuda" not in sys.modules
+assert "nb_sparse_adam._src.cuda" not in sys.modules
 class OnGpu:
     __cuda_array_interface__ = {"shape": (3, 2), "typestr": "<f4", "data": (0, False), "version": 3}
 try:
@@ -621,8 +621,8 @@ except ImportError as error:
 
 def test_a_step_within_a_step_is_refused_and_the_outer_one_is_done(monkeypatch):
     """As of a signal handler that steps: tables on a GPU have one memory to work in."""
-    from nb_sparse_adam.cuda import device
-    from nb_sparse_adam.cuda import launches as steps
+    from nb_sparse_adam._src.cuda import device
+    from nb_sparse_adam._src.cuda import launches as steps
 
     table = CUDA.table(np.zeros((4, 2), np.float32))
     opt = SparseAdam(table, step_counts="row")

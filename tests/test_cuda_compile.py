@@ -36,7 +36,7 @@ def compiled():
 
 
 def test_every_kernel_is_compiled_for_both_generations(compiled):
-    from nb_sparse_adam.cuda import checks, copies, grouping, kernels, sums
+    from nb_sparse_adam._src.cuda import checks, copies, grouping, kernels, sums
 
     written = set()
     for module in (checks, copies, grouping, kernels, sums):

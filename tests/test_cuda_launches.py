@@ -8,9 +8,9 @@ from backends import CUDA, host
 from checks import assert_same_bits, state_bits
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine.codecs import Codec
+from nb_sparse_adam._src.engine.codecs import Codec
+from nb_sparse_adam._src.optimizer import tables_of
 from nb_sparse_adam.errors import GradientIndexError
-from nb_sparse_adam.optimizer import tables_of
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,7 @@ def gradient(form, seed=0, dtype=np.float32):
 @pytest.fixture
 def counted(monkeypatch):
     """Calls of what launches and copies."""
-    from nb_sparse_adam.cuda import gradients, guard, launches, ring, steps, table
+    from nb_sparse_adam._src.cuda import gradients, guard, launches, ring, steps, table
 
     calls = collections.Counter()
 
@@ -132,7 +132,7 @@ def broken(given):
 
 
 def test_a_step_of_too_many_ids_to_be_counted_is_cut(monkeypatch):
-    from nb_sparse_adam.cuda import launches, steps
+    from nb_sparse_adam._src.cuda import launches, steps
 
     monkeypatch.setattr(steps, "MOST_IDS", 10)
     monkeypatch.setattr(launches, "MOST_IDS", 10)
@@ -166,7 +166,7 @@ class Moment:
 
 
 def test_records_are_overwritten_by_nobody_while_a_launch_may_read_them(monkeypatch):
-    from nb_sparse_adam.cuda import ring
+    from nb_sparse_adam._src.cuda import ring
 
     waits, kept = [], ring.Ring()
     slots = []
@@ -197,7 +197,7 @@ def test_records_are_overwritten_by_nobody_while_a_launch_may_read_them(monkeypa
 
 
 def test_larger_records_get_a_larger_slot():
-    from nb_sparse_adam.cuda import ring
+    from nb_sparse_adam._src.cuda import ring
 
     kept = ring.Ring()
     small = kept.take(10)

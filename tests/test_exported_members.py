@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from needs import need
@@ -82,6 +83,19 @@ def test_the_module_for_pytorch_says_what_it_needs():
     assert [line.partition(" ")[0] for line in said] == ["AttributeError", *["MissingExtraError"] * 2]
     assert all("nb_sparse_adam.torch needs torch" in line for line in said)
     assert all('pip install "nb_sparse_adam[torch]"' in line for line in said)
+
+
+def test_modules_are_public_or_private_by_name():
+    package = Path(nb_sparse_adam.__file__).parent
+    paths = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    found = {path.stem for path in paths}
+    assert sorted(name for name in found if not name.startswith("_")) == MODULES
+
+
+@pytest.mark.parametrize("old", ["optimizer\n_rebuild", "views\n_kept", "kernels\nLentTable"])
+def test_pickles_of_when_modules_were_public_find_what_they_name(old):
+    found = pickle.loads(f"cnb_sparse_adam.{old}\n.".encode())
+    assert found.__name__ == old.partition("\n")[2]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from nb_sparse_adam import files
-from nb_sparse_adam.recommender import report
+from nb_sparse_adam._src import files
+from nb_sparse_adam._src.recommender import report
 
 
 def content_of(folder):

@@ -10,7 +10,7 @@ from needs import need
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine.threads import max_threads
+from nb_sparse_adam._src.engine.threads import max_threads
 
 torch = need("torch")
 

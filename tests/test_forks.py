@@ -17,7 +17,7 @@ START = """
 import os, signal, sys, threading, time, traceback, warnings
 import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam.stepping import step_together
+from nb_sparse_adam._src.stepping import step_together
 from nb_sparse_adam.errors import StateError
 warnings.simplefilter("ignore")
 

@@ -16,13 +16,13 @@ from scipy import sparse
 
 import nb_sparse_adam
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src.gradients import read
 from nb_sparse_adam.errors import (
     GradientError,
     GradientIndexError,
     GradientTypeError,
     NonFiniteGradientError,
 )
-from nb_sparse_adam.gradients import read
 
 ROWS, DIM = 7, 5
 SHAPE = (ROWS, DIM)
@@ -189,7 +189,7 @@ def test_every_array_of_a_gradient_may_be_another_librarys():
 
 
 def target():
-    from nb_sparse_adam.optimizer import tables_of
+    from nb_sparse_adam._src.optimizer import tables_of
 
     return tables_of(SparseAdam(np.ones(SHAPE, np.float32)))["table"].target
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparing import Given, Prepared
 
-from nb_sparse_adam.engine.grouping import digits_of
-from nb_sparse_adam.engine.prepare import group
-from nb_sparse_adam.engine.records import ROWS
-from nb_sparse_adam.engine.scratch import BLOCK, DIGIT_BITS
-from nb_sparse_adam.engine.threads import max_threads
+from nb_sparse_adam._src.engine.grouping import digits_of
+from nb_sparse_adam._src.engine.prepare import group
+from nb_sparse_adam._src.engine.records import ROWS
+from nb_sparse_adam._src.engine.scratch import BLOCK, DIGIT_BITS
+from nb_sparse_adam._src.engine.threads import max_threads
 
 plain_digits_of = getattr(digits_of, "py_func", digits_of)
 

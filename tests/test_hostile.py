@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src.optimizer import tables_of
 from nb_sparse_adam.errors import SparseAdamError
-from nb_sparse_adam.optimizer import tables_of
 
 ROWS, DIM, PAD = 20, 4, 64
 CALLS = 1000  # for each example of hypothesis

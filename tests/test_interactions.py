@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from needs import need
 
+from nb_sparse_adam._src.recommender.interactions import Interactions, UserItems, generate, hold_out
+from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
 from nb_sparse_adam.errors import InteractionsError, OptionError
-from nb_sparse_adam.recommender.interactions import Interactions, UserItems, generate, hold_out
-from nb_sparse_adam.recommender.reading import read_interactions, read_split
 
 
 def pairs_of(interactions):

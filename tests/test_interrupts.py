@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from checks import assert_same_bits, state_bits
 
-from nb_sparse_adam import RowGradient, SparseAdam, stepping
+from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam._src import stepping
 
 
 def two_tables(**options):
@@ -93,7 +94,8 @@ def test_an_interrupt_before_the_first_write_changes_nothing():
 CTRL_C = """
 import signal, time
 import numpy as np
-from nb_sparse_adam import RowGradient, SparseAdam, stepping
+from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam._src import stepping
 
 armed = [False]
 

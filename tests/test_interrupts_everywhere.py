@@ -14,8 +14,8 @@ from checks import state_bits
 from interrupts import interrupted
 
 from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, apply_row_gradient, checkpoint
-from nb_sparse_adam.bench import worker
-from nb_sparse_adam.stepping import step_together
+from nb_sparse_adam._src.bench import worker
+from nb_sparse_adam._src.stepping import step_together
 
 pytestmark = pytest.mark.jit
 

@@ -18,7 +18,7 @@ import pytest
 from needs import need
 
 import nb_sparse_adam
-from nb_sparse_adam.engine.kernel_cache import SOURCES
+from nb_sparse_adam._src.engine.kernel_cache import SOURCES
 
 pytestmark = pytest.mark.jit
 
@@ -116,7 +116,7 @@ def install(tmp_path):
 SMALL = """
 import numba
 import numpy as np
-from nb_sparse_adam.engine.compile import jit
+from nb_sparse_adam._src.engine.compile import jit
 
 @jit(entry=True)
 def take(x, i):
@@ -257,11 +257,11 @@ def test_kernels_are_read_from_disk_until_they_are_edited(install):
     assert second["table"] == first["table"]
 
     # Whose order of fields is in the code of other modules.
-    assert {"/".join(name.split(".")[1:]) + ".py" for name in first["tuples"]} <= set(SOURCES)
+    assert {"/".join(name.split(".")[2:]) + ".py" for name in first["tuples"]} <= set(SOURCES)
 
     before = run_steps(install)
     # In a file that is only inlined: every gradient is read with the other sign.
-    memory = install / "nb_sparse_adam" / "engine" / "intrinsics.py"
+    memory = install / "nb_sparse_adam" / "_src" / "engine" / "intrinsics.py"
     edit(
         memory,
         "            _say_where(builder, value, scope)\n",
@@ -297,8 +297,8 @@ def test_a_read_only_install_without_a_home_compiles_in_memory(read_only):
 
 def test_an_edit_in_any_file_that_kernels_are_made_of_is_seen(small, install):
     assert small() == [[7, "compiled"], []]
-    for name in (*SOURCES, "../small.py"):
-        with open(install / "nb_sparse_adam" / name, "a", encoding="utf-8") as file:
+    for name in (*SOURCES, "../../small.py"):
+        with open(install / "nb_sparse_adam" / "_src" / name, "a", encoding="utf-8") as file:
             file.write("# edited\n")
         assert small() == [[7, "compiled"], []], name
         assert len(files_of(install)) == 1  # those of sources that are no more are deleted
@@ -316,7 +316,7 @@ def test_an_edit_in_any_file_that_kernels_are_made_of_is_seen(small, install):
 def test_sources_are_those_that_the_process_has_read(small, install):
     """An upgrade while a process runs: what it compiles from then on is of the old sources."""
     code = """
-    with open("nb_sparse_adam/engine/intrinsics.py", "a") as file:
+    with open("nb_sparse_adam/_src/engine/intrinsics.py", "a") as file:
         file.write("# upgraded")
     out = taken()
     """
@@ -326,7 +326,7 @@ def test_sources_are_those_that_the_process_has_read(small, install):
 
 def test_every_file_that_compiled_functions_take_something_from_is_covered():
     """Names that are used in a function that is compiled, and imported from another file."""
-    package = Path(nb_sparse_adam.__file__).parent
+    package = Path(nb_sparse_adam.__file__).parent / "_src"
     found = set()
     for path in package.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -348,7 +348,8 @@ def test_every_file_that_compiled_functions_take_something_from_is_covered():
             for name in ast.walk(node):
                 if isinstance(name, ast.Name) and name.id in imported:
                     module = imported[name.id]
-                    file = package.parent / f"{module.replace('.', '/')}.py"  # a module, or what is in one
+                    # A module, or what is in one.
+                    file = package.parents[1] / f"{module.replace('.', '/')}.py"
                     file = file if file.exists() else file.parent.with_suffix(".py")
                     found.add(str(file.relative_to(package)))
     assert len(found) > 3
@@ -441,7 +442,7 @@ print(json.dumps([value, sum(pull.stats.cache_hits.values())]))
 def test_a_users_cached_function_is_compiled_anew_after_an_upgrade(tmp_path):
     installs = [copy_package(tmp_path.resolve() / name) for name in ("old", "new")]
     edit(
-        installs[1] / "nb_sparse_adam" / "engine" / "formula.py",
+        installs[1] / "nb_sparse_adam" / "_src" / "engine" / "formula.py",
         "return p - product(step_size,",
         "return p + product(step_size,",
     )
@@ -466,8 +467,8 @@ def test_a_users_cached_function_is_compiled_anew_after_an_upgrade(tmp_path):
 ON_A_GPU = """
 import json, numba, numba.cuda.dispatcher, numpy as np
 from numba.cuda.dispatcher import CUDACache
-from nb_sparse_adam.cuda import checks, kernels
-from nb_sparse_adam.engine.codecs import PLAIN
+from nb_sparse_adam._src.cuda import checks, kernels
+from nb_sparse_adam._src.engine.codecs import PLAIN
 
 class Compiled:
     def magic_tuple(self):
@@ -515,7 +516,7 @@ def test_kernels_of_a_gpu_are_kept_in_the_same_way(install):
 
     assert run() == [None] * 4
     assert run() == [0, 1, 2, 3]
-    with open(install / "nb_sparse_adam" / "cuda" / "records.py", "a", encoding="utf-8") as file:
+    with open(install / "nb_sparse_adam" / "_src" / "cuda" / "records.py", "a", encoding="utf-8") as file:
         file.write("# edited")
     assert run() == [None] * 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from needs import need
 
-from nb_sparse_adam.bench import chart, comparison
+from nb_sparse_adam._src.bench import chart, comparison
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

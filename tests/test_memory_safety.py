@@ -15,14 +15,8 @@ import pytest
 from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 from numba import njit
 
-from nb_sparse_adam import (
-    BagGradient,
-    CSRGradient,
-    RowGradient,
-    SparseAdam,
-    apply_row_gradient,
-    stepping,
-)
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, apply_row_gradient
+from nb_sparse_adam._src import stepping
 from nb_sparse_adam.errors import GradientIndexError
 
 ROWS, DIM = 12, 4

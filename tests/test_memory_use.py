@@ -7,8 +7,8 @@ import pytest
 from checks import STEP_COUNTS
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
-from nb_sparse_adam.engine.threads import max_threads
-from nb_sparse_adam.optimizer import tables_of
+from nb_sparse_adam._src.engine.threads import max_threads
+from nb_sparse_adam._src.optimizer import tables_of
 
 pytestmark = pytest.mark.jit
 

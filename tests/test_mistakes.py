@@ -11,13 +11,13 @@ from needs import need
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam.errors import (
     GradientError,
     GradientTypeError,
     TableError,
     TableTypeError,
 )
-from nb_sparse_adam.naming import type_name
 
 ROWS, DIM = 10, 4
 TORCH = "parameters of PyTorch are for nb_sparse_adam.torch.SparseAdam(params, lr=...)"

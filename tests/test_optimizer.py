@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oracle import TOLERANCES, OracleSparseAdam
 from strategies import Gradient, gradients, hyper_parameters, shapes, tables
 
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, stepping
+from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src import stepping
 
 DTYPES = (np.float32, np.float64)
 

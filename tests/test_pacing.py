@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.engine.pacing import PARALLEL_ELEMENTS, Pace, Paces, choices_up_to
-from nb_sparse_adam.engine.threads import ALONE as ONE_PART
-from nb_sparse_adam.engine.threads import Partition, max_threads
+from nb_sparse_adam._src.engine.pacing import PARALLEL_ELEMENTS, Pace, Paces, choices_up_to
+from nb_sparse_adam._src.engine.threads import ALONE as ONE_PART
+from nb_sparse_adam._src.engine.threads import Partition, max_threads
 
 ALONE = {1: 2.0, 2: 1.2, 4: 0.7}
 CROWDED = {1: 2.5, 2: 9.0, 4: 40.0}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import nb_sparse_adam
-from nb_sparse_adam.extras import EXTRAS
+from nb_sparse_adam._src.extras import EXTRAS
 
 OPTIONAL = ["matplotlib", "polars", "safetensors", "scipy", "torch", "tqdm"]
 
@@ -68,13 +68,14 @@ def test_importing_imports_no_optional_dependency(imported, module):
 
 
 def test_importing_does_not_import_the_recommender(imported):
-    names = [name for name in imported["modules"] if name.startswith("nb_sparse_adam.recommender")]
-    assert not names
+    names = [name for name in imported["modules"] if name.startswith("nb_sparse_adam")]
+    assert "nb_sparse_adam._src.optimizer" in names
+    assert not [name for name in names if "recommender" in name]
     assert "nb_sparse_adam.__main__" not in imported["modules"]
 
 
 def test_importing_does_not_import_the_benchmarks(imported):
-    assert not [name for name in imported["modules"] if name.startswith("nb_sparse_adam.bench")]
+    assert not [name for name in imported["modules"] if name.startswith("nb_sparse_adam._src.bench")]
 
 
 def test_the_command_line_starts_without_optional_dependencies():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from needs import need
 
-from nb_sparse_adam.bench.cases import Bag, Case, Rows
-from nb_sparse_adam.bench.contenders import HYPER
-from nb_sparse_adam.bench.peers import FbgemmBag, PaddleRows
+from nb_sparse_adam._src.bench.cases import Bag, Case, Rows
+from nb_sparse_adam._src.bench.contenders import HYPER
+from nb_sparse_adam._src.bench.peers import FbgemmBag, PaddleRows
 
 pytestmark = pytest.mark.peers
 

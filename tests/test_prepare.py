@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preparing import Given, Prepared, expected
 
-from nb_sparse_adam.engine import records
-from nb_sparse_adam.engine.compile import jit
-from nb_sparse_adam.engine.driver import Drivers
-from nb_sparse_adam.engine.prepare import PREPARE
-from nb_sparse_adam.engine.records import (
+from nb_sparse_adam._src.engine import records
+from nb_sparse_adam._src.engine.compile import jit
+from nb_sparse_adam._src.engine.driver import Drivers
+from nb_sparse_adam._src.engine.prepare import PREPARE
+from nb_sparse_adam._src.engine.records import (
     BAGS,
     COO,
     CSC,
@@ -25,8 +25,8 @@ from nb_sparse_adam.engine.records import (
     ROWS,
     SKIP,
 )
-from nb_sparse_adam.engine.scratch import BLOCK
-from nb_sparse_adam.engine.threads import max_threads
+from nb_sparse_adam._src.engine.scratch import BLOCK
+from nb_sparse_adam._src.engine.threads import max_threads
 
 THREADS = min(2, max_threads())
 ID_DTYPES = st.sampled_from([np.int32, np.int64])

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from nb_sparse_adam._src.recommender import ranking
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam._src.recommender.ranking import evaluate, popularity_quality, rank_items
 from nb_sparse_adam.errors import OptionError
-from nb_sparse_adam.recommender import ranking
-from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
-from nb_sparse_adam.recommender.ranking import evaluate, popularity_quality, rank_items
 
 
 def items_of(csr, user):

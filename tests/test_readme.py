@@ -10,7 +10,7 @@ from fences import fenced, run
 from needs import need
 
 import nb_sparse_adam
-from nb_sparse_adam import tables
+from nb_sparse_adam._src import tables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -53,7 +53,8 @@ def test_links_within_the_repository_lead_somewhere():
 @pytest.mark.jit
 def test_docstring_examples_with_pytorch():
     torch = need("torch")
-    from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate, fused
+    from nb_sparse_adam._src.torch import fused
+    from nb_sparse_adam.torch import EmbeddingBag, SparseAdam, accumulate
 
     names = {"torch": torch, "SparseAdam": SparseAdam, "EmbeddingBag": EmbeddingBag, "accumulate": accumulate}
     for module in (nb_sparse_adam.torch, fused):

@@ -16,8 +16,8 @@ from strategies import ID_DTYPES, hyper_parameters
 
 import nb_sparse_adam
 from nb_sparse_adam import RowGradient, SparseAdam
+from nb_sparse_adam._src.optimizer import tables_of
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
-from nb_sparse_adam.optimizer import tables_of
 
 DTYPES = [np.float32, np.float64]
 # 1-D; rows whose counts lie in their records, and rows whose counts lie elsewhere; rows of no columns.

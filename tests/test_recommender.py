@@ -7,10 +7,11 @@ import numba
 import numpy as np
 import pytest
 
+from nb_sparse_adam._src.recommender import bpr, training
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam._src.recommender.ranking import popularity_quality
 from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, OptionError
-from nb_sparse_adam.recommender import BPRModel, BPROptions, bpr, epoch_batches, train, training
-from nb_sparse_adam.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
-from nb_sparse_adam.recommender.ranking import popularity_quality
+from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train
 
 SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from needs import need
 
+from nb_sparse_adam._src.recommender.interactions import generate, hold_out
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches
-from nb_sparse_adam.recommender.interactions import generate, hold_out
 
 torch = need("torch")
 

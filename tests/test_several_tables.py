@@ -9,12 +9,13 @@ from checks import STEP_COUNTS, assert_same_bits, refused, state_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nb_sparse_adam import BagGradient, RowGradient, SparseAdam, optimizer
-from nb_sparse_adam.engine import host
-from nb_sparse_adam.engine.scratch import BLOCK
-from nb_sparse_adam.engine.threads import max_threads
+from nb_sparse_adam import BagGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src import optimizer
+from nb_sparse_adam._src.engine import host
+from nb_sparse_adam._src.engine.scratch import BLOCK
+from nb_sparse_adam._src.engine.threads import max_threads
+from nb_sparse_adam._src.stepping import step_together
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError, OptionError
-from nb_sparse_adam.stepping import step_together
 
 FORMS = ["rows", "sorted rows", "bags", "mean", "weighted", "hot"]
 THREADS = sorted({1, max_threads()})

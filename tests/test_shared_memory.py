@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.engine import addresses, host
+from nb_sparse_adam._src.engine import addresses, host
+from nb_sparse_adam._src.optimizer import tables_of
+from nb_sparse_adam._src.stepping import step_together
 from nb_sparse_adam.errors import GradientError, TableError
-from nb_sparse_adam.optimizer import tables_of
-from nb_sparse_adam.stepping import step_together
 
 
 def table(rows=8, dim=2):

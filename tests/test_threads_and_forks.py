@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nb_sparse_adam import info
-from nb_sparse_adam.bench import worker
+from nb_sparse_adam._src import info
+from nb_sparse_adam._src.bench import worker
 
 pytestmark = pytest.mark.jit
 

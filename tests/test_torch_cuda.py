@@ -19,8 +19,9 @@ from nb_sparse_adam import errors
 
 torch = need("torch")
 
-from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate, backward  # noqa: E402
-from nb_sparse_adam.torch.tensors import Gpu  # noqa: E402
+from nb_sparse_adam._src.torch import backward  # noqa: E402
+from nb_sparse_adam._src.torch.tensors import Gpu  # noqa: E402
+from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate  # noqa: E402
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 __test__ = SIMULATED or torch.cuda.is_available()  # else there is nothing to collect, and nothing to skip
@@ -98,7 +99,7 @@ def place(monkeypatch):
 @pytest.fixture
 def unheard(place, monkeypatch):
     """A GPU that is far behind the host: nothing is known of a step before somebody waits."""
-    from nb_sparse_adam.cuda.guard import Guard
+    from nb_sparse_adam._src.cuda.guard import Guard
 
     monkeypatch.setattr(Guard, "tell", lambda *_: None)
 
@@ -346,7 +347,7 @@ def test_the_state_is_live_and_goes_on_as_it_was_changed_by_hand(place):
 
 @pytest.mark.parametrize("device_checks", ["deferred", "off"])
 def test_a_step_waits_for_nothing(place, monkeypatch, device_checks):
-    from nb_sparse_adam.cuda import guard, steps, table
+    from nb_sparse_adam._src.cuda import guard, steps, table
 
     params, rng = [place.param(seed=seed) for seed in range(2)], np.random.default_rng(10)
     optimizer = SparseAdam(params, device_checks=device_checks)

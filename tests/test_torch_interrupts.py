@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # generators let go
 ]
 
-OURS = nb_sparse_adam.torch.__file__.removesuffix("__init__.py")
+OURS = nb_sparse_adam._src.torch.__file__.removesuffix("__init__.py")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ torch = need("torch")
 from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E402
 
 ROWS, DIM = 6, 4
-FOLDER = Path(nb_sparse_adam.__file__).parent / "torch"
+FOLDER = Path(nb_sparse_adam.__file__).parent / "_src" / "torch"
 NAMES = ("backward.py", "deferred.py", "fused.py", "layers.py", "sharing.py")
 OURS = tuple(str(FOLDER / name) for name in NAMES)
 

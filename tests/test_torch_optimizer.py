@@ -16,8 +16,8 @@ from nb_sparse_adam import RowGradient, errors
 
 torch = need("torch")
 
+from nb_sparse_adam._src.torch.tensors import coo  # noqa: E402
 from nb_sparse_adam.torch import SparseAdam  # noqa: E402
-from nb_sparse_adam.torch.tensors import coo  # noqa: E402
 
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6}
 # torch rounds in its own places: tens of units in the last place after tens of steps.

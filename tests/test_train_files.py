@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from needs import need
 
+from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
 from nb_sparse_adam.errors import InteractionsError
-from nb_sparse_adam.recommender.reading import read_interactions, read_split
 
 pl = need("polars")
 
@@ -100,7 +100,7 @@ def test_pipes(kind, tmp_path):
 @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="/dev/stdin")
 def test_standard_input():
     program = (
-        "from nb_sparse_adam.recommender.reading import read_interactions; "
+        "from nb_sparse_adam._src.recommender.reading import read_interactions; "
         "read = read_interactions('/dev/stdin'); print(len(read.pairs), read.description)"
     )
     done = subprocess.run(
@@ -306,7 +306,8 @@ def test_memory_follows_what_is_distinct_not_the_size_of_the_file(tmp_path):
             file.write(block)  # 105 MB in all
     (tmp_path / "small").write_bytes(block)
     program = (
-        "import resource, sys; from nb_sparse_adam.recommender.reading import read_interactions as read; "
+        "import resource, sys; "
+        "from nb_sparse_adam._src.recommender.reading import read_interactions as read; "
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "n, before = len(read('small').pairs), used(); large = read('large.gz'); "
         "print(n, len(large.pairs), large.repeated, used() - before)"

@@ -9,8 +9,9 @@ import sys
 import pytest
 from needs import need
 
-from nb_sparse_adam import __main__, extras
+from nb_sparse_adam import __main__
 from nb_sparse_adam.__main__ import main
+from nb_sparse_adam._src import extras
 
 for _package in extras.EXTRAS["train"]:
     need(_package)

@@ -12,7 +12,7 @@ import pytest
 from needs import need
 
 import nb_sparse_adam
-from nb_sparse_adam import annotations, options
+from nb_sparse_adam._src import annotations, options
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

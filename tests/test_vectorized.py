@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import records
 
-from nb_sparse_adam.engine import screening
-from nb_sparse_adam.engine.apply import apply_for
-from nb_sparse_adam.engine.codecs import PLAIN
-from nb_sparse_adam.engine.records import ELEMENT, GLOBAL, ROW
-from nb_sparse_adam.engine.rows import updates
-from nb_sparse_adam.engine.view import open_table
+from nb_sparse_adam._src.engine import screening
+from nb_sparse_adam._src.engine.apply import apply_for
+from nb_sparse_adam._src.engine.codecs import PLAIN
+from nb_sparse_adam._src.engine.records import ELEMENT, GLOBAL, ROW
+from nb_sparse_adam._src.engine.rows import updates
+from nb_sparse_adam._src.engine.view import open_table
 
 pytestmark = [
     pytest.mark.jit,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import nb_sparse_adam
+from nb_sparse_adam._src.warming import WarmUp, warm_up
 from nb_sparse_adam.errors import OptionError, OptionTypeError
-from nb_sparse_adam.warming import WarmUp, warm_up
 
 ROOT = Path(nb_sparse_adam.__file__).parents[1]
 
@@ -20,7 +20,7 @@ STEPS = """
 import numpy as np
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 from nb_sparse_adam.errors import NonFiniteGradientError
-from nb_sparse_adam.engine import threads
+from nb_sparse_adam._src.engine import threads
 
 def take_steps(dtype, step_counts, forms):
     tables = {name: np.zeros((256, 64), dtype) for name in ("one", "other")}
@@ -61,7 +61,7 @@ import json, logging, time
 import numpy as np
 from nb_sparse_adam import RowGradient, SparseAdam
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam.engine.compilations import counts
+from nb_sparse_adam._src.engine.compilations import counts
 
 class Handler(logging.Handler):
     def emit(self, record):
@@ -96,7 +96,7 @@ def test_steps_of_other_processes_compile_nothing(cold):
     assert compiled == kept > 5
     program = f"""{STEPS}
 import json
-from nb_sparse_adam.engine.compilations import counts
+from nb_sparse_adam._src.engine.compilations import counts
 moved = take_steps("float32", "element", ["rows", "bags"])
 print(json.dumps([moved, threads.threading_layer(), counts().compiled]))
 """
@@ -143,7 +143,7 @@ def test_who_waits_is_told_at_the_beginning_and_may_step_meanwhile(cold):
 EVERY = f"""{STEPS}
 import json
 from nb_sparse_adam import warm_up
-from nb_sparse_adam.engine import kernel_cache
+from nb_sparse_adam._src.engine import kernel_cache
 
 load = kernel_cache._Cache.load_overload
 def noted(self, *arguments):

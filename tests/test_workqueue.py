@@ -74,7 +74,7 @@ import threading
 import numba, numpy as np
 from tqdm import tqdm
 from nb_sparse_adam import RowGradient, SparseAdam
-from nb_sparse_adam.engine import driver
+from nb_sparse_adam._src.engine import driver
 
 for _ in tqdm(range(3), disable=True):
     table = np.zeros((5000, 16), np.float32)

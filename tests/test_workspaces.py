@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nb_sparse_adam.engine import workspace as module
-from nb_sparse_adam.engine.workspace import Workspace
+from nb_sparse_adam._src.engine import workspace as module
+from nb_sparse_adam._src.engine.workspace import Workspace
 
 
 def taken(workspace, size):

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.pages import gpu_tables, speed, tables
 from benchmarks.pages.gpu_tables import OnGPU
 from benchmarks.pages.tables import Machine
-from nb_sparse_adam.bench import chart
+from nb_sparse_adam._src.bench import chart
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "benchmarks" / "measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from benchmarks.pages.tables import at, note, table
-from nb_sparse_adam.bench.cases import compact
+from nb_sparse_adam._src.bench.cases import compact
 
 SMALL, TABLES = "32 rows x 16 in 100k x 16", "26 tables x 2048 x 4 ids x 32, whole training step"
 

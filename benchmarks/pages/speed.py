@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from benchmarks.pages.tables import when
-from nb_sparse_adam.bench.chart import new_figure
+from nb_sparse_adam._src.bench.chart import new_figure
 
 BAR, FAINT, INK = "#2f6db3", "#5f6b76", "#1b2733"
 

@@ -1,0 +1,1 @@
+"""The library itself. All of it is private: what users import is in the modules beside this folder."""

@@ -1,0 +1,1 @@
+"""What `nb_sparse_adam.checkpoint` shows, and what it is made of."""

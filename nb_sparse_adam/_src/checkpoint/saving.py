@@ -1,0 +1,419 @@
+"""Checkpoints: an optimizer's tables, state and options in a folder that is whole at every moment.
+
+A folder has a file of arrays for each table (`tensor_files`), and ``manifest.json``, which names them and
+says what is in them. A save writes files under names that are new, then a manifest that names these, and puts
+it in the place of the old one by one atomic step; only then are the old files deleted. Whenever the process
+dies, ``manifest.json`` is the old one or the new one, and the files that it names are complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam._src import options
+from nb_sparse_adam._src.checkpoint.files import TOO_MANY, TableFile, progress_bar, read_all, reading
+from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, check_extra, content, old_files, refuse_foreign
+from nb_sparse_adam._src.checkpoint.tensor_files import array_size, write_tensors
+from nb_sparse_adam._src.engine import locks
+from nb_sparse_adam._src.engine.state import TableState
+from nb_sparse_adam._src.files import descriptor
+from nb_sparse_adam._src.naming import type_name
+from nb_sparse_adam._src.optimizer import SparseAdam, tables_of
+from nb_sparse_adam._src.public import public
+from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
+
+__all__ = ["load", "restore", "save"]
+
+
+def _reached(point: str) -> None:
+    """Do nothing: tests replace it by something that ends the process here."""
+
+
+# --- saving -----------------------------------------------------------------------------------------------
+
+
+@public("nb_sparse_adam.checkpoint")
+def save(
+    path: str | os.PathLike[str], optimizer: SparseAdam, extra: Any = None, *, progress: bool = False
+) -> None:
+    """Save an optimizer, its tables included, so that `load` and `restore` go on with the same bits.
+
+    Parameters
+    ----------
+    path : path
+        A folder, created if need be. A checkpoint that is there already is replaced, by one atomic step.
+    optimizer : SparseAdam
+        Steps of other Python threads wait meanwhile. Not to be called from a signal handler, which may come
+        in the middle of a step: set a flag there, and save after the step.
+    extra : optional
+        Something small of your own, as JSON can hold it: None, booleans, finite numbers, strings, lists, and
+        dicts with strings for keys. Tuples come back as lists, and subclasses as what they are made of.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Raises
+    ------
+    CheckpointError
+        If `extra` cannot be held, another process is saving there, or there is a ``manifest.json`` of
+        something else: nothing is replaced or deleted but what `save` has written.
+    OptionTypeError
+        If `optimizer` is of another kind.
+    StateError
+        If `optimizer` has been restored in part (see `restore`).
+    OSError
+        If something cannot be written; the checkpoint that was there is as it was.
+    """
+    _check_optimizer(optimizer)
+    optimizer._check_whole()
+    check_extra(extra)
+    for name in optimizer.state:
+        if json.loads(json.dumps(name)) != name:
+            raise CheckpointError(f"a table is called {name!r}, which JSON cannot hold; give it another name")
+    folder = _folder(path)
+    token = secrets.token_hex(8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_saver(folder), optimizer._lock:
+            _save(folder, token, optimizer, extra, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"saving a checkpoint in {folder}: {reason}; the one that was there, if any, is as it was",
+            error.filename,
+        ) from error
+
+
+def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
+    refuse_foreign(folder)
+    optimizer._check_whole()
+    optimizer.synchronize()
+    tables = tables_of(optimizer)
+    total = sum(array.nbytes for table in tables.values() for array in table.arrays_to_save().values())
+    written: list[Path] = []
+    try:
+        records = []
+        with progress_bar(total, "saving", progress) as tell:
+            for number, table in enumerate(tables.values()):
+                file = folder / f"table-{number}-{token}.safetensors"
+                written.append(file)
+                records.append(_save_table(file, table, tell))
+        temporary = folder / f".manifest-{token}.json"
+        written.append(temporary)
+        _write_synced(temporary, content(optimizer._saved(), records, extra))
+        _reached("manifest written")
+        _sync_folder(folder)  # its files are there before the manifest is
+        os.replace(temporary, folder / MANIFEST)
+    except BaseException:
+        if not _names(folder, token):  # an interrupt may come when the manifest is in its place already
+            for file in written:
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
+        raise
+    _reached("manifest in its place")
+    kept = {record["file"] for record in records}
+    # The checkpoint is there. What cannot be deleted now, the next save deletes.
+    with contextlib.suppress(OSError):
+        _sync_folder(folder)
+        _reached("folder synced")
+        for file in old_files(folder, kept):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+            _reached("an old file deleted")
+
+
+def _names(folder: Path, token: str) -> bool:
+    """Whether the manifest that is there was written by this save; True also if it cannot be read."""
+    try:
+        return token.encode() in (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+
+
+def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:
+    arrays = table.arrays_to_save()
+    with open(file, "xb") as opened:
+        _reached("a file begun")
+        digest = write_tensors(opened, arrays, tell)
+        opened.flush()
+        _reached("a file written")
+        os.fsync(opened.fileno())
+        size = opened.tell()
+    _reached("a file synced")
+    return {
+        "name": table.name,
+        "file": file.name,
+        "size": size,
+        "sha256": digest,
+        "shape": list(table.shape),
+        "dtype": table.dtype.name,
+        "steps": table.arrays.counts.dtype.name,
+        "skipped_rows": table.skipped_rows,
+    }
+
+
+def _folder(path: Any) -> Path:
+    try:
+        folder = Path(path)
+    except TypeError as error:
+        raise OptionTypeError(f"path is {path!r} ({type(path).__name__}), expected a path") from error
+    if "\0" in str(folder):
+        raise OptionError(f"path is {path!r}, expected one without NUL")
+    return folder
+
+
+def _check_optimizer(given: Any) -> None:
+    if not isinstance(given, SparseAdam):
+        raise OptionTypeError(
+            f"optimizer is a {type_name(given)}, expected a nb_sparse_adam.SparseAdam; those of torch, "
+            "nb_sparse_adam.torch's too, are saved by torch.save(optimizer.state_dict(), file)"
+        )
+
+
+@contextmanager
+def _only_saver(folder: Path) -> Iterator[None]:
+    """Allow one save here at a time: it deletes the files of others. The lock ends with the process."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with descriptor(folder, os.O_RDONLY) as opened:
+        try:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{folder}: another save into this folder is going on; wait for it, or save elsewhere"
+                ) from error
+            yield
+        finally:
+            fcntl.flock(opened, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open too
+
+
+def _write_synced(file: Path, content: bytes) -> None:
+    with open(file, "xb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync the names in a folder to the disk; Windows has no such call."""
+    if os.name == "posix":
+        with descriptor(folder, os.O_RDONLY) as opened:
+            os.fsync(opened)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+@public("nb_sparse_adam.checkpoint")
+def load(
+    path: str | os.PathLike[str],
+    mmap: bool = False,
+    verify: bool | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[SparseAdam, Any]:
+    """Make an optimizer of a checkpoint, with tables of its own: ``optimizer.tables``.
+
+    Parameters
+    ----------
+    path : path
+        A folder that `save` wrote.
+    mmap : bool, default False
+        Map the parameters instead of reading them: parts that are looked at are read when they are, and parts
+        that are changed are copied; the file stays as it is. Moments and counts are read.
+    verify : bool, optional
+        Whether to compute the SHA-256 of every file; by default, unless mapped. Sizes and headers are checked
+        in any case.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Returns
+    -------
+    optimizer : SparseAdam
+        With ``num_threads=None``.
+    extra
+        What was given to `save`.
+
+    Raises
+    ------
+    CheckpointError
+        If something is missing, incomplete, damaged or not a checkpoint; it names the file.
+    OSError
+        If a file cannot be read.
+    """
+    folder = _folder(path)
+    verify = not mmap if verify is None else verify
+
+    def make(manifest: dict[str, Any], files: list[TableFile]) -> tuple[SparseAdam, Any]:
+        values = _check_options(folder, manifest, None)
+        params = {file.name: _new_param(file, mmap) for file in files}
+        optimizer = SparseAdam(params, step_counts=manifest["options"]["step_counts"])
+        optimizer._set(**values)
+        _fill(optimizer, files, _rooms(optimizer, files), "loading", progress, verify, mmap)
+        return optimizer, manifest["extra"]
+
+    return reading(folder, make)
+
+
+def _new_param(file: TableFile, mmap: bool) -> NDArray[Any]:
+    """Make an array for a table's parameters: mapped, or to be read."""
+    dtype, shape, _ = file.entries["param"]
+    return _map(file) if mmap and array_size(dtype, shape) else np.empty(shape, dtype)
+
+
+def _map(file: TableFile) -> NDArray[Any]:
+    """Map a table's parameters, so that changes are copies in memory; the file is kept open."""
+    entry = file.entries["param"]
+    if entry.start % entry.dtype.itemsize:  # as nothing writes it that we know of
+        raise CheckpointError(f"{file.path} cannot be mapped: its arrays are not aligned; pass mmap=False")
+    with file.reading() as opened:
+        try:
+            return np.memmap(opened, entry.dtype, "c", entry.start, entry.shape).view(np.ndarray)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path} is damaged: it cannot be mapped ({error})") from error
+        except OSError as error:
+            if error.errno not in TOO_MANY:
+                raise
+            raise CheckpointError(
+                f"{file.path} cannot be mapped: mmap=True keeps the file of every table open, more than this "
+                "process may have. Raise the limit (ulimit -n), or read them: mmap=False"
+            ) from error
+
+
+@public("nb_sparse_adam.checkpoint")
+def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bool = False) -> Any:
+    """Put a checkpoint's parameters, state and options into an optimizer, which goes on with the same bits.
+
+    Parameters
+    ----------
+    path : path
+        A folder that `save` wrote, of an optimizer with the same names, shapes and dtypes of tables, and the
+        same ``step_counts``: nothing is converted.
+    optimizer : SparseAdam
+        Its tables are written to where they are. What ends this in the middle (an interrupt, a disk that
+        fails, a file that somebody changes after it was verified) leaves it restored in part: it then
+        refuses to step and to be saved, with a StateError, until it is restored again.
+    progress : bool, default False
+        Whether to show a bar.
+
+    Returns
+    -------
+    extra
+        What was given to `save`.
+
+    Raises
+    ------
+    CheckpointError
+        If it does not fit, or is missing, incomplete, damaged or not a checkpoint. Nothing has been changed
+        then: every file is verified before the first write. Files are read twice, and nothing is copied
+        that is not what was verified: if one changes in between, the message says what has become of the
+        optimizer.
+    OptionTypeError
+        If `optimizer` is of another kind.
+    OSError
+        If a file cannot be read.
+    """
+    _check_optimizer(optimizer)
+    folder = _folder(path)
+    return reading(folder, partial(_restore, folder, optimizer, progress))
+
+
+def _restore(
+    folder: Path, optimizer: SparseAdam, progress: bool, manifest: dict[str, Any], files: list[TableFile]
+) -> Any:
+    values = _check_options(folder, manifest, optimizer)
+    _check_fit(folder, files, optimizer)
+    read_all(files, {}, progress, "verifying")
+    if optimizer._folder is not None:
+        optimizer._folder.check_process()
+    if locks.is_lost(optimizer._lock):
+        optimizer._unfinished = locks.LOST  # before anybody can take the lock again
+        locks.renew(optimizer, "_lock")
+    with optimizer._lock:
+        optimizer.synchronize()
+        _check_fit(folder, files, optimizer)  # tables may have been rearranged meanwhile
+        for table in tables_of(optimizer).values():
+            table.check_writeable()
+        with nullcontext() if optimizer._folder is None else optimizer._folder.removed_on_error():
+            rooms = _rooms(optimizer, files)
+            _reached("verified")
+            for file in files:
+                with file.reading():
+                    pass  # it is as it was
+        optimizer._unfinished = (
+            f"restoring {folder} into this optimizer did not come to its end: its tables and state are of "
+            "two moments. Restore it again, or another checkpoint"
+        )
+        try:
+            _fill(optimizer, files, rooms, "restoring", progress)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {optimizer._unfinished}") from error
+        optimizer._set(**values)
+        optimizer._unfinished = None
+    return manifest["extra"]
+
+
+def _rooms(optimizer: SparseAdam, files: list[TableFile]) -> list[Callable[[], dict[str, Any]]]:
+    """Make room in an optimizer for what files hold (see `TableState.room_to_load`)."""
+    tables = tables_of(optimizer)
+    return [tables[file.name].room_to_load(file.entries["steps"].dtype) for file in files]
+
+
+def _fill(
+    optimizer: SparseAdam,
+    files: list[TableFile],
+    rooms: list[Callable[[], dict[str, Any]]],
+    what: str,
+    progress: bool,
+    verify: bool = True,
+    mmap: bool = False,
+) -> None:
+    """Read files into an optimizer that has room for them, but for parameters that are mapped."""
+    tables = tables_of(optimizer)
+    targets = {
+        file.name: {"param": None if mmap else tables[file.name].param_to_load(), **room()}
+        for file, room in zip(files, rooms, strict=True)
+    }
+    read_all(files, targets, progress, what, verify)
+    for file in files:
+        tables[file.name].loaded(file.record["skipped_rows"])
+
+
+def _check_options(folder: Path, manifest: dict[str, Any], optimizer: SparseAdam | None) -> dict[str, Any]:
+    given = manifest["options"]
+    kept = (given["step_counts"],) if optimizer is None else (optimizer.step_counts, optimizer.device_checks)
+    dtypes = {np.dtype(record["dtype"]) for record in manifest["tables"]}
+    try:
+        return options.check_saved(given, dtypes, *kept)
+    except SparseAdamError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
+
+
+def _check_fit(folder: Path, files: list[TableFile], optimizer: SparseAdam) -> None:
+    tables = optimizer.state
+    if {file.name for file in files} != set(tables):
+        raise CheckpointError(
+            f"{folder} is of tables {sorted(file.name for file in files)}, expected {sorted(tables)}"
+        )
+    for file in files:
+        table, entry = tables[file.name], file.entries["param"]
+        if entry.shape != table.shape or entry.dtype != table.dtype:
+            raise CheckpointError(
+                f"{file.path}: table {file.name!r} is {entry.shape} {entry.dtype}, expected {table.shape} "
+                f"{table.dtype}; nothing is converted: load() makes tables of the shapes that were saved"
+            )

@@ -1,0 +1,122 @@
+"""What is wrong with the content of a gradient, as preparing has found it -> the error that says so.
+
+Preparing leaves a fault and its place in a record (`records.FOUND`), on a CPU as on a GPU; what it means to
+the user is said here, once for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nb_sparse_adam._src.engine import records
+from nb_sparse_adam._src.gradients import Given, Target
+from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError
+
+__all__ = ["fault_error", "shares_memory", "too_many_bits"]
+
+
+def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientError:
+    """Make an error of a fault.
+
+    Parameters
+    ----------
+    found : record of `records.FOUND`
+        Of the gradient; its ``fault`` is not `records.NO_FAULT`.
+    given : Given
+        The gradient; of its arrays only the names and the form are asked.
+    n : int
+        How many ids it has.
+    target : Target
+        Its table.
+    """
+    fault, place, got = int(found["fault"]), int(found["place"]), int(found["got"])
+    names = given.names
+    if fault in (records.ID, records.COLUMN):
+        column = fault == records.COLUMN and given.form == records.COO
+        of_columns = column or given.form == records.CSR
+        what, of = (names.columns, "column") if column else (names.ids, names.of)
+        return _id_error(what, place, got, target.dim if of_columns else target.rows, of, target)
+    if fault == records.OFFSET:
+        return _offset_error(given, place, got, int(found["before"]), n, target)
+    if fault == records.CHANGED:
+        return changed_meanwhile(target)
+    if fault == records.TOO_MANY_BITS:
+        return too_many_bits(target, n)
+    if fault == records.NOT_FINITE:
+        at = (place,) if given.entries else divmod(place, target.dim)
+        return _nonfinite_error("data" if given.entries else names.values, at, float(found["value"]), target)
+    if fault == records.WEIGHT_NOT_FINITE:
+        return _nonfinite_error(names.weights, (place,), float(found["value"]), target)
+    return _overflow_error(target, got, 1 if given.entries else int(found["before"]))
+
+
+def _id_error(what: str, place: int, got: int, upper: int, of: str, target: Target) -> GradientError:
+    return target.refuse(
+        GradientIndexError,
+        f"{what}[{place}] is {got}, expected 0 <= {of} < {upper}"
+        + ("; negative ids do not count from the end" if got < 0 else ""),
+    )
+
+
+def _offset_error(given: Given, place: int, got: int, before: int, n: int, target: Target) -> GradientError:
+    """Say why an offset cannot be: they start at 0, never decrease, and end at n, the last one exactly."""
+    what = given.names.offsets
+    kind: type[GradientError] = GradientIndexError
+    if place == 0 and got != 0:
+        why = "expected 0"
+    elif got < before:
+        why = f"less than {what}[{place - 1}] = {before}; expected a sequence that never decreases"
+    elif 0 <= got <= n:
+        why = f"expected len(indices) = {n}"
+        if given.form == records.CSR:  # no index is out of range: some entries belong to no row
+            kind = GradientError
+    else:
+        why = f"expected at most {n}"
+    return target.refuse(kind, f"{what}[{place}] is {got}, {why}")
+
+
+def _nonfinite_error(what: str, place: tuple[int, ...], got: float, target: Target) -> GradientError:
+    where = ", ".join(map(str, place[:1] if target.ndim == 1 else place))
+    return target.refuse(
+        NonFiniteGradientError,
+        f"{what}[{where}] is {got} as {target.dtype}, expected a finite number; nothing was updated. "
+        "on_nonfinite='skip' leaves out the rows that receive one, 'propagate' lets it through",
+    )
+
+
+def _overflow_error(target: Target, row: int, ids: int) -> GradientError:
+    return target.refuse(
+        NonFiniteGradientError,
+        f"the gradient of row {row}, "
+        + (f"a sum over {ids} ids, " if ids > 1 else "")
+        + f"or its square, overflows {target.dtype} (at most {np.finfo(target.dtype).max:.3g}); nothing "
+        "was updated. Clip the gradient, or set on_nonfinite='skip' to leave such rows out",
+    )
+
+
+def changed_meanwhile(target: Target) -> GradientError:
+    """Refuse a gradient that is not what it was when it was checked."""
+    return target.refuse(
+        GradientError,
+        "it was changed while step was reading it, expected arrays that nobody writes to until step returns; "
+        "nothing was updated. Pass copies, or let whoever fills the arrays wait",
+    )
+
+
+def shares_memory(what: str, target: Target) -> GradientError:
+    """Refuse a gradient that would change while it is read."""
+    return target.refuse(
+        GradientError,
+        f"{what} shares memory with a table or its state, which would change while it is read; pass a copy",
+    )
+
+
+def too_many_bits(target: Target, n: int) -> GradientError:
+    """Refuse ids that cannot be packed."""
+    return target.refuse(
+        GradientError,
+        f"{n} ids or entries into a table of {target.rows} rows of {target.dim} cannot be grouped: a "
+        "position and an id take more than 63 bits together; pass the gradient in several smaller ones",
+    )

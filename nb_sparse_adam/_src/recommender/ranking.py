@@ -1,0 +1,195 @@
+"""How good a recommender is: every item ranked for every user, recall@k and NDCG@k.
+
+With T the held-out items of a user and r = 1, 2, ... the places of the ranking of all items that the user has
+no training interaction with,
+
+    recall@k = |T among the first k| / |T|
+    NDCG@k   = sum over hits at place r <= k of 1 / log2(r + 1)  /  sum_{r=1}^{min(k, |T|)} 1 / log2(r + 1)
+
+averaged over the users with at least one held-out and one training item. These are the definitions of
+LightGCN (He et al. 2020, SIGIR, and its code) and of most that was published since.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nb_sparse_adam._src.engine.compile import jit
+from nb_sparse_adam._src.recommender.interactions import Split
+from nb_sparse_adam.errors import OptionError
+
+__all__ = ["Quality", "evaluate", "popularity_quality", "rank_items"]
+
+_BLOCK_BYTES = 1 << 25  # scores held at a time: 32 MB, or one user's if that is more
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of a ranking, averaged over users.
+
+    Attributes
+    ----------
+    recall, ndcg : float
+        In [0, 1]; NaN if there is no user to average over.
+    users : int
+        Number of users averaged over.
+    """
+
+    recall: float
+    ndcg: float
+    users: int
+
+
+def evaluate(
+    user_table: npt.NDArray[Any], item_table: npt.NDArray[Any], split: Split, top: int = 20
+) -> Quality:
+    """Rank all items by the inner product of user and item vectors and compare with the held-out ones.
+
+    Parameters
+    ----------
+    user_table : float array, shape (n_users, dim)
+    item_table : float array, shape (n_items, dim)
+    split : Split
+        Items of ``split.train`` are masked, those of ``split.test`` are the ones to find.
+    top : int, default 20
+        k, the length of the list that is looked at.
+
+    Returns
+    -------
+    Quality
+
+    Raises
+    ------
+    OptionError
+        If ``top < 1`` or the shapes of the tables do not fit the split.
+    """
+    expected = (split.train.n_users, split.train.n_items)
+    if (len(user_table), len(item_table)) != expected or user_table.shape[1:] != item_table.shape[1:]:
+        raise OptionError(
+            f"expected tables of the shapes ({expected[0]}, dim) and ({expected[1]}, dim), "
+            f"got shapes {user_table.shape} and {item_table.shape}"
+        )
+    items = np.ascontiguousarray(item_table.T)
+    return _quality(lambda users: user_table[users] @ items, split, top)
+
+
+def popularity_quality(split: Split, top: int = 20) -> Quality:
+    """Rank the items, for everybody alike, by how many users have them in ``split.train``.
+
+    Parameters and errors are those of `evaluate`; equally popular items come in the order of their rows.
+    """
+    popularity = np.bincount(split.train.indices, minlength=split.train.n_items).astype(np.float32)
+    return _quality(lambda users: np.tile(popularity, (len(users), 1)), split, top)
+
+
+def rank_items(
+    scores: npt.NDArray[Any], users: npt.NDArray[Any], split: Split, top: int = 20
+) -> npt.NDArray[np.int32]:
+    """Return the best items of some users, without those that they were trained with.
+
+    Parameters
+    ----------
+    scores : float array, shape (n, n_items)
+        Scores of all items for n users; entries of training items are overwritten with -inf.
+    users : int array, shape (n,)
+        The users, as rows of ``split.train``.
+    split : Split
+    top : int, default 20
+        How many items.
+
+    Returns
+    -------
+    int32 array, shape (n, top)
+        Item rows, best first. If scores are equal, the lower row comes first; an item whose score is NaN is
+        left out.
+        Places for which there is no item hold -1.
+
+    Raises
+    ------
+    OptionError
+        If ``top < 1``, a user is not of ``split.train``, or scores have another shape.
+    """
+    if top < 1:
+        raise OptionError(f"top: expected an integer of at least 1, got {top}")
+    train, users = split.train, np.asarray(users)
+    if users.ndim != 1 or users.dtype.kind not in "iu":
+        raise OptionError(f"users: got {users.ndim}-D {users.dtype}, expected 1-D integers")
+    if len(users) and not 0 <= users.min() <= users.max() < train.n_users:
+        raise OptionError(
+            f"users: got rows {users.min()} to {users.max()}, expected 0 <= user < {train.n_users}"
+        )
+    if scores.shape != (len(users), train.n_items):
+        raise OptionError(f"scores: got shape {scores.shape}, expected {(len(users), train.n_items)}")
+    best = np.full((len(users), top), -1, dtype=np.int32)
+    _rank(
+        scores, users, split.train.indptr, split.train.indices, best, np.empty(best.shape, dtype=scores.dtype)
+    )
+    return best
+
+
+def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: Split, top: int) -> Quality:
+    """Average over users, in blocks that bound the memory; `score` returns (len(users), n_items)."""
+    users = np.flatnonzero((split.test.counts() > 0) & (split.train.counts() > 0))
+    recall, ndcg = np.empty(len(users)), np.empty(len(users))
+    discounts = np.array([1 / math.log2(place + 1) for place in range(1, top + 1)])
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+    block = max(1, _BLOCK_BYTES // (4 * max(1, split.train.n_items)))
+    for start in range(0, len(users), block):
+        some = users[start : start + block]
+        best = rank_items(score(some), some, split, top)
+        found = _hits(best, some, split.test.indptr, split.test.indices)
+        wanted = split.test.counts()[some]
+        recall[start : start + block] = found.sum(axis=1) / wanted
+        ndcg[start : start + block] = found @ discounts / ideal[np.minimum(wanted, top)]
+    if not len(users):
+        return Quality(math.nan, math.nan, 0)
+    return Quality(float(recall.mean()), float(ndcg.mean()), len(users))
+
+
+@jit(entry=True)
+def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_scores: Any) -> None:
+    """Write the best items of each row of scores into best (filled with -1); best_scores is scratch."""
+    top = best.shape[1]
+    for row in range(len(users)):
+        user = users[row]
+        for k in range(indptr[user], indptr[user + 1]):
+            scores[row, indices[k]] = -np.inf
+        found = 0
+        for item in range(scores.shape[1]):
+            score = scores[row, item]
+            # Items come in ascending order, so a strict comparison keeps the lower one of equals first.
+            if not score > -np.inf or (found == top and not score > best_scores[row, top - 1]):
+                continue
+            place = min(found, top - 1)
+            while place > 0 and score > best_scores[row, place - 1]:
+                best_scores[row, place] = best_scores[row, place - 1]
+                best[row, place] = best[row, place - 1]
+                place -= 1
+            best_scores[row, place] = score
+            best[row, place] = item
+            found = min(found + 1, top)
+
+
+@jit(entry=True, allocates=True)
+def _hits(best: Any, users: Any, indptr: Any, indices: Any) -> Any:
+    """Return 1.0 where a ranked item is one of the user's in the CSR (sorted), else 0.0; shape of best."""
+    hits = np.zeros(best.shape)
+    for row in range(len(users)):
+        start, stop = indptr[users[row]], indptr[users[row] + 1]
+        for place in range(best.shape[1]):
+            low, high = start, stop
+            while low < high:
+                middle = (low + high) // 2
+                if indices[middle] < best[row, place]:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low < stop and indices[low] == best[row, place]:
+                hits[row, place] = 1.0
+    return hits

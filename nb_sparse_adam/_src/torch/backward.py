@@ -1,0 +1,273 @@
+"""From the backward pass of a lookup to a step: a pass collects its lookups, and applies them at its end.
+
+All lookups of one pass make one step, as with ``loss.backward(); optimizer.step()``: a table that was looked
+up twice gets one step with the sum, no table is changed while the pass still needs it, and all tables are
+updated or none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from contextlib import ContextDecorator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nb_sparse_adam._src.annotations import BagMode
+from nb_sparse_adam._src.gradients import BagGradient, RowGradient
+from nb_sparse_adam._src.torch import deferred, sharing
+from nb_sparse_adam._src.torch.steps import in_turn, step_jobs
+from nb_sparse_adam._src.torch.tensors import Gpu, array_of
+from nb_sparse_adam.errors import GradientError
+
+if TYPE_CHECKING:
+    from nb_sparse_adam._src.torch.fused import Fused
+
+__all__ = ["Accumulating", "Lookup", "check_pass", "collect", "is_pending", "this_pass"]
+
+
+class Lookup(NamedTuple):
+    """Ids that were looked up, one by one or, with ``starts``, pooled."""
+
+    weight: Tensor  # the table
+    ids: Tensor  # (n,)
+    grad_output: Tensor  # (n, dim) or (bags, dim)
+    starts: Tensor | None = None  # (bags,)
+    weights: Tensor | None = None  # (n,), a copy: it may be trained, and change before the pass ends
+    mode: BagMode = "sum"
+    stream: Any = None  # of a GPU, on which all of this is ready
+
+    def copied(self) -> Lookup:
+        """Return one that nobody else can change."""
+        starts = None if self.starts is None else self.starts.clone()
+        return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone(), starts=starts)
+
+
+Found: TypeAlias = "dict[Fused, list[Lookup]]"  # the lookups of each layer
+
+
+class _Pass:
+    """One backward pass: the lookups that it has met, by layer.
+
+    Its callback alone holds it. Should the pass fail, torch lets go of the callback, and all is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.lookups: Found = {}
+
+    def __call__(self) -> None:
+        now: Found = {}
+        later: dict[int, tuple[Accumulating, Found]] = {}
+        for layer, lookups in self.lookups.items():
+            block = _open_block(layer)
+            if block is None:
+                now[layer] = lookups
+            else:
+                later.setdefault(id(block), (block, {}))[1][layer] = lookups
+        self.lookups = {}
+        _step(now)  # if it is refused, the pass has failed, and is no part of a block
+        for block, found in later.values():
+            block.passes.append(found)
+
+
+_passes: dict[int, weakref.ref[_Pass]] = {}
+
+
+def _pass_of(number: int) -> _Pass:
+    """Find what a backward pass has met so far; the first time it is made, and queued for the pass's end.
+
+    A pass through several devices has a thread for each: `dict.setdefault` lets one of them be the first.
+    """
+    known = _passes.get(number)
+    current = None if known is None else known()
+    if current is None:
+        for old, reference in list(_passes.items()):  # not by callbacks, which would swallow an interrupt
+            if reference() is None:
+                _passes.pop(old, None)
+        made = _Pass()
+        current = _passes.setdefault(number, weakref.ref(made))()
+        assert current is not None
+        if current is made:
+            torch.autograd.Variable._execution_engine.queue_callback(made)
+    return current
+
+
+def this_pass() -> int:
+    """Number of the backward pass that is going on in this thread; -1 if there is none."""
+    return int(torch._C._current_graph_task_id())
+
+
+def check_pass(seen_in: int) -> None:
+    """Refuse what cannot be right, before anything is collected.
+
+    Parameters
+    ----------
+    seen_in : int
+        `this_pass` at the time of the lookup.
+    """
+    if torch.compiler.is_compiling():
+        _refuse_compiled()
+    if torch.is_grad_enabled():
+        raise GradientError(
+            "backward through a fused embedding with create_graph=True: the table is updated in the backward "
+            "pass, which cannot be differentiated again. Use torch.nn.EmbeddingBag(sparse=True) with "
+            "nb_sparse_adam.torch.SparseAdam for double backward"
+        )
+    if seen_in not in (-1, this_pass()):
+        raise GradientError(
+            "a fused embedding was looked up within another backward pass, as torch.utils.checkpoint with "
+            "use_reentrant=True does it, or a hook: the table would be updated before that pass is over. "
+            "Pass use_reentrant=False, or look up outside of hooks"
+        )
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_compiled() -> None:
+    raise GradientError(
+        "backward through a fused embedding with compiled autograd: the table is updated at the end of the "
+        "pass, by Python. Call backward without it (torch._dynamo.config.compiled_autograd = False), or use "
+        "torch.nn.EmbeddingBag(sparse=True) with nb_sparse_adam.torch.SparseAdam"
+    )
+
+
+def collect(layer: Fused, lookup: Lookup) -> None:
+    """Keep a lookup until the end of the backward pass that is going on."""
+    current = _pass_of(this_pass())
+    if _open_block(layer) is not None:
+        lookup = lookup.copied()  # buffers of ids are used again, and outputs' gradients added to
+    if lookup.weight.device.type == "cuda":
+        lookup = lookup._replace(stream=torch.cuda.current_stream(lookup.weight.device))
+    current.lookups.setdefault(layer, []).append(lookup)
+
+
+def _open_block(layer: Fused) -> Accumulating | None:
+    """The block that a layer's lookups wait for the end of."""
+    block = None if layer.accumulated is None else layer.accumulated()
+    return block if block is not None and block.is_open else None
+
+
+def is_pending(layer: Fused) -> bool:
+    """Whether lookups of a layer have been met by a backward pass, and wait for a step."""
+    passes = [reference() for reference in list(_passes.values())]
+    return _open_block(layer) is not None or any(each and layer in each.lookups for each in passes)
+
+
+class Accumulating(ContextDecorator):
+    """Lets the backward passes of the body be one step, at its end; none if it raises.
+
+    It alone holds what they have met, layers only refer to it: whatever interrupts its beginning or its end,
+    no layer waits for a block that is gone.
+    """
+
+    def __init__(self, layers: Sequence[Fused]) -> None:
+        self._layers, self.is_open = layers, False
+        self.passes: list[Found] = []
+
+    def _recreate_cm(self) -> Accumulating:
+        return Accumulating(self._layers)  # one for each call of a function that is decorated
+
+    def __enter__(self) -> None:
+        if any(_open_block(layer) is not None for layer in self._layers):
+            raise RuntimeError("accumulate: already accumulating for a layer of this module")
+        self.is_open, self.passes = True, []
+        for layer in self._layers:
+            layer.accumulated = weakref.ref(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.is_open = False
+        passes, self.passes = self.passes, []
+        if kind is None:
+            lookups: Found = {}
+            for found in passes:
+                for layer, met in found.items():
+                    lookups.setdefault(layer, []).extend(met)
+            _step(lookups)
+
+
+def _step(lookups: Found) -> None:
+    for layer, found in lookups.items():
+        _refuse_other_weights(layer, found)
+    for lookup in itertools.chain(*lookups.values()):
+        _wait_for(lookup)
+    if not lookups or _scaler_will_skip(lookups):
+        return
+    in_turn((layer.optimizer for layer in lookups), lambda: _step_in_turn(lookups))
+
+
+def _step_in_turn(lookups: Found) -> None:
+    deferred.raise_what_is_known(each for layer in lookups for each in layer.optimizer.param_states)
+    jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
+    sharing.refuse(list(lookups), [job.param_state for job in jobs])
+    step_jobs(jobs)
+
+
+def _refuse_other_weights(layer: Fused, found: list[Lookup]) -> None:
+    weight = layer.weight
+    for lookup in found:
+        if lookup.weight is not weight:
+            name = type(layer).__name__
+            raise GradientError(
+                f"{name}.weight is not the Parameter that was looked up, which was exchanged since (by hand, "
+                "or by torch.func.functional_call): the layer's optimizer is that of its own weight. Call "
+                f"backward before, or use torch.nn.{name}(sparse=True)"
+            )
+
+
+def _wait_for(lookup: Lookup) -> None:
+    """Make the stream of the step wait for the one on which a lookup was collected.
+
+    Autograd runs a node on the stream of its forward pass. What was queued for the end of the pass it runs
+    on the streams that are current where `backward` was called, when it has made these wait for the leaves'
+    streams. So the current stream is the right one: the step comes before whatever the caller does next.
+    But the leaf of our node is the table, which is given no gradient: where lookups were made on several
+    streams, nothing makes the leaf's wait for the node's. And `accumulate` ends on a stream of its own.
+    """
+    if lookup.stream is None:
+        return
+    current = torch.cuda.current_stream(lookup.weight.device)
+    if lookup.stream != current:
+        current.wait_stream(lookup.stream)
+        for tensor in lookup[1:]:
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)  # its memory is not used again before the step is over
+
+
+def _scaler_will_skip(lookups: Found) -> bool:
+    """Whether a GradScaler has scaled too much: it leaves out the step of the dense part, and so do we."""
+    return any(
+        hasattr(layer.grad_scaler, "get_scale")
+        and layer.grad_scaler.is_enabled()
+        and not all(each.grad_output.isfinite().all() for each in found)
+        for layer, found in lookups.items()
+    )
+
+
+def _gradient(lookups: list[Lookup]) -> RowGradient | BagGradient:
+    """Make the lookups of one layer one gradient; a single one is not copied."""
+    first = lookups[0]
+    on_gpu = Gpu.has(first.weight)
+
+    def joined(parts: list[Tensor]) -> Any:
+        return array_of(parts[0] if len(parts) == 1 else torch.cat(parts), on_gpu)
+
+    ids = joined([lookup.ids for lookup in lookups])
+    grad_output = joined([lookup.grad_output for lookup in lookups])
+    if first.starts is None:
+        return RowGradient(ids, grad_output)
+    before, starts = 0, []
+    for lookup in lookups:
+        assert lookup.starts is not None
+        starts.append(lookup.starts + before if before else lookup.starts)
+        before += len(lookup.ids)
+    weights = None
+    if any(lookup.weights is not None for lookup in lookups):
+        weights = joined(
+            [
+                lookup.grad_output.new_ones(len(lookup.ids)) if lookup.weights is None else lookup.weights
+                for lookup in lookups
+            ]
+        )
+    return BagGradient(ids, joined(starts), grad_output, weights, first.mode)

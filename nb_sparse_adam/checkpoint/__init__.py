@@ -1,5 +1,0 @@
-"""Checkpoints: an optimizer's tables, state and options in a folder that is whole at every moment."""
-
-from nb_sparse_adam.checkpoint.saving import load, restore, save
-
-__all__ = ["load", "restore", "save"]

@@ -1,0 +1,32 @@
+"""A recommender trained with `SparseAdam`: matrix factorization with the BPR loss."""
+
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam._src.recommender.ranking import Quality
+from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
+from nb_sparse_adam._src.recommender.training import (
+    DOMAINS,
+    Batch,
+    BPRModel,
+    BPROptions,
+    EpochRecord,
+    epoch_batches,
+    train,
+)
+
+__all__ = [
+    "DOMAINS",
+    "BPRModel",
+    "BPROptions",
+    "Batch",
+    "EpochRecord",
+    "Interactions",
+    "Quality",
+    "Split",
+    "UserItems",
+    "epoch_batches",
+    "generate",
+    "hold_out",
+    "read_interactions",
+    "read_split",
+    "train",
+]
