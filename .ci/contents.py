@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the two distributions hold, beside what git tracks: nothing forgotten, nothing that should stay here.
 
 ``python .ci/contents.py FOLDER``, in the root of the clone; FOLDER has one wheel and one source distribution.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin for the lane in which every optional dependency is there: a skip is a failure.
 
 Loaded with ``PYTHONPATH=.ci PYTEST_PLUGINS=fail_on_skip pytest``. Expected failures stay what they are.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A row of CONTRIBUTING.md's record of test runs: ``python .ci/record.py WHAT LOG...``.
 
 Run by the Python that ran the tests. Each LOG is what one pytest printed; what they passed is added up.

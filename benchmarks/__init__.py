@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The asv suite, made of the parts of `nb_sparse_adam._src.bench`. See README.md here."""
 
 import importlib.abc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asv: how far the numbers are from the definition, computed in float64 by the oracle of the tests."""
 
 from __future__ import annotations

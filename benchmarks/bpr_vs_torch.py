@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An epoch of the recommender against the same model in torch, on the same batches in the same run.
 
     python -m benchmarks.bpr_vs_torch [INTERACTIONS] [--repeats N] [--threads N] [--batch-size N] [--dim N]

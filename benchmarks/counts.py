@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step costs that can be counted: numbers without noise, and the limits that tests hold them to.
 
     python benchmarks/counts.py [FOLDER]

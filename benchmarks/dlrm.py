@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asv: the whole step of the model in examples/dlrm_cpu.py, over that with torch.optim.SparseAdam.
 
 The three ways to train it take turns, as the example has them.

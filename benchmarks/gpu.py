@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check and time tables on a GPU, everything in one command, within ten minutes.
 
     python -m benchmarks.gpu [--out FILE] [--quick] [--only SECTION ...]

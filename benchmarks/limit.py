@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The limit of the tracking set: it moves the bytes of a step, and is the same for every commit.
 
 As `nb_sparse_adam._src.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not

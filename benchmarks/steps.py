@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asv: the time of a step, of ours, by itself and in torch, and of torch's, and of grouping.
 
 Each sample is one step, or a hundred small ones.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asv's tracking set: some ratios, and counts, that are worth a line through all commits.
 
 Public API of the commit that is measured, beside torch, beside a limit that is the same for all commits, or

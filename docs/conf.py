@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site of this folder: ``sphinx-build -W --keep-going -b html docs OUT``.
 
 It needs the extra `docs`, PyTorch (for the reference of `nb_sparse_adam.torch`), and no network.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small DLRM on the CPU, trained three ways side by side, and where the time of a step goes.
 
     python examples/dlrm_cpu.py [--data train.txt] [--batch N] [--dim N] [--steps N] [--dtype float64]

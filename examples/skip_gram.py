@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Word vectors by skip-gram with negative sampling, in a loop of your own (word2vec, Mikolov et al. 2013).
 
     python examples/skip_gram.py [TEXT] [--dim N] [--epochs N] [--lr X]

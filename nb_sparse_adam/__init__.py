@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse Adam in Numba: an optimizer that reads and writes only what a sparse gradient touches."""
 
 __version__ = "0.1.0"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: ``nb-sparse-adam train``, ``bench``, ``warm-up`` and ``info``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error and warning of the library, on one screen.
 
 ::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recommender trained with `SparseAdam`: matrix factorization with the BPR loss."""
 
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out

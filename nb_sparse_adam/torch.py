@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For PyTorch: `SparseAdam` in the place of ``torch.optim.SparseAdam``, and fused embeddings; on CPU and GPU.
 
 `Embedding` and `EmbeddingBag` update their table in the backward pass and never form a gradient of it.

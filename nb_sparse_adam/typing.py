@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Types for annotations in users' code.
 
 `Table` is what `SparseAdam` updates, and `Gradient` what its `step` takes. `StepCounts`, `OnNonfinite`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tables are: in the memory of the host, or on a GPU, which may be numba's simulator of one."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile every kernel that steps launch, for real GPUs, where there is none; run by test_cuda_compile.py.
 
 Steps of all forms are called on arrays of the host that pretend to be on a GPU. A launch compiles the kernel

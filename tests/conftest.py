@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone.
 
 Tests marked `gpu` are of tables on a GPU. They run on numba's simulator of one, wherever numba-cuda is; with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fenced blocks of pages that readers copy from: found, and run."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exception at every place of our code where a signal handler may raise one.
 
 CPython (3.10 to 3.14) looks for signals when a function begins or a generator goes on, after a call, and

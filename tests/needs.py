@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that only some tests need: the module, or a skip that names the command that brings it."""
 
 import pytest

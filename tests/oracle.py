@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse Adam, slow and obvious: what every fast path is held to.
 
 Plain Python and NumPy in float64, one element at a time, written from the equations of

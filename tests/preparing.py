@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients as records made by hand, prepared, and what was found; and the same, slow and obvious."""
 
 from dataclasses import dataclass

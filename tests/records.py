@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of a step made by hand, of NumPy arrays: what Python and preparing write in a real one."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """numba's simulator of a GPU, repaired."""
 
 import sys

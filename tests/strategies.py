@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hypothesis strategies: tables, options and gradients in every form that the optimizer accepts.
 
 Gradients hold numbers of one of two kinds. *Exact* ones are small multiples of 1/16, so that sums of

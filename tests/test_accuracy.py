@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far rounding has taken the numbers from the oracle's after ten thousand steps."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels that update tables, given records made by hand; what steps do is in other tests."""
 
 import numpy as np

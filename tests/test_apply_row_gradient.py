@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`apply_row_gradient` inside a user's own kernel: the same bits as `SparseAdam.step`."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that can be refused is refused, with the right class and words, and no bit has changed."""
 
 from types import SimpleNamespace

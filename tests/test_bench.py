@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of speeds compares what it says, and says what it found. No test here judges a time."""
 
 import dataclasses

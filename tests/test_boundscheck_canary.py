@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lane with ``NUMBA_BOUNDSCHECK=1 NUMBA_NUM_THREADS=1`` must be able to see a wild index inside `prange`.
 
 Such a lane is silent in three ways that look like success: a variable that numba did not read, an error that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the same bits again, whatever is damaged is refused by name, and a kill loses nothing."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are not as they should be: odd files, odd manifests, changes in the middle, limits."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exception in the middle of `save`, `load` or `restore`, wherever a signal handler's may come."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moments that lie in memory as something else than what is computed with: through the engine's own kernels.
 
 And layouts: where the numbers of a row lie changes no bit.

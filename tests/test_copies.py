@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pickled and copied optimizers: of one moment, of the same tables, and on machines of fewer cores."""
 
 import copy

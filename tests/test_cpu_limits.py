@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many threads a step takes where nobody has asked for a number: OMP_NUM_THREADS and control groups."""
 
 import os

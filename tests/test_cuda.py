@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is particular to tables on a GPU; the rest of the tests have a ``backend``, and run on both."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel is compiled and assembled for real GPUs, which the simulator knows nothing of."""
 
 import inspect

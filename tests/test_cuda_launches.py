@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's launches on a GPU, its copies and its records: how many there are, and who may overwrite them."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages of docs/: each block of Python runs by itself and prints what is shown; commands are known."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site of docs/: it builds without a warning, and a browser shows it as it should be.
 
 ``pytest -m docs`` builds it (extra `docs`, and PyTorch); ``pytest -m browser`` opens it (selenium, too, and

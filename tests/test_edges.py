@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers at the edges of their types, against the oracle."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public names, pinned: adding or losing one is a decision, and shows up here."""
 
 import builtins

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written into folders of the user's: whole files, and nothing of theirs touched."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Threads compute in the calling thread's mode: flush-to-zero gives the same bits on any number of them."""
 
 import subprocess

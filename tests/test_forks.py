@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A forked child waits for no lock of its parent's threads, and steps, reads and saves what is whole."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorFlow's IndexedSlices and JAX's BCOO are gradients, known by their attributes.
 
 With stand-ins that have these attributes and nothing else; and, marked `peers`, with JAX and TensorFlow.

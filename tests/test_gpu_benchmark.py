@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.gpu`: that it runs, and finds the bits of a CPU. The times are a simulator's."""
 
 import json

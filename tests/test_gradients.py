@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forms of gradients and their conversions: each way of saying the same gradient does the same."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grouping: its pieces, where the whole (`test_prepare`) would not show a difference."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Malformed calls by the ten thousand: refused as what they are, with no bit changed anywhere."""
 
 import numpy as np

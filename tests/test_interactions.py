@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of interactions, whatever they look like; id maps; the hold-out; generated data."""
 
 import gzip

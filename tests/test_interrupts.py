@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step is done or not begun, whatever signal handler interrupts it."""
 
 import os

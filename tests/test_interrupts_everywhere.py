@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exception at every place where a signal handler may raise one leaves things done or not begun."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled kernels are kept on disk where a folder can be written, and compiled anew where none can.
 
 What runs is what the sources say, whatever is on the disk; and trouble with the disk costs compile time and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts that are refused in their last entry, that share memory with the state, or are interrupted."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State in mapped files: the same bits, memory for touched rows only, and ids of more than 31 bits."""
 
 import os

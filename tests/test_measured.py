@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages and pictures show what the committed results say, and the results say where they are from."""
 
 import json

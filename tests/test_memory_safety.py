@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a user's memory holds, and whenever it changes, no kernel reads or writes outside its memory.
 
 Counts, ids and offsets are numbers that say where a kernel reads and writes. They are changed here by the

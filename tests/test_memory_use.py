@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the state takes, and what a step takes besides: counted where NumPy asks for memory."""
 
 import tracemalloc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Likely mistakes are refused with what was meant, and what a message recommends works."""
 
 import re

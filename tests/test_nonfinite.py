@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NaN, infinities and overflow: refused, skipped by row, or let through, as ``on_nonfinite`` says."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``SparseAdam`` is the definition: every form, option and kind of count beside the oracle."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracle itself, held to closed forms, to SciPy's arithmetic and to torch."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of the number of threads, by a clock that the test sets."""
 
 import numba

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package as installed and imported: no side effects, nothing heavy, metadata that tells the truth."""
 
 import importlib.metadata

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The libraries that `nb-sparse-adam bench` compares with are given the same work: run with ``-m peers``."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preparing a step: whatever the form, dtypes, faults, parts and threads, it is what a slow look finds."""
 
 import dataclasses

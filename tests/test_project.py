@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's own files: what they say of each other, and the tools of CI that tests can hold."""
 
 import io
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from needs import need
-from project import ROOT, pyproject
+from project import ROOT, pyproject, python_files
 
 import nb_sparse_adam
 
@@ -218,3 +219,11 @@ def test_a_row_of_the_record_adds_up_what_runs_say(tools):
     assert cells[-4:] == ["all", "11", "4", "2"]
     with pytest.raises(ValueError, match="did not come to its closing line, the last one is 'Killed'"):
         recording.counts(["3 passed in 1s", "collected\nKilled\n"])
+
+
+def test_every_file_of_python_names_its_licence():
+    line = f"# SPDX-License-Identifier: {PROJECT['license']}"
+    files = python_files()
+    assert len(files) > 200
+    for path in files:
+        assert path.read_text(encoding="utf-8").partition("\n")[0] == line, path

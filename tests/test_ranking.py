@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full ranking, held to a slow and obvious one."""
 
 import math

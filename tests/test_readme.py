@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples that readers copy, in the README and docstrings: run, and their output compared."""
 
 import doctest

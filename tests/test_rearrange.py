@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that come, go and change places: held to state dicts whose arrays are padded by hand, bit for bit."""
 
 import itertools

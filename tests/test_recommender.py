@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recommender: samples, loss, gradients, training."""
 
 import math

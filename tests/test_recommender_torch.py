@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same recommender in torch follows the same loss curve."""
 
 import numpy as np

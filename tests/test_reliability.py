@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/reliability.md names tests that there are."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many tables in one step have the bits that each has by itself, and are one native call."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No gradient is part of a table that the step writes to, whoever has that table and whatever interrupts."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts: copies that continue training with the same bits, checked whole before they are loaded."""
 
 import copy

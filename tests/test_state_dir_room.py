@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Room on the disk for state in mapped files: reserved on request, else a warning if there is too little."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table that is changed in place after an optimizer was given it: refused by name wherever it is used."""
 
 import copy

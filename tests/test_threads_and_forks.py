@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python threads, forks and new processes beside steps, on every threading layer that numba has."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same inputs give the same bits: for any number of threads, run after run, and among other threads."""
 
 import os

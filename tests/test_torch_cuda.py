@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nb_sparse_adam.torch`` with parameters on a GPU: the bits of the CPU, in numba's simulator and on a GPU.
 
 In the simulator tensors of the CPU pass for a GPU's (`place`). Tests on a GPU are collected where torch has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The drop-in optimizer, interrupted between any two bytecodes of its own: nothing stays half set.
 
 A signal handler that raises does so in between bytecodes of whatever is running. Here an exception is raised

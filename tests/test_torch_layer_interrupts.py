@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An interrupt between any two bytecodes of a fused pass, or of `accumulate`, leaves no layer waiting."""
 
 from pathlib import Path

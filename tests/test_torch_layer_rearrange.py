@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a fused layer that come, go and change places."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model's state dict holds of its fused layers, and the tools that go over state dicts."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused embeddings: the numbers of torch's own layers and optimizer, and what each use of them means."""
 
 import copy

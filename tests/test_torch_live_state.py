@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``optimizer.state[p]`` of the drop-in optimizer: one dict, and what a user does to it is what goes on."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fused layer cannot do is refused by name, with what to do instead; whose GradScaler a copy has."""
 
 import copy

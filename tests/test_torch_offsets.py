@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Offsets of a fused `EmbeddingBag` are checked before anything is read by them."""
 
 import pytest

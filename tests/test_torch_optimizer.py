@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nb_sparse_adam.torch.SparseAdam`` in the place of ``torch.optim.SparseAdam``, in all that one does."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch's optimizers, number for number: dense ``Adam``, and ``SparseAdam`` on its own terms."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``optimizer.rearrange`` of the drop-in optimizer, held to doing it by hand through its state dict."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused layers whose weight is not theirs alone, or not the one that was looked up."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts, pickles and copies of the drop-in optimizer: of one moment, shared with nobody, loadable."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch's threads, DataLoader's workers and Python's threads beside ours."""
 
 import subprocess

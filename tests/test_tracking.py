@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asv's tracking set: what it counts without noise stays within limits, and its files fit the project."""
 
 import importlib.util

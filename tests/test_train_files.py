@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of interactions as people have them: names, pipes, line ends, quotes, damage, and sizes."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``nb-sparse-adam train`` writes: whose files it replaces, and names and ids that are odd."""
 
 import csv

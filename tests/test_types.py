@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Type checkers accept right uses and find the wrong ones: mypy and basedpyright, a pyright by pip."""
 
 import importlib.util

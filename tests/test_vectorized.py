@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops that take the time are vectorized: read from the machine code, for nothing else would tell.
 
 A loop that stops being vectorized gives the same bits, passes every other test, and takes several times as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is compiled ahead is all that steps need, whichever of them, in whichever process."""
 
 import json

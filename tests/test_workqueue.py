@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """numba's workqueue layer aborts the process if two threads enter parallel kernels at once: ours do not."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory that steps work in, kept from one to the next."""
 
 import numpy as np

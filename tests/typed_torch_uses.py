@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Right and wrong uses of `nb_sparse_adam.torch`; see `typed_uses`."""
 
 import torch

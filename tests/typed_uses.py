@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Right and wrong uses, as type checkers see them: `test_types` runs them over this file.
 
 The lines that end in ``# wrong`` are those that each of them has to find fault with, and no others.

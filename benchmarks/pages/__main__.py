@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write what pages show of the results in measured/: tables between marks, and pictures.
 
     python -m benchmarks.pages [--check]

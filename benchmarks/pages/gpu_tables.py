@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables in Markdown of what `python -m benchmarks.gpu`, and a look beside it, found on a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of the README: six steps, how many times faster each is here.
 
 `python -m benchmarks.pages` draws it. The lines are chosen to be what people would compare with, not what

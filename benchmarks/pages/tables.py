@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables in Markdown of what `nb-sparse-adam bench` measured, processors side by side."""
 
 from __future__ import annotations

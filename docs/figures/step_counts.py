@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figure of docs/step-counts.md: what the three count rules do to a row that is met every 400 steps.
 
     python docs/figures/step_counts.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What annotations are made of: the choices of options, and arrays and matrices known by what they have.
 
 `nb_sparse_adam.typing` shows these to users. The checks of options take their choices from here.

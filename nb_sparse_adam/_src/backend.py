@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `SparseAdam` asks of the place where tables are: the memory of the host, or a GPU.
 
 A step goes through three functions of a backend: `Backend.prepare` looks at the gradients, refuses them or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optional packages: which extra brings which, and the error for one that is missing.
 
 Nothing here is imported before it is needed, so that ``import nb_sparse_adam`` needs numba and NumPy only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is wrong with the content of a gradient, as preparing has found it -> the error that says so.
 
 Preparing leaves a fault and its place in a record (`records.FOUND`), on a CPU as on a GPU; what it means to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files in folders of the user's: written whole, under names of our own; read only if they are files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where things were before they were private.
 
 Pickles, and numba's caches of users' functions, name the modules of what they hold: old ones are read on. For

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients as TensorFlow and JAX store them, known by their attributes: neither is imported.
 
 What is read here is which arrays say where the gradient is, and which say what it is there. Their dtypes and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forms of a gradient, and the one place that looks at what a user passed as one.
 
 `read` takes any of them and returns arrays of known shapes, dtypes and layouts, wherever they are. What these

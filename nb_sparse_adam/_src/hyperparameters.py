@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `SparseAdam` that may be set between steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the library runs on here: versions, cores, threading layer, cache, and which extras work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam inside a user's own compiled loop: a table that is lent to it, and the update of one row.
 
 numba's caches of users' functions know `LentTable` by its name, and by the module that it is public in: both

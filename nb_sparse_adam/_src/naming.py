@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What messages call the types of what users pass: told by names alone, nothing is imported for it."""
 
 from __future__ import annotations

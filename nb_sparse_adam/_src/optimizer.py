@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`SparseAdam`: tables, hyper-parameters and state; one `step` a batch."""
 
 from __future__ import annotations

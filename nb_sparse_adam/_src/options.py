@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The domains of SparseAdam's options: every value that is set passes through here."""
 
 from __future__ import annotations

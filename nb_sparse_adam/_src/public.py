@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public names know the module that users import them from, whichever file they are written in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to do instead: the ends of messages about tables and gradients that are something else.
 
 Whatever a message recommends does work; the tests follow it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a state dict or a pickle of `SparseAdam` holds, checked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step: of one optimizer or several, on any backends, all or nothing, and each table exactly once."""
 
 from __future__ import annotations

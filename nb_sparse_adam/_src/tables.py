@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of `SparseAdam` and their state: what is shown, lent, saved, loaded and rearranged."""
 
 from __future__ import annotations

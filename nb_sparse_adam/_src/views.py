@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users see of a table's state."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiling ahead: `warm_up`."""
 
 from __future__ import annotations

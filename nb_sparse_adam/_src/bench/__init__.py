@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nb-sparse-adam bench``: steps beside the limit that memory sets, and beside other libraries.
 
 `cases` says what is updated, by which gradients; `contenders`, `peers` and `limits` say by whom; `timing` has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One registry of cases: what is updated, by which gradients.
 
 A case is named, seeded and the same on every machine and for ever: another one gets another name, or the

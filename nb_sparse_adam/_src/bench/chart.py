@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures as bar charts. Only drawing needs matplotlib, so that everything else goes without."""
 
 from __future__ import annotations

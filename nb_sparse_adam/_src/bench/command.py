@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``nb-sparse-adam bench`` does: measure, say what was found, and keep it."""
 
 from __future__ import annotations

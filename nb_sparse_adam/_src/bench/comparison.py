@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the lines one after the other, in processes of their own, and put together what they give."""
 
 from __future__ import annotations

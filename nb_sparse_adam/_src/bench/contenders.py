@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who applies a case. Each contender gives the same three calls.
 
 ``ready()`` does what is not timed, ``step()`` is what is timed, ``warm()`` steps often enough that everything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our engine inside torch: what `peers` has of torch, with `nb_sparse_adam.torch` in its place."""
 
 from __future__ import annotations

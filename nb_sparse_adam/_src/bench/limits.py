@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The limit: kernels that move the bytes of a step, at the same addresses, and compute next to nothing.
 
 A step reads a gradient and, at places drawn at random from memory, reads and writes parameters, moments and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every line of the comparison: who steps through which case, which figures come of it, and their targets."""
 
 from __future__ import annotations

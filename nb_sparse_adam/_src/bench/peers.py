@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other libraries, where they are installed. Nothing here imports one before it is asked to step."""
 
 from __future__ import annotations

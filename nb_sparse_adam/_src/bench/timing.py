@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contenders take turns in one process, so that whatever else the machine does meets all of them."""
 
 from __future__ import annotations

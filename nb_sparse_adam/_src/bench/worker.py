@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines of the comparison, measured in another process: ``python -m nb_sparse_adam._src.bench.worker``.
 
 Each line has a process of its own, so that memory is given back, that a library that crashes takes one line

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `nb_sparse_adam.checkpoint` shows, and what it is made of."""

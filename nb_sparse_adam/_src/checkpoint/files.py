@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a checkpoint, one for each table: opened, checked, and read in pieces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifest of a checkpoint: what it holds, how it is checked, and what a caller may add to it.
 
 ``manifest.json`` names a file for each table and says what is in it, holds the optimizer's options and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: an optimizer's tables, state and options in a folder that is whole at every moment.
 
 A folder has a file of arrays for each table (`tensor_files`), and ``manifest.json``, which names them and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of named arrays in the safetensors format, written and read in pieces, so that arrays may be large.
 
 The format (https://github.com/huggingface/safetensors#format): the length of the header as 8 bytes, little

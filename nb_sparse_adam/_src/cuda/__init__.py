@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`nb_sparse_adam.SparseAdam` on a GPU: nothing here is called by users.
 
 Tables that are on a GPU bring the optimizer here by themselves; it needs the package numba-cuda.

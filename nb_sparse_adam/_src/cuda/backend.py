@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backend of tables on a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the gradients of a step hold is looked at on the GPU; what is wrong is left in their records.
 
 Kernels here have one argument, the address of a STEP.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory on a GPU: filled, converted, copied between rows that lie apart and rows that do not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory, streams and launches of a GPU, as numba-cuda has them; and as its simulator has them.
 
 Everything that differs between a GPU and the simulator (``NUMBA_ENABLE_CUDASIM=1``) is in this module.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user passed as a gradient of a table on a GPU -> arrays there.
 
 Shapes, dtypes and options are checked by `gradients`, which asks `DeviceReader` for arrays.

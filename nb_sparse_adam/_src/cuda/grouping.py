@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Duplicate ids -> sorted ids and segments, on a GPU: what `engine.grouping` does on a CPU.
 
 A stable radix sort of packed ids, six bits a pass at most, of all gradients of a step that need one. A block

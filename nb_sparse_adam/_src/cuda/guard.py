@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether an optimizer has refused a step on a GPU, and what for: known there first, and told to the host."""
 
 from __future__ import annotations

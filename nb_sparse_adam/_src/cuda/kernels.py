@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops that apply the formula on a GPU, for each kind of table.
 
 `adam` and `late_correction` are those of `engine.formula`, compiled for the device, as are the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of a step as records on a GPU, and the launches that take them."""
 
 from __future__ import annotations

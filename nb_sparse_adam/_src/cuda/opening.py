@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records as a GPU's kernels use them: arrays at addresses, and whose gradient a number is of.
 
 Functions of a GPU cannot return arrays, and of a record they return a copy: kernels make arrays themselves,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU's kernels know of a step besides the records that they share with a CPU's.
 
 A step is laid out once, in one piece of memory that is copied to the GPU: a STEP, and lists of the records of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of steps: records, on the host and on a GPU, and what kernels work in."""
 
 from __future__ import annotations

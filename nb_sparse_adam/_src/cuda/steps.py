@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step on a GPU: checks, grouping and update as kernels on the caller's stream, and who waits for what.
 
 All tables of a step are checked and grouped before any is updated, by one sequence of launches, however many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of the gradients of one row, on a GPU, in the order of a CPU's; and which of them are not finite."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One table on a GPU, and Adam's state for it there."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiled code, and what it needs: kernels, threads, memory of tables."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where arrays lie: kernels are given addresses, and a gradient must not overlap a table."""
 
 from __future__ import annotations

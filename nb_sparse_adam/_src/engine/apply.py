@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updating tables: runs of units that threads take in turn, for gradients that have been prepared.
 
 Kernels are made for each combination of dtype, codec, count dtype and count rule that occurs. Nothing here

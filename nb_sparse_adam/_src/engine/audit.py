@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which sum of a gradient is not finite: asked before the first write, where one might be and is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How moments lie in memory, as a variant that kernels are made for and that none of them names.
 
 A codec is a class and one object of it; its two functions are plain Python that numba compiles for a CPU, for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this process compiles is counted, and, the first time that it takes long, told to whoever waits.
 
 It is told when the disk cache has looked for a kernel in vain: before the compilation, and before numba has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the library's functions are compiled: one decorator, so that the decision is made once."""
 
 from __future__ import annotations

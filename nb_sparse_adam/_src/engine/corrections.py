@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam's bias corrections, tabulated: a power per row (or per element) would cost more than the row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many threads this process is meant to use at once, by what its environment and the system say.
 
 numba starts a thread for each core that it finds; it neither reads OMP_NUM_THREADS nor knows of a

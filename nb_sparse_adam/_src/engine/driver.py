@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Phases of work that threads share out: one source of a driver, for one thread and for several.
 
 A job is done in phases. Before each of them the calling thread decides, alone, of how many units the next one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updating tables from gradients of single entries: compressed rows, and entries that had to be sorted."""
 
 from __future__ import annotations

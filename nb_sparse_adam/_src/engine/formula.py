@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam of one element, its bias corrections, and what a count of steps means.
 
 The formula is written once, for a CPU and for a GPU. `View` (in `view`) is what it is given of a table.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Duplicate ids -> sorted ids, each with the place of its values, cut into segments of one row each.
 
 Every id is packed into one int64 with its payload, ``id << row_shift | payload``, and the packed ids are

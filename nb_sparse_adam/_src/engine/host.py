@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backend of tables in the memory of the host: two native calls a step, whatever is in it.
 
 All gradients of a step are prepared by one call, and applied by one for each combination of dtypes and count

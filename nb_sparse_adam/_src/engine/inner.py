@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions that compiled code alone calls: compiled once, where they are inlined.
 
 numba makes of every function machine code of its own, with a wrapper for calls from Python, before another

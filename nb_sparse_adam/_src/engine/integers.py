@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of integers that are int32 or int64, which is known at run time only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads and stores of kernels, with what the compiler cannot find out by itself: what does not overlap.
 
 A step reads and writes parameters, two moments and counts, and reads a gradient: five pieces of memory of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk cache of kernels: code that is found there is what the sources say, or it is not used.
 
 numba's own cache sees edits of the file that a function is in, and no flags. Kernels are made of several

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the numbers of a row lie: the sole owner of every offset inside a table's memory.
 
 Kernels ask the first functions, which take what has a table's strides as attributes (`view.View`; kernels of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Locks that no interrupt leaves held, and for which no forked child waits: who held them is not there.
 
 Before a fork the locks of all optimizers are taken, and numba's, as far as they can be had soon: an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State in files that are mapped, for tables whose state is larger than memory."""
 
 from __future__ import annotations

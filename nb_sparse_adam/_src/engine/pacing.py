@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many threads to use, where the results do not depend on it: ask the clock, again and again.
 
 A parallel loop ends when its last thread does. If another program has the core that this one waits for, a

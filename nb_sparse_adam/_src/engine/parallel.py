@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a parallel driver does around its loop, in the native call that the loop is in.
 
 * numba's number of threads, which belongs to the calling thread, is set for the loop and put back: no Python

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asking for rows before they are needed: hints only, which read nothing and cannot fault.
 
 A processor that asks for a whole row at once cannot calculate until all of that is on its way: rows are asked

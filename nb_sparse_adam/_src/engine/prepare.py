@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All gradients of a step: checked, screened, sorted and cut into tasks, by one native call.
 
 A large gradient is cut into parts, which threads take; between two stages (`stages`) all of them meet, and

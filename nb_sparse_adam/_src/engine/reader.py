@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the arrays of gradients that are in the memory of the host."""
 
 from __future__ import annotations

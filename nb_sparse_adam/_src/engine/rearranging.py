@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a table that come, go and change places: from where they come, and their state, copied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kernels know of a step: the sole owner of names, order and units.
 
 A step is a few records: for each of its gradients one of the table, one of the gradient, and one of what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The update of one row: loops over its elements, and ways to walk along it.
 
 A row is passed as arrays and the place where it begins, never as a slice, which would carry a reference

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a gradient's ids, offsets and row pointers say, read from the memory of the user.
 
 Another thread can change that memory at any moment. What is found here decides how a gradient is prepared;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory that preparing a gradient works in: how much it is, and what lies where in it.
 
 All of it is bounded by what is known beforehand, so that Python makes it, once, and no kernel allocates.

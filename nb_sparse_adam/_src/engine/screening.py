@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is any value too large, or not finite? Answered for almost every gradient by one pass over its bits.
 
 Without its sign bit a floating-point number compares like an integer, infinity above every number and NaN

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Between two stages of preparing: one thread puts together what the parts of a gradient have found.
 
 It tells the first fault, decides what a gradient becomes and which stage is next, and cuts what is ready into

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What preparing does to a part of a gradient: in stages, at the end of which the parts have to meet.
 
 =======  ===================================================================================================

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One parameter table and Adam's state for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step of the host as its kernels see it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of the values of one row's ids, in an order that the gradient alone decides.
 
 Ids are summed in the order of the gradient, in blocks of `BLOCK`, and the sums of the blocks are added in

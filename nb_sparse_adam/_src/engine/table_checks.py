@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a parameter table, and the arrays of a state dict, may be."""
 
 from __future__ import annotations

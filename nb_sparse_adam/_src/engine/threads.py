@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a driver runs on several threads, on how many, and what keeps that from taking the process down.
 
 * numba's ``workqueue`` layer aborts the process if two threads enter parallel kernels at once, ours or a

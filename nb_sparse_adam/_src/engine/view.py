@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records as kernels use them: each number a local variable of its own, each address an array.
 
 Arrays have their true lengths, so that a lane with bounds checks sees every access. What is a number of the

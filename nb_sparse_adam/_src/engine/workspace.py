@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What steps on the host work in, kept from one to the next."""
 
 from __future__ import annotations

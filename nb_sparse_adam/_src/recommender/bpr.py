@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of the recommender: negative sampling, and the BPR loss with its gradients.
 
 The formulas are in the docstring of `training`. A driver (``*_serial``, ``*_parallel``) goes over blocks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids of users and items as they come, in codes 0, 1, ..., and the distinct pairs of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interactions of users with items: who did what, as rows of two tables, split into training and test.
 
 Files are read in `reading`; what leaves here is CSR, the items of a user sorted and each of them there once.

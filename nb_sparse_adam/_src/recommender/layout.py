@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a text file of interactions is laid out: the format, the separator, the header, the columns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text files: decoded, read a block of whole lines at a time, and taken apart into the fields of records."""
 
 from __future__ import annotations

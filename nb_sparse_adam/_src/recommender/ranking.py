@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How good a recommender is: every item ranked for every user, recall@k and NDCG@k.
 
 With T the held-out items of a user and r = 1, 2, ... the places of the ranking of all items that the user has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of interactions -> `Interactions` or `Split`: delimited text, LightGCN adjacency lines, Parquet.
 
 Text is read once, from beginning to end and a block at a time, with the standard library: pipes can be read,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training run leaves behind: vectors, id maps, metrics, history, and a chart of them.
 
 Every file is written beside its place and then moved there, so that none is ever seen half written.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interactions in text: delimited, or LightGCN adjacency lines."""
 
 from __future__ import annotations

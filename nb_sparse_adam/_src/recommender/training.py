@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recommender trained with `SparseAdam`: matrix factorization with the BPR loss.
 
 The score of item i for user u is the inner product of their vectors. Training makes a user's items score

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the backward pass of a lookup to a step: a pass collects its lookups, and applies them at its end.
 
 All lookups of one pass make one step, as with ``loss.backward(); optimizer.step()``: a table that was looked

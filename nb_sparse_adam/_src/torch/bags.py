@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids in bags: where each bag starts, and whether that can be.
 
 On the CPU, and with ``device_checks="immediate"``, wrong offsets are refused before anything is read. With

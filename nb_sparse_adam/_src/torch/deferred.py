@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deferred steps on a GPU: the reason why one was refused is raised later, for all parameters concerned.
 
 Each parameter has an engine of its own. If one engine refuses a step, all engines that take part in the step

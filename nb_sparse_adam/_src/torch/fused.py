@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the fused layers have in common: their optimizer, what cannot be trained, and their state."""
 
 from __future__ import annotations

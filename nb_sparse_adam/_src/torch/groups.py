@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of parameters: what one holds is checked, and given as the engine takes it."""
 
 from __future__ import annotations

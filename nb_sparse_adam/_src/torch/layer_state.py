@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizer of a fused layer as one tensor of bytes, which a module's state dict holds.
 
 Code that goes over all tensors of a state dict (`safetensors`, ``.cpu()``, averages of weights) finds a

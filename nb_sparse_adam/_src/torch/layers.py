@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Embedding` and `EmbeddingBag`: their backward pass updates the table, and forms no gradient of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`SparseAdam`: what ``torch.optim.SparseAdam`` takes and does, done by the engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of torch's parameters, and what the engine holds for it; neither is copied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of what a state dict holds, in types that ``torch.load(..., weights_only=True)`` reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a parameter that come, go and change places, and its state with them."""
 
 from __future__ import annotations

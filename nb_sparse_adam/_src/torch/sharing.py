@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which fused layers share memory: each has an optimizer of its own, and two would update one table.
 
 A layer that has a state for its table has stepped it, or continues one that has. When another layer is about

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step of parameters of one optimizer or several: all of them are updated, or none."""
 
 from __future__ import annotations

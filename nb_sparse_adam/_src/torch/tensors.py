@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Torch's tensors as the engine sees them: which ones it accepts, and their memory as arrays."""
 
 from __future__ import annotations
