@@ -54,6 +54,7 @@ INCLUDED = {
     "architecture": ROOT / "ARCHITECTURE.md",
     "benchmarks": ROOT / "benchmarks" / "README.md",
     "changelog": ROOT / "CHANGELOG.md",
+    "contributing": ROOT / "CONTRIBUTING.md",
 }
 """Pages that show a file of the repository."""
 

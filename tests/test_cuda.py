@@ -532,7 +532,7 @@ def test_gradients_are_where_their_tables_are():
             continue
         moved = {**vars(CUDA.gradient(gradient)), name: array}
         with refused(
-            GradientTypeError, TypeError, f"BagGradient.{name} is a ndarray in the memory of the host",
+            GradientTypeError, TypeError, f"BagGradient.{name} is a numpy.ndarray in the memory of the host",
             opt=both.opt_on_gpu, tables=both.tables_on_gpu,
         ):  # fmt: skip
             both.opt_on_gpu.step(BagGradient(**moved))
