@@ -19,8 +19,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "scipy": ("scipy",),
     "train": _TRAIN,
     "torch": ("torch",),
-    "cuda": ("numba-cuda",),
-    "cuda12": ("numba-cuda",),
+    "cuda": ("numba-cuda", "numpy"),
+    "cuda12": ("numba-cuda", "numpy"),
     "test": (
         *_TRAIN,
         "basedpyright",
