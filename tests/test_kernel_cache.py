@@ -192,13 +192,17 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def server():
+def environment():
     drop = {"NUMBA_CACHE_DIR", "NUMBA_BOUNDSCHECK", "PYTHONPATH", "XDG_CACHE_HOME"}
     env = {name: value for name, value in os.environ.items() if name not in drop}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_NUM_THREADS": "1"}
+    return env | {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-c", SERVER]
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
 
     def run(program, folder, env):
@@ -214,9 +218,12 @@ def server():
 
 @pytest.fixture
 def small(server, install):
-    """Run code with the package and `SMALL` in a process of its own; return ``out``, and what was warned."""
+    """Run code with the package and `SMALL` in a process of its own; return ``out``, and what was warned.
 
-    def run(code="out = taken()", before="", **env):
+    With ``fork=False`` it is a new process, whose addresses are others.
+    """
+
+    def run(code="out = taken()", before="", fork=True, **env):
         program = f"""
 import json, os, sys, warnings
 from unittest import mock
@@ -228,7 +235,11 @@ with warnings.catch_warnings(record=True) as said:
 {textwrap.indent(textwrap.dedent(code), "    ")}
 print(json.dumps([out, [f"{{w.category.__name__}}: {{w.message}}" for w in said]]))
 """
-        return server(program, install, env)
+        if fork:
+            return server(program, install, env)
+        command, env = [sys.executable, "-c", program], {**environment(), "PYTHONPATH": str(install), **env}
+        done = subprocess.run(command, cwd=install, env=env, check=True, stdout=subprocess.PIPE)
+        return json.loads(done.stdout)
 
     return run
 
@@ -376,11 +387,15 @@ def test_flags_that_change_code_have_files_of_their_own(small, install):
 
 
 def test_closures_of_a_factory_are_found_by_what_they_hold(small, install):
-    """Without a name of its own for each, LLVM links the code of one in the place of another's."""
+    """Without a name of its own for each, LLVM links the code of one in the place of another's.
+
+    In new processes: numba names what it makes of a `prange` loop by an address, and processes that are
+    forked from one have the same ones. The package has one function with such a loop, without variants.
+    """
     code = "out = [called(make(k), 1.0) for k in {}]"
-    assert small(code.format([2]))[0] == [[2, "compiled"]]
-    assert small(code.format([3]))[0] == [[3, "compiled"]]
-    assert small(code.format([3, 2, 5, 2])) == [
+    assert small(code.format([2]), fork=False)[0] == [[2, "compiled"]]
+    assert small(code.format([3]), fork=False)[0] == [[3, "compiled"]]
+    assert small(code.format([3, 2, 5, 2]), fork=False) == [
         [[3, "found"], [2, "found"], [5, "compiled"], [2, "found"]],
         [],
     ]
