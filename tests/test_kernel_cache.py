@@ -162,7 +162,9 @@ def taken(i=1, values=(5, 7)):
 # Importing numba and teaching it its types takes most of a second: it is done once, and each program runs in
 # a child of that process, with the configuration that it asks for.
 SERVER = """
-import json, os, sys, traceback
+import json, multiprocessing, os, sys, traceback
+# Python 3.14's default reports semaphores of numba's as leaks, where a child ends by os._exit.
+multiprocessing.set_start_method("fork")
 import numba, numpy as np
 
 numba.njit(lambda x, i: x[i])(np.ones(2), 1)
