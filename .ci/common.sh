@@ -13,15 +13,24 @@ new_environment() { # FOLDER [PYTHON]
     "$1/bin/python" -m pip install -qq --upgrade pip
 }
 
-pytest_lane() { # LOG [VAR=VALUE...] -- ARGUMENTS...: run pytest and keep its closing line.
-    local log=$work/$1 variables=()
+LANE_LIMIT=1800 # seconds for one run of pytest
+
+pytest_lane() { # LOG [VAR=VALUE...] -- ARGUMENTS...: run pytest and keep what it prints.
+    local log=$work/$1 variables=() pytest
     shift
     while [ "$1" != -- ]; do
         variables+=("$1")
         shift
     done
     shift
-    env "${variables[@]}" pytest --durations=10 "$@" 2>&1 | tee "$log"
+    : >"$log"
+    # What hangs is aborted, whereupon pytest prints where each of its threads was. And there is no pipe to wait
+    # for: a process that a test had left behind would hold it open for ever.
+    env "${variables[@]}" timeout --signal=ABRT --kill-after=60 "$LANE_LIMIT" pytest --durations=10 "$@" \
+        >"$log" 2>&1 &
+    pytest=$!
+    tail --lines=+1 --follow --pid="$pytest" "$log"
+    wait "$pytest"
 }
 
 side_by_side() { # COMMAND COMMAND: two lanes at once. What the second one prints comes last.
