@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The limit of the tracking set: it moves the bytes of a step, and is the same for every commit.
 
-As `nb_sparse_adam._src.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not public,
-so that it can stand beside an optimizer of any commit: it finds the table and the state by the arrays that users
-see. It adds nothing to what a step changes, line by line, and asks for rows some ahead.
+As `nb_sparse_adam._src.bench.limits`, which `nb-sparse-adam bench` has, but made of nothing that is not
+public, so that it can stand beside an optimizer of any commit: it finds the table and the state by the arrays
+that users see. It adds nothing to what a step changes, line by line, and asks for rows some ahead.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
+from nb_sparse_adam._src.engine.reader import HostReader
 from nb_sparse_adam.errors import (
     GradientError,
     GradientIndexError,
@@ -409,9 +410,9 @@ ON_A_GPU = [name for name in BAD_GRADIENTS if OTHERWISE_ON_A_GPU.get(name, ()) i
 
 def in_words_of_a_gpu(message):
     """What a CPU says, where a GPU takes matrices that are not scipy's, and no other forms of them."""
-    return message.replace(
-        "scipy.sparse CSR, CSC or COO array", "CSR matrix on the GPU, as CuPy has them"
-    ).replace("scipy.sparse", "sparse")
+    from nb_sparse_adam._src.cuda.gradients import DeviceReader
+
+    return message.replace(HostReader.forms, DeviceReader.forms).replace("scipy.sparse", "sparse")
 
 
 @pytest.mark.gpu

@@ -67,7 +67,9 @@ def test_what_a_page_says_by_hand_is_noticed():
     wrong = text.replace("**146**", "**147**", 1)
     assert wrong != text
     assert pages.rendered(wrong) == text
-    with pytest.raises(ValueError, match="measured: no such table, expected one of claim, machines, others, "):
+    with pytest.raises(
+        ValueError, match="measured: no such table, expected one of claim, machines, others, "
+    ):
         pages.rendered("<!-- measured: no such table -->\n<!-- end -->")
 
 
