@@ -141,6 +141,10 @@ class Prepared:
         assert places == list(range(int(f["present"]) if f["kind"] == ENTRIES else units))
         if f["kind"] == DISTINCT:
             return got
+        real, blocks = given.values.dtype, int(f["blocks"])
+        if blocks:
+            sums = self.array(i, f["block_sums"], blocks * given.dim, real)
+            sums[:] = 1  # there is room for them, and nothing else
         packed, starts = self.array(i, f["packed"], n, np.int64), self.array(i, f["starts"], units + 1, lists)
         shift = int(f["row_shift"])
         got["ids"], got["payloads"] = (packed >> shift).tolist(), (packed & ((1 << shift) - 1)).tolist()
@@ -148,12 +152,9 @@ class Prepared:
         if f["kind"] == ENTRIES:
             got["row_starts"] = self.array(i, f["row_starts"], int(f["present"]) + 1, lists).tolist()
             return got
-        longs = int(f["long_length"])
+        got["blocks"], longs = blocks, int(f["long_length"])
         got["long"] = self.array(i, f["long"], longs, np.int64).tolist()
         got["long_first"] = self.array(i, f["long_first"], longs + 1, np.int64).tolist()
-        got["blocks"] = int(f["blocks"])
-        real = given.values.dtype
-        self.array(i, f["block_sums"], got["blocks"] * given.dim, real)[:] = 1  # there is room
         if given.weights is not None:
             got["bag_of"] = self.array(i, f["bag_of"], n, lists).tolist()
         if given.mean:

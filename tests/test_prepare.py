@@ -190,6 +190,28 @@ def test_long_segments(form, parts):
     check([given], min(parts, THREADS))
 
 
+@given(
+    st.lists(
+        st.sampled_from([1, 2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 3000]), min_size=1, max_size=12
+    ),
+    st.sampled_from([1, 7, 126, 127, 252, 253, 254, 600]),
+    st.sampled_from([np.float32, np.float64]),
+    st.sampled_from(["rows", "bags", "weighted bags", "wide", "weighted and wide"]),
+    st.integers(1, 9),
+)
+def test_what_long_segments_need_fits_beside_everything_else(lengths, dim, dtype, form, parts):
+    # Longer by one than a block is where it is tightest: two sums for one id too many.
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    np.random.default_rng(0).shuffle(ids)
+    n = len(ids)
+    given = Given(ROWS, 20, dim, ids, np.ones((n, dim), dtype), parts=parts, tasks=parts)
+    if "bags" in form or "weighted" in form:
+        given.form, given.offsets = BAGS, np.arange(n + 1)
+    if "weighted" in form:
+        given.weights = np.ones(n, dtype)
+    check([given], min(parts, THREADS), wide="wide" in form)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_one_segment_across_all_parts(parts):
     ids = np.array([1] * 3 + [7] * 1500 + [9, 9])

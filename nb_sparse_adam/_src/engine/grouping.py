@@ -321,8 +321,8 @@ def write_row_starts(
 
 
 @jit(inlined=False)
-def list_long(starts: Any, first: Any, last: Any, long: Any, at: Any) -> Any:
-    """List the segments first:last that are longer than a block, from ``long[at]`` on.
+def list_long(starts: Any, first: Any, last: Any, long: Any) -> Any:
+    """List the segments first:last that are longer than a block.
 
     Returns the length of the longest, and how many were listed.
     """
@@ -334,7 +334,7 @@ def list_long(starts: Any, first: Any, last: Any, long: Any, at: Any) -> Any:
     if longest > BLOCK:
         for s in range(np.uint64(first), np.uint64(last)):
             if starts[np.uint64(s) + one] - starts[s] > BLOCK:
-                long[np.uint64(at + listed)] = s
+                long[np.uint64(listed)] = s
                 listed += 1
     return np.int64(longest), listed
 

@@ -141,7 +141,8 @@ def do_stage(step: Any, counters: Any, unit: Any, t: Any) -> None:
             if g["form"] >= CSR:
                 part["row_heads"] = count_row_heads(packed, lo, hi, shift, table["dim"])
         elif stage == WRITE:
-            write(g, table, places, counters, part, lo, hi, packed, lead["half"])
+            last_part = all_parts[g["first_part"] + parts - 1]
+            write(g, table, places, counters, part, last_part, lo, hi, packed, lead["half"])
         if parts > 1:
             break
         settle(step, counters, i)

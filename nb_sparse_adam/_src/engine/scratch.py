@@ -4,8 +4,10 @@
 All of it is bounded by what is known beforehand, so that Python makes it, once, and no kernel allocates.
 Python asks `bytes_needed`, kernels ask `places_of`: both are the same lines.
 
-Once ids are sorted, the half of the memory that they are not in has room behind the starts of segments. What
-is written from then on lies there, if it fits: `late` says where.
+Once ids are sorted, the half of the memory that they are not in is free. The starts of segments are written
+to its begin, and what follows lies behind them, if it fits. Only segments longer than a block need lists and
+sums of blocks there; with one start for its many ids, each leaves more room than they take, up to some 250
+columns.
 
 Lists of places, and counters of them, are int32, or int64 in a step with a gradient that needs that: kernels
 are compiled for either, and take them to be of the dtype of the step's `counters`.
@@ -18,7 +20,18 @@ from typing import Any, NamedTuple
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.records import BAGS, CSR, ROWS
 
-__all__ = ["BLOCK", "DIGIT_BITS", "SPARE", "Places", "bytes_needed", "is_wide", "late", "places_of"]
+__all__ = [
+    "BLOCK",
+    "DIGIT_BITS",
+    "SPARE",
+    "Places",
+    "behind_starts",
+    "bytes_needed",
+    "first_listed",
+    "is_wide",
+    "late",
+    "places_of",
+]
 
 # The ids of one row are summed in blocks of this many, and the blocks' sums are added in order. Fixed, for
 # the bits depend on it: a row that takes half of a batch can then be summed by many threads.
@@ -42,10 +55,9 @@ class Places(NamedTuple):
     other: Any  # (n + 1,) int64: what packed ids are moved to, then (segments + 1,) starts
     bag_of: Any  # `late`: list, (n,)
     reciprocals: Any  # (values_rows,) of the values' dtype
-    long: Any  # (n // BLOCK + parts,) int64
-    long_first: Any  # one more
-    saved: Any  # as many: ids of the long segments before, less their blocks
-    block_sums: Any  # `late`: (2n // BLOCK, dim) of the values' dtype
+    block_sums: (
+        Any  # (2n // BLOCK, dim) of the values' dtype; 0 if they lie behind the lists of long segments
+    )
     counters: Any  # list, (parts, 1 << DIGIT_BITS), if there are several parts
     row_starts: Any  # list, (min(n, rows) + 1,)
     present_rows: Any  # list, (parts, piece)
@@ -66,25 +78,25 @@ def _places(
     width = 8 if wide else 4
     entries = form != ROWS and form != BAGS
     rest, lines = 63, -64  # sizes are rounded up to whole cache lines: no two arrays share one
-    other = (8 * (n + 1) + rest) & lines
-    starts = (width * (n + 1) + rest) & lines
+    other = (8 * (n + 1) + 8 * parts + 4 * 64 + rest) & lines  # with what rounding takes behind the starts
     bags = width * n if weighted else 0
-    bags_fit = bags <= other - starts
+    bags_fit = not wide
     reciprocals = 2 * other + (0 if bags_fit else (bags + rest) & lines)
-    long = reciprocals + (((values_bytes * values_rows if mean else 0) + rest) & lines)
-    long_room = (8 * (n // BLOCK + parts + 1) + rest) & lines
-    block_sums = long + 3 * long_room
-    sums = 0 if entries else (2 * n // BLOCK) * dim * values_bytes
-    sums_fit = bags == 0 and sums <= other - starts
-    counters = block_sums + (0 if sums_fit else (sums + rest) & lines)
+    block_sums = reciprocals + (((values_bytes * values_rows if mean else 0) + rest) & lines)
+    # A segment longer than a block leaves so many bytes for each block of BLOCK ids, and needs at most two
+    # sums for it (it has BLOCK + 1 ids or more), and three numbers in lists.
+    left = BLOCK * (width if weighted and bags_fit else 8)
+    sums_fit = entries or 2 * dim * values_bytes + 3 * 8 <= left
+    sums = 0 if sums_fit else (2 * n // BLOCK) * dim * values_bytes
+    counters = block_sums + ((sums + rest) & lines)
     row_starts = counters + ((width * parts << DIGIT_BITS) if parts > 1 else 0)
     present_rows = row_starts + (((width * (min(n, rows) + 1) if entries else 0) + rest) & lines)
     piece = min((rows + parts - 1) // parts, n) + 1 + SPARE if form == CSR else 0
     pieces = (width * piece * parts + rest) & lines
     return Places(
-        0, other, starts if bags_fit else 2 * other, reciprocals, long, long + long_room,
-        long + 2 * long_room, starts if sums_fit else block_sums, counters, row_starts, present_rows,
-        present_rows + pieces, piece, present_rows + 2 * pieces,
+        0, other, (other - bags) & lines if bags_fit else 2 * other, reciprocals,
+        0 if sums_fit else block_sums, counters, row_starts, present_rows, present_rows + pieces, piece,
+        present_rows + 2 * pieces,
     )  # fmt: skip
 
 
@@ -99,6 +111,22 @@ def late(scratch: Any, places: Any, half: Any, place: Any) -> Any:
     Ids are moved there by a digit. Once they are sorted, starts are written there, and what follows.
     """
     return scratch + place + ((1 - half) * places.other if place < places.other else 0)
+
+
+@jit
+def behind_starts(scratch: Any, places: Any, half: Any, segments: Any, width: Any) -> Any:
+    """Return the address of what lies behind the starts of so many segments, and the end of the last."""
+    return late(scratch, places, half, 0) + ((width * (segments + 1) + 7) & -8)
+
+
+@jit
+def first_listed(lo: Any, first_head: Any, which: Any, width: Any) -> Any:
+    """Return the place of the first long segment that a part lists, of int64 from `behind_starts` on.
+
+    ``lo`` is the part's first id, and ``first_head`` the first segment that begins there. The long segments
+    before have left that room, but for one that goes on into the next part.
+    """
+    return ((lo - first_head) * width >> 3) + which
 
 
 def bytes_needed(

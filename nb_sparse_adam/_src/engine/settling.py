@@ -36,7 +36,7 @@ from nb_sparse_adam._src.engine.records import (
     WEIGHT_NOT_FINITE,
 )
 from nb_sparse_adam._src.engine.scanning import first_id_out_of_range, first_wrong_offset
-from nb_sparse_adam._src.engine.scratch import BLOCK, late
+from nb_sparse_adam._src.engine.scratch import BLOCK, behind_starts, first_listed, late
 from nb_sparse_adam._src.engine.screening import first_not_finite, magnitude_of_bits, surely_finite
 from nb_sparse_adam._src.engine.stages import (
     COUNT,
@@ -271,7 +271,8 @@ def finish(g: Any, table: Any, f: Any, parts: Any, tasks: Any, places: Any, coun
         starts = array_at(f["starts"], n + 1, counters)
         f["units"] = parts[last - 1]["first_head"] + parts[last - 1]["heads"]
         starts[np.uint64(f["units"])] = n
-        list_all_long(g, f, parts, places, starts)
+        behind = behind_starts(scratch, places, half, f["units"], counters.itemsize)
+        list_all_long(g, f, parts, starts, behind)
         if kind == ENTRIES:
             row_starts = array_at(scratch + places.row_starts, min(n, table["rows"]) + 1, counters)
             f["row_starts"] = scratch + places.row_starts
@@ -280,28 +281,29 @@ def finish(g: Any, table: Any, f: Any, parts: Any, tasks: Any, places: Any, coun
             f["long_length"] = f["blocks"] = 0
             cut(row_starts, zero, f["present"], zero, no_long, no_long, tasks, first_task, count)
         else:
-            f["long"], f["long_first"] = scratch + places.long, scratch + places.long_first
-            f["block_sums"] = late(scratch, places, half, places.block_sums)
             long = array_at(f["long"], f["long_length"], np.int64)
-            saved = array_at(scratch + places.saved, f["long_length"] + 1, np.int64)
+            at = f["long_first"] + 8 * (f["long_length"] + 1)
+            saved = array_at(at, f["long_length"] + 1, np.int64)
+            at += 8 * (f["long_length"] + 1)
+            f["block_sums"] = scratch + places.block_sums if places.block_sums else (at + 63) & -64
             cut(starts, zero, f["units"], np.int64(ROW_COST), long, saved, tasks, first_task, count)
     if g["on_nonfinite"] != PROPAGATE:
         f["suspicious"] = not surely_finite(f["largest"], max(f["longest"], 1), g["values_bytes"])
 
 
 @jit(inlined=False)
-def list_all_long(g: Any, f: Any, parts: Any, places: Any, starts: Any) -> Any:
-    """List the segments longer than a block of all parts, one after the other, and what each saves."""
-    n, count, first = g["ids_length"], g["parts"], g["first_part"]
-    room = n // BLOCK + count
-    long = array_at(g["scratch"] + places.long, room, np.int64)
-    long_first = array_at(g["scratch"] + places.long_first, room + 1, np.int64)
-    saved = array_at(g["scratch"] + places.saved, room + 1, np.int64)
-    long_first[0] = saved[0] = 0
+def list_all_long(g: Any, f: Any, parts: Any, starts: Any, behind: Any) -> None:
+    """List the segments longer than a block of all parts, at ``behind``; parts have listed theirs further on.
+
+    Then come the first block of each, and how many blocks there are; then what is saved before each, and in
+    all: how many more ids than blocks they have.
+    """
+    n, count, first, width = g["ids_length"], g["parts"], g["first_part"], starts.itemsize
+    long = array_at(behind, first_listed(n, f["units"], count, width), np.int64)
     listed = longest = np.int64(0)
     for which in range(count):
         part = parts[first + which]
-        own = n * which // count // BLOCK + which
+        own = first_listed(n * which // count, part["first_head"], which, width)
         longest = max(longest, part["longest"])
         # The last segment of a part, of which only now it is known where it ends, comes after the others.
         for k in range(part["long"] + (part["heads"] > 0)):
@@ -311,9 +313,16 @@ def list_all_long(g: Any, f: Any, parts: Any, places: Any, starts: Any) -> Any:
             length = np.int64(starts[np.uint64(s + 1)]) - np.int64(starts[np.uint64(s)])
             longest = max(longest, length)
             if length > BLOCK:
-                blocks = (length + BLOCK - 1) // BLOCK
                 long[np.uint64(listed)] = s
-                long_first[np.uint64(listed + 1)] = long_first[np.uint64(listed)] + blocks
-                saved[np.uint64(listed + 1)] = saved[np.uint64(listed)] + length - blocks
                 listed += 1
+    f["long"], f["long_first"] = behind, behind + 8 * listed
+    long_first = array_at(f["long_first"], listed + 1, np.int64)
+    saved = array_at(f["long_first"] + 8 * (listed + 1), listed + 1, np.int64)
+    long_first[0] = saved[0] = 0
+    for k in range(listed):
+        s, at, following = long[np.uint64(k)], np.uint64(k), np.uint64(k + 1)
+        length = np.int64(starts[np.uint64(s + 1)]) - np.int64(starts[np.uint64(s)])
+        blocks = (length + BLOCK - 1) // BLOCK
+        long_first[following] = long_first[at] + blocks
+        saved[following] = saved[at] + length - blocks
     f["long_length"], f["blocks"], f["longest"] = listed, long_first[np.uint64(listed)], longest

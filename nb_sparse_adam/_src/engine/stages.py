@@ -46,7 +46,7 @@ from nb_sparse_adam._src.engine.scanning import (
     scan_columns,
     scan_ids_of_part,
 )
-from nb_sparse_adam._src.engine.scratch import BLOCK, late, places_of
+from nb_sparse_adam._src.engine.scratch import BLOCK, behind_starts, first_listed, late, places_of
 from nb_sparse_adam._src.engine.screening import largest_bits
 
 __all__ = [
@@ -240,8 +240,9 @@ def must_sort(g: Any, part: Any) -> Any:
 
 @jit(inlined=False)
 def write(
-    g: Any, table: Any, places: Any, counters: Any, part: Any, lo: Any, hi: Any, packed: Any, half: Any
-) -> None:
+    g: Any, table: Any, places: Any, counters: Any, part: Any, last_part: Any, lo: Any, hi: Any, packed: Any,
+    half: Any,
+) -> None:  # fmt: skip
     """Write where the segments of a part start, and list the long ones that begin and end in it.
 
     And the bags of weighted ids, at the positions of the part.
@@ -254,11 +255,12 @@ def write(
         write_row_starts(packed, lo, hi, shift, table["dim"], starts, row_starts, first, first_row)
     else:
         part["heads"] = write_starts(packed, lo, hi, shift, starts, first) - first
-    if g["form"] == BAGS and g["weights"] != 0:
+    if g["weights"] != 0:
         bag_of = array_at(late(g["scratch"], places, half, places.bag_of), n, counters)
         offsets = integers(g["offsets"], g["offsets_length"], g["offsets_bytes"])
         write_bags(offsets, g["offsets_length"], g["values_rows"], lo, hi, n, bag_of)
-    long = array_at(g["scratch"] + places.long, n // BLOCK + g["parts"], np.int64)
-    at = lo // BLOCK + part["which"]
+    segments, width = last_part["first_head"] + last_part["heads"], counters.itemsize
+    at = behind_starts(g["scratch"], places, half, segments, width)
+    at += 8 * first_listed(lo, first, part["which"], width)
     last = first + max(part["heads"], 1) - 1  # where the last one ends is not known yet
-    part["longest"], part["long"] = list_long(starts, first, last, long, at)
+    part["longest"], part["long"] = list_long(starts, first, last, array_at(at, (hi - lo) // BLOCK, np.int64))
