@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project's own files: what they say of each other, and the tools of CI that tests can hold."""
 
+import ast
 import io
 import os
 import re
@@ -227,3 +228,30 @@ def test_every_file_of_python_names_its_licence():
     assert len(files) > 200
     for path in files:
         assert path.read_text(encoding="utf-8").partition("\n")[0] == line, path
+
+
+def imported_by(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+def test_nothing_of_the_library_can_open_a_connection():
+    networks = {
+        "socket",
+        "ssl",
+        "http",
+        "urllib",
+        "ftplib",
+        "smtplib",
+        "xmlrpc",
+        "requests",
+        "httpx",
+        "aiohttp",
+    }
+    files = list((ROOT / "nb_sparse_adam").rglob("*.py"))
+    assert len(files) > 100
+    for path in files:
+        assert not networks & {name.partition(".")[0] for name in imported_by(path)}, path

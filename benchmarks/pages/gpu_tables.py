@@ -101,7 +101,7 @@ def host_table(gpu: OnGPU) -> str:
         found = gpu.times["rows"][counts]
         times = [found[name] for name in ("step_on_gpu_ms", "step_on_host_ms", "step_wall_ms")]
         rows.append([f'`"{counts}"`', *(f"{ms:.2f}" for ms in times)])
-    head = [f"a step of {_rows(gpu)}", "on the GPU, ms", "on the host, ms", "steps one after the other, ms"]
+    head = [f"a step of {_rows(gpu)}", "on the GPU, ms", "on the host, ms", "a step, many in flight, ms"]
     return f"{table(head, rows)}{note(*gpu.results)}\nNoted with it: {gpu.more['host_per_launch']}.\n"
 
 

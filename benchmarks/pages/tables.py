@@ -197,7 +197,7 @@ def section_table(section: str, wanted: Callable[[str], bool] = bool) -> Callabl
             if wanted(label)
         ]
         if not rows:
-            return "These results were measured before `bench` had these lines.\n"
+            return "Not measured yet on these machines: `bench` has had these lines only since.\n"
         return side_by_side(machines, ["", ""], rows)
 
     return write

@@ -119,7 +119,7 @@ class SparseAdam(Tables):
 
     References
     ----------
-    .. [1] D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1.
+    .. [1] Kingma, D. P., and Ba, J., "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1.
 
     Examples
     --------

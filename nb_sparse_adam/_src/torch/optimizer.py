@@ -93,7 +93,7 @@ class SparseAdam(torch.optim.Optimizer):
 
     References
     ----------
-    .. [1] D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+    .. [1] Kingma, D. P., and Ba, J., "Adam: A Method for Stochastic Optimization", ICLR 2015.
 
     Examples
     --------
