@@ -98,6 +98,10 @@ def _run(arguments: argparse.Namespace) -> int:
         message = f"there is not enough memory: {error}{hint}"
     except (SparseAdamError, OSError) as error:
         message = str(error)
+    except ValueError as error:
+        if "threading layer" not in str(error).lower():
+            raise
+        message = f"{error}; unset NUMBA_THREADING_LAYER, or install the layer that it names"
     print(f"error: {message}", file=sys.stderr)
     return 1
 

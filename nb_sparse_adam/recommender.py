@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recommender trained with `SparseAdam`: matrix factorization with the BPR loss."""
 
+from nb_sparse_adam._src.former import keep_names
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
@@ -31,3 +32,5 @@ __all__ = [
     "read_split",
     "train",
 ]
+
+keep_names(__name__, "interactions", "ranking", "reading", "training")

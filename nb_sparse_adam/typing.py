@@ -4,7 +4,8 @@
 `Table` is what `SparseAdam` updates, and `Gradient` what its `step` takes. `StepCounts`, `OnNonfinite`,
 `DeviceChecks` and `BagMode` are the choices of the options of these names. `Array` is what gradients are made
 of; `StateView` is what `SparseAdam.state` shows of a table, and `LentTable` what `SparseAdam.kernel_table`
-lends. The others are protocols: arrays and matrices of other libraries, known by their attributes.
+lends. `GradientForm` is a choice of `warm_up`, and `WarmUp` what it returns. The others are protocols: arrays
+and matrices of other libraries, known by their attributes.
 """
 
 from nb_sparse_adam._src.annotations import (
@@ -15,6 +16,7 @@ from nb_sparse_adam._src.annotations import (
     CoordinateMatrix,
     DeviceArray,
     DeviceChecks,
+    GradientForm,
     IndexedSlices,
     OnNonfinite,
     StepCounts,
@@ -23,6 +25,7 @@ from nb_sparse_adam._src.annotations import (
 from nb_sparse_adam._src.gradients import Gradient
 from nb_sparse_adam._src.kernels import LentTable
 from nb_sparse_adam._src.views import StateView
+from nb_sparse_adam._src.warming import WarmUp
 
 __all__ = [
     "Array",
@@ -33,10 +36,12 @@ __all__ = [
     "DeviceArray",
     "DeviceChecks",
     "Gradient",
+    "GradientForm",
     "IndexedSlices",
     "LentTable",
     "OnNonfinite",
     "StateView",
     "StepCounts",
     "Table",
+    "WarmUp",
 ]

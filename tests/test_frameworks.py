@@ -258,6 +258,11 @@ def unfit(gradient, **changed):
     return gradient
 
 
+def padded_values(at=(0, 3)):
+    rows, values = rows_and_values()
+    return padded(rows[:, None], values, list(at), SHAPE)[1]
+
+
 _rows, _values = rows_and_values()
 _indices, _data = entries()
 
@@ -330,7 +335,42 @@ BAD = {
     "BCOO beyond padding, after padding": (
         lambda: rows_of_bcoo(indices=np.array([[ROWS], [2], [9]]), data=np.ones((3, DIM))),
         GradientIndexError,
-        ["BCOO.indices (without padding)[1] is 9"],
+        ["BCOO.indices[2] is 9"],
+    ),
+    "BCOO that is not finite after padding": (
+        lambda: rows_of_bcoo(at=[0, 3], data=with_index(padded_values(), (6, 2), np.nan)),
+        NonFiniteGradientError,
+        ["BCOO.data[6, 2] is nan"],
+    ),
+    "BCOO of entries that are not finite after padding": (
+        lambda: BCOO(np.array([7, 1, np.nan]), np.array([[ROWS, 2], [1, 0], [2, 1]]), SHAPE),
+        NonFiniteGradientError,
+        ["BCOO.data[2] is nan"],
+    ),
+    "BCOO of a column too large after padding": (
+        lambda: BCOO(np.ones(3), np.array([[ROWS, 2], [1, 0], [2, DIM + 1]]), SHAPE),
+        GradientIndexError,
+        ["BCOO.indices[:, 1][2] is 6"],
+    ),
+    "BCOO without a shape": (
+        lambda: unfit(rows_of_bcoo(), shape=None),
+        GradientTypeError,
+        ["BCOO whose shape, n_batch, n_sparse, n_dense are not all integers"],
+    ),
+    "BCOO of half a dimension": (
+        lambda: unfit(rows_of_bcoo(), n_dense=0.5),
+        GradientTypeError,
+        ["are not all integers"],
+    ),
+    "BCOO of several numbers of dimensions": (
+        lambda: unfit(rows_of_bcoo(), n_sparse=np.array([2, 2])),
+        GradientTypeError,
+        ["are not all integers"],
+    ),
+    "BCSR": (
+        lambda: unfit(rows_of_bcoo(), indptr=np.zeros(ROWS + 1)),
+        GradientTypeError,
+        ["CSRGradient(g.indptr, g.indices, g.data)"],
     ),
     "BCOO of a negative row": (
         lambda: rows_of_bcoo(indices=with_index(_rows, 3, -2)[:, None]),
@@ -396,6 +436,18 @@ def test_a_gradient_that_is_the_tables_memory_is_refused():
     gradient = slices(values=np.ones(SHAPE), indices=np.arange(ROWS))
     gradient.values.memory = table
     with refused(GradientError, ValueError, "IndexedSlices.values shares memory", opt=opt, tables=table):
+        opt.step(gradient)
+
+
+@pytest.mark.parametrize("padding", [[], [0], [3], [0, 3]])
+def test_a_bcoo_that_is_the_tables_memory_is_refused_wherever_its_padding_is(padding):
+    table = np.ones(SHAPE, np.float32)
+    opt = SparseAdam(table)
+    indices = np.arange(ROWS)[:, None]
+    indices[padding] = ROWS
+    gradient = BCOO(np.ones(SHAPE), indices, SHAPE)
+    gradient.data.memory = table
+    with refused(GradientError, ValueError, "BCOO.data shares memory", opt=opt, tables=table):
         opt.step(gradient)
 
 

@@ -71,6 +71,7 @@ def parameters():
         ([("weight", PARAMETER)], "got a list of 1"),  # list(model.named_parameters())
         ([{"params": [PARAMETER], "lr": 0.1}], "got a list of 1"),
         ([{"params": PARAMETER}], "got a list of 1"),
+        ({"params": [PARAMETER]}, "table 'params' is a list"),
         (parameters(), "got a generator"),
         (map(abs, [1]), "got a map"),
         (iter([PARAMETER]), "got a list_iterator"),
@@ -133,13 +134,45 @@ def test_several_arrays_want_a_dict(make, got):
         (of_library("jaxlib._jax.ArrayImpl", **has_array(table())), "is a jax.Array"),
         (of_library("tensorflow.python.x.EagerTensor", **has_array(table())), "is a tensorflow.Tensor"),
         (range(3), "is a range"),
+        ([1, 2], "is a list"),
     ],
 )
 def test_what_can_be_copied_into_an_array_is_to_be(given, got):
-    with refused(TableTypeError, TypeError, got, "pass np.array(table), which is a copy"):
+    with refused(TableTypeError, TypeError, got, "which is a copy") as caught:
         SparseAdam(given)
-    array = np.array(given.__array__() if hasattr(given, "__array__") else given, float)
-    SparseAdam(array)
+    remedy = re.search(r"pass (np\.array\(.*?\)),", str(caught.value))[1]
+    SparseAdam(eval(remedy, {"np": np, "table": given.__array__() if hasattr(given, "__array__") else given}))
+
+
+class Raising(list):
+    def __iter__(self):
+        raise OSError("no more")
+
+
+def endless():
+    given = [1.0]
+    given.append(given)
+    return given
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        endless,
+        lambda: Raising([1.0]),
+        lambda: memoryview(np.zeros((4, 2), np.float32)),
+        lambda: bytearray(b"12"),
+        lambda: type("Homeless", (), {"__module__": None})(),
+        lambda: {"table": endless()},
+    ],
+)
+def test_what_nobody_would_pass_is_refused_as_everything_else(make):
+    with refused(TableTypeError, TypeError, "expected "):
+        SparseAdam(make())
+    given = table()
+    optimizer = SparseAdam(given)
+    with refused(GradientTypeError, TypeError, "expected a RowGradient", opt=optimizer, tables=given):
+        optimizer.step({"table": make()})
 
 
 def test_a_sparse_or_masked_table_is_to_be_filled():
@@ -180,7 +213,21 @@ def test_arrays_without_their_form_are_told_which():
         (lambda: (np.arange(3), values(3)), "got tuple", "pass RowGradient(rows, values)"),
         (lambda: [np.arange(3), values(3)], "got list", "pass RowGradient(rows, values)"),
         (lambda: (np.arange(3), np.arange(3), values(3)), "got tuple", "BagGradient(indices, offsets, grad"),
-        (lambda: [[1.0, 2.0], [3.0, 4.0]], "got list", "RowGradient(np.arange(len(g)), g)"),
+        (lambda: [[1.0, 2.0], [3.0, 4.0]], "got list", "RowGradient(np.arange(len(g)), np.array(g, float))"),
+        (
+            lambda: np.ones((10, 4), int),
+            "got a dense array of shape (10, 4)",
+            "(np.arange(len(g)), g.astype(float))",
+        ),
+        (lambda: np.ma.ones((10, 4)), "got a dense numpy.ma.MaskedArray", "(np.arange(len(g)), g.filled(0))"),
+        (
+            lambda: of_library(
+                "torch.Tensor", layout="torch.strided", requires_grad=True, **has_array(table())
+            ),
+            "got a dense torch.Tensor of shape (10, 4)",
+            "RowGradient(np.arange(len(g)), g.detach())",
+        ),
+        (lambda: np.float64(3), "got a dense numpy.float64 of shape ()", "expected a RowGradient"),
         (lambda: [RowGradient([1], values(1))] * 2, "got list", "one gradient of a table"),
         (
             lambda: of_library("pandas.core.frame.DataFrame", **has_array(table())),
@@ -214,7 +261,7 @@ def test_arrays_without_their_form_are_told_which():
 def test_what_is_no_gradient_is_told_what_to_pass(make, got, remedy):
     given = table()
     optimizer = SparseAdam(given)
-    with refused(GradientTypeError, TypeError, f"table 'table': {got},", remedy, opt=optimizer, tables=given):
+    with refused(GradientTypeError, TypeError, f"table 'table': {got}", remedy, opt=optimizer, tables=given):
         optimizer.step(make())
 
 

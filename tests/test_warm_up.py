@@ -196,6 +196,7 @@ print(json.dumps([main(["warm-up"]), warm_up()]))
         ({"dtypes": "float16"}, OptionError, "dtypes is 'float16'"),
         ({"dtypes": ["float32", np.int32]}, OptionError, "dtypes is 'int32'"),
         ({"dtypes": "doubles"}, OptionTypeError, "'doubles'"),
+        ({"dtypes": ">f4"}, OptionError, "dtypes is '>f4'"),
         ({"dtypes": None}, OptionTypeError, "None"),
         ({"dtypes": []}, OptionError, "dtypes is empty"),
         ({"step_counts": "rows"}, OptionError, "step_counts is 'rows'"),

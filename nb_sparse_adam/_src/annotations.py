@@ -19,6 +19,7 @@ __all__ = [
     "CoordinateMatrix",
     "DeviceArray",
     "DeviceChecks",
+    "GradientForm",
     "IndexedSlices",
     "OnNonfinite",
     "StepCounts",
@@ -29,6 +30,7 @@ StepCounts = Literal["element", "row", "global"]
 OnNonfinite = Literal["raise", "skip", "propagate"]
 DeviceChecks = Literal["immediate", "deferred", "off"]
 BagMode = Literal["sum", "mean"]
+GradientForm = Literal["rows", "bags", "csr"]
 
 
 class DeviceArray(Protocol):

@@ -26,7 +26,7 @@ def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientErr
     found : record of `records.FOUND`
         Of the gradient; its ``fault`` is not `records.NO_FAULT`.
     given : Given
-        The gradient; of its arrays only the names and the form are asked.
+        The gradient; of its arrays only the names, the form and where ids were are asked.
     n : int
         How many ids it has.
     target : Target
@@ -38,6 +38,7 @@ def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientErr
         column = fault == records.COLUMN and given.form == records.COO
         of_columns = column or given.form == records.CSR
         what, of = (names.columns, "column") if column else (names.ids, names.of)
+        place = _place_of(given, place)
         return _id_error(what, place, got, target.dim if of_columns else target.rows, of, target)
     if fault == records.OFFSET:
         return _offset_error(given, place, got, int(found["before"]), n, target)
@@ -46,11 +47,17 @@ def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientErr
     if fault == records.TOO_MANY_BITS:
         return too_many_bits(target, n)
     if fault == records.NOT_FINITE:
-        at = (place,) if given.entries else divmod(place, target.dim)
-        return _nonfinite_error("data" if given.entries else names.values, at, float(found["value"]), target)
+        row, *column_of = (place,) if given.entries else divmod(place, target.dim)
+        at = (_place_of(given, row), *column_of)
+        return _nonfinite_error(names.values, at, float(found["value"]), target)
     if fault == records.WEIGHT_NOT_FINITE:
         return _nonfinite_error(names.weights, (place,), float(found["value"]), target)
     return _overflow_error(target, got, 1 if given.entries else int(found["before"]))
+
+
+def _place_of(given: Given, place: int) -> int:
+    """Where the user's array has what is at a place of ours."""
+    return place if given.kept is None else int(given.kept[place])
 
 
 def _id_error(what: str, place: int, got: int, upper: int, of: str, target: Target) -> GradientError:

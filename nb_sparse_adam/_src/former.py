@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things were before they were private.
 
-Pickles, and numba's caches of users' functions, name the modules of what they hold: old ones are read on. For
-nothing else are these names.
+Pickles of optimizers, gradients, layers and models, and numba's caches of users' functions, name the modules
+of what they hold: old ones are read on. For nothing else are these names.
 """
 
 from __future__ import annotations

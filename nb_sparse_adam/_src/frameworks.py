@@ -7,6 +7,7 @@ shapes are checked by `gradients`, as those of any other gradient.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Located(NamedTuple):
     ids_name: str  # what errors call them
     values_name: str
     columns_name: str = ""
+    kept: NDArray[np.intp] | slice | None = None  # which of these there are; None: all
 
 
 def located(gradient: Any, target: Target) -> Located | None:
@@ -72,9 +74,20 @@ def _read_bcoo(what: str, gradient: Any, target: Target) -> Located:
 
     ``indices_sorted`` and ``unique_indices`` are promises of whoever made it, and not relied on.
     """
-    shape = tuple(gradient.shape)
+    if hasattr(gradient, "indptr"):
+        raise target.refuse(
+            GradientTypeError,
+            f"got a {what}, expected {target.reader.forms}; pass CSRGradient(g.indptr, g.indices, g.data)",
+        )
+    try:
+        shape = tuple(map(operator.index, gradient.shape))
+        n_batch, n_sparse, n_dense = (operator.index(getattr(gradient, name)) for name in _BCOO[3:])
+    except TypeError:
+        raise target.refuse(
+            GradientTypeError,
+            f"got a {what} whose {', '.join(_BCOO[2:])} are not all integers, expected {target.reader.forms}",
+        ) from None
     target.check_shape(what, shape)
-    n_batch, n_sparse, n_dense = gradient.n_batch, gradient.n_sparse, gradient.n_dense
     if n_batch != 0 or n_sparse not in (1, 2) or n_sparse + n_dense != len(shape):
         layout = "n_batch=0" if n_batch else f"n_dense={len(shape) - 1}"
         raise target.refuse(
@@ -92,16 +105,13 @@ def _read_bcoo(what: str, gradient: Any, target: Target) -> Located:
             "and n rows or values",
         )
     kept = _stored(indices, shape)
-    if not isinstance(kept, slice):  # places are no longer those of the user's arrays
-        ids_name, data_name = f"{ids_name} (without padding)", f"{data_name} (without padding)"
-    indices, data = indices[kept], data[kept]
     if n_sparse == 1:
-        return Located(indices[:, 0], data, None, ids_name, data_name)
+        return Located(indices[:, 0], data, None, ids_name, data_name, kept=kept)
     names = f"{ids_name}[:, 0]", data_name, f"{ids_name}[:, 1]"
-    return Located(indices[:, 0], data, indices[:, 1], *names)
+    return Located(indices[:, 0], data, indices[:, 1], *names, kept)
 
 
-def _stored(indices: NDArray[Any], shape: tuple[int, ...]) -> slice | NDArray[np.intp]:
+def _stored(indices: NDArray[Any], shape: tuple[int, ...]) -> slice | NDArray[np.intp] | None:
     """Which entries of a BCOO are no padding.
 
     Where its arrays are longer than what they store, JAX fills up with indices that are equal to the shape,
@@ -112,7 +122,7 @@ def _stored(indices: NDArray[Any], shape: tuple[int, ...]) -> slice | NDArray[np
     for dimension in range(1, indices.shape[1]):
         padding |= indices[:, dimension] == shape[dimension]
     if not padding.any():
-        return slice(None)
+        return None
     kept = np.flatnonzero(~padding)
     n = len(kept)
     return slice(n) if n == 0 or kept[-1] == n - 1 else kept  # at the end, mostly: nothing is copied

@@ -190,6 +190,7 @@ class Given(NamedTuple):
     weights: Any = None  # (n,)
     mean: bool = False
     columns: Any = None  # of COO, (n,)
+    kept: Any = None  # (n,): where ids were in the user's array, if that is elsewhere
 
     @property
     def entries(self) -> bool:
@@ -257,11 +258,21 @@ def read(gradient: object, target: Target) -> Given:
     found = located(gradient, target)
     if found is not None:
         names = Names(found.ids_name, found.values_name, columns=found.columns_name)
-        if found.columns is None:
-            return _read_rows(names, found.ids, found.values, target)
-        return _read_coo(names, found.ids, found.columns, found.values, target)
+        given = (
+            _read_rows(names, found.ids, found.values, target)
+            if found.columns is None
+            else _read_coo(names, found.ids, found.columns, found.values, target)
+        )
+        return given if found.kept is None else _without_padding(given, found.kept)
     got, remedy = for_no_gradient(gradient, target.reader.layouts == ("csr",))
     raise target.refuse(GradientTypeError, f"got {got}, expected {target.reader.forms}{remedy}")
+
+
+def _without_padding(given: Given, kept: slice | NDArray[np.intp]) -> Given:
+    """Leave out all ids but some. Only now: padding lies in memory, and is checked there, as the rest."""
+    columns = None if given.columns is None else given.columns[kept]
+    places = None if isinstance(kept, slice) else kept
+    return given._replace(ids=given.ids[kept], values=given.values[kept], columns=columns, kept=places)
 
 
 def on_gpu(given: object) -> bool:

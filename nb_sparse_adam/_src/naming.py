@@ -23,8 +23,8 @@ def type_name(value: object) -> str:
     A class is named with the first package on the way to its module that shows it.
     """
     kind = type(value)
-    module, name = kind.__module__, kind.__qualname__
-    package = module.partition(".")[0]
+    module, name = str(kind.__module__), kind.__qualname__
+    package = _root(module)
     if package in ("builtins", "nb_sparse_adam"):
         return name
     if (package, name) in _KNOWN_AS:

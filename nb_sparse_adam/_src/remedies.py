@@ -43,16 +43,13 @@ def named_tables(tables: Any) -> Mapping[str, Any]:
         raise TableTypeError(
             f"got {_a(type_name(tables))}, expected an array, or arrays by their names; {remedy}"
         )
-    if isinstance(tables, (Sequence, Set, ValuesView)) and not isinstance(tables, (str, bytes)):
-        items = list(tables)
-        if not items or not all(map(_is_of_numbers, items)):
-            remedy = f"use a dict: {_BY_NAME}"
-            if any(is_of("torch", part) for item in items for part in (item, *_parts(item))):
-                remedy = _TORCH
-            raise TableTypeError(
-                f"got {_a(type_name(tables))} of {len(items)}, expected an array, or arrays by their names; "
-                + remedy
-            )
+    items = _items(tables)
+    if items is not None and (not items or not all(map(_is_of_numbers, items))):
+        remedy = _TORCH if _holds_torch(items) else f"use a dict: {_BY_NAME}"
+        raise TableTypeError(
+            f"got {_a(type_name(tables))} of {len(items)}, expected an array, or arrays by their names; "
+            + remedy
+        )
     return {"table": tables}
 
 
@@ -64,23 +61,47 @@ def for_table(table: Any) -> str:
         return "; pass table.filled(0), and use that array from then on"
     if hasattr(table, "tocsr"):
         return "; pass table.toarray(), and use that array from then on"
-    if hasattr(table, "__array__") or (isinstance(table, Sequence) and not isinstance(table, (str, bytes))):
-        return "; pass np.array(table), which is a copy, and use that array from then on"
+    items = _items(table)
+    if items is not None and _holds_torch(items):
+        return f"; {_TORCH}"
+    if hasattr(table, "__array__") or (items is not None and all(map(_is_of_numbers, items))):
+        array = "np.array(table, float)"
+        if str(getattr(table, "dtype", "")) in ("float32", "float64"):
+            array = "np.array(table)"
+        return f"; pass {array}, which is a copy, and use that array from then on"
     return ""
 
 
-def _is_of_numbers(item: object) -> bool:
+def _items(given: object) -> list[Any] | None:
+    """Give what a list, or something like one, holds; None of anything else, text and memory included."""
+    if not isinstance(given, (Sequence, Set, ValuesView)) or isinstance(
+        given, (str, bytes, bytearray, memoryview)
+    ):
+        return None
+    try:
+        return list(given)
+    except Exception:  # noqa: BLE001 - whatever a class of the user's raises: this is about words only
+        return None
+
+
+def _is_of_numbers(item: object, depth: int = 3) -> bool:
     """Whether something could be a part of one table that is written as lists."""
     if isinstance(item, (list, tuple)):
-        return all(map(_is_of_numbers, item))
+        return depth > 0 and all(_is_of_numbers(part, depth - 1) for part in item)
     return isinstance(item, (int, float, np.generic))
 
 
-def _parts(item: object) -> Iterable[object]:
-    """What torch takes for a parameter: a tensor, its name and it, or a group of them."""
-    if isinstance(item, Mapping):
-        return [part for value in item.values() for part in (value, *_parts(value))]
-    return item if isinstance(item, (list, tuple)) else ()
+def _holds_torch(items: Iterable[object], depth: int = 3) -> bool:
+    """Whether there is a parameter of torch: by itself, with its name, or in a group of them."""
+    for item in items:
+        if is_of("torch", item):
+            return True
+        parts = (
+            item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
+        )
+        if depth and _holds_torch(parts, depth - 1):
+            return True
+    return False
 
 
 # --- gradients --------------------------------------------------------------------------------------------
@@ -111,9 +132,19 @@ def for_no_gradient(gradient: object, is_on_gpu: bool) -> tuple[str, str]:
         hasattr(gradient, f"__{name}__") for name in ("array", "cuda_array_interface", "dlpack")
     ):
         return got, ""
-    rows = " with the rows 0..len(g) - 1, on the GPU" if is_on_gpu else "(np.arange(len(g)), g)"
-    got = "array" if type(gradient) is np.ndarray else got
-    return f"a dense {got} of shape {shape}", _DENSE + rows
+    got = f"a dense {'array' if type(gradient) is np.ndarray else got} of shape {shape}"
+    if not shape:
+        return got, ""
+    if is_on_gpu:
+        return got, f"{_DENSE} with the rows 0..len(g) - 1, on the GPU"
+    values = "g"
+    if getattr(gradient, "requires_grad", False):
+        values = "g.detach()"
+    elif isinstance(gradient, np.ma.MaskedArray):
+        values = "g.filled(0)"
+    elif isinstance(gradient, np.ndarray) and gradient.dtype not in (np.float32, np.float64):
+        values = "g.astype(float)"
+    return got, f"{_DENSE}(np.arange(len(g)), {values})"
 
 
 def _shape_of(given: Any) -> tuple[Any, ...] | None:
@@ -125,7 +156,7 @@ def _shape_of(given: Any) -> tuple[Any, ...] | None:
 
 def _for_sequence(given: Sequence[object]) -> str:
     if given and all(map(_is_of_numbers, given)):
-        return f"{_DENSE}(np.arange(len(g)), g)"
+        return f"{_DENSE}(np.arange(len(g)), np.array(g, float))"
     if any(is_of("nb_sparse_adam", part) for part in given):
         return "; a step takes one gradient of a table: join their arrays, or call step for each"
     return for_several_arguments(len(given))

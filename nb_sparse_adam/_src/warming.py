@@ -6,13 +6,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numba
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nb_sparse_adam._src.annotations import StepCounts
+from nb_sparse_adam._src.annotations import GradientForm, StepCounts
 from nb_sparse_adam._src.engine.compilations import LOGGER, counts
 from nb_sparse_adam._src.engine.kernel_cache import folder_of
 from nb_sparse_adam._src.engine.prepare import PREPARE
@@ -28,24 +28,24 @@ __all__ = ["DTYPES", "GRADIENTS", "WarmUp", "warm_up"]
 
 DTYPES = ("float32", "float64")
 
-Form = Literal["rows", "bags", "csr"]
-GRADIENTS: tuple[Form, ...] = get_args(Form)
+GRADIENTS: tuple[GradientForm, ...] = get_args(GradientForm)
 
 
+@public("nb_sparse_adam.typing")
 class WarmUp(NamedTuple):
     """What `warm_up` has done."""
 
     compiled: int  # kernels; what was found on the disk is not among them
     kept: int  # of these, how many were written to the disk
     seconds: float
-    folder: str | None  # where; None if there is no folder that can be written to
+    folder: str | None  # where they are looked for, and kept if it can be written to; None: nowhere
 
 
 @public("nb_sparse_adam")
 def warm_up(
     dtypes: DTypeLike | Iterable[DTypeLike] = "float32",
     step_counts: StepCounts | Iterable[StepCounts] = ("element", "row", "global"),
-    gradients: Form | Iterable[Form] = ("rows", "bags", "csr"),
+    gradients: GradientForm | Iterable[GradientForm] = ("rows", "bags", "csr"),
     *,
     parallel: bool = True,
 ) -> WarmUp:
@@ -73,8 +73,8 @@ def warm_up(
     -------
     WarmUp
         A named tuple: ``compiled``, how many kernels had to be compiled, 0 if all were found; ``kept``, how
-        many of these were written to the disk; ``seconds``, how long it took; ``folder``, where kernels are
-        kept, None if no folder can be written to, and then only this process is warm.
+        many of these were written to the disk, fewer if that cannot be: only this process is warm then;
+        ``seconds``, how long it took; ``folder``, where kernels are looked for and kept, None if nowhere.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def warm_up(
 
 def _several(name: str, given: Any, allowed: tuple[Choice, ...]) -> tuple[Choice, ...]:
     """Check one of a few names, or several of them."""
-    values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else (given,)
     if not values:
         raise OptionError(f"{name} is empty, expected some of {allowed}")
     if allowed is DTYPES:
@@ -136,20 +136,21 @@ def _several(name: str, given: Any, allowed: tuple[Choice, ...]) -> tuple[Choice
 def _name_of(dtype: Any) -> str:
     try:
         if dtype is not None:  # which NumPy takes for float64
-            return str(np.dtype(dtype).name)
+            found = np.dtype(dtype)
+            return found.name if found.isnative else str(found)
     except TypeError:
         pass
     raise OptionTypeError(f"dtypes is or holds {dtype!r}, expected one of {DTYPES}")
 
 
-def _take_steps(dtype: np.dtype[Any], step_counts: StepCounts, forms: tuple[Form, ...]) -> None:
+def _take_steps(dtype: np.dtype[Any], step_counts: StepCounts, forms: tuple[GradientForm, ...]) -> None:
     """Take a step of each way that there is: of one table, of several, and of numbers that overflow."""
     ids, ends = np.zeros(1, np.int64), np.array([0, 1])
     tables = {name: np.zeros((1, 1), dtype) for name in ("a", "b")}
     optimizer = SparseAdam(tables, step_counts=step_counts)
 
-    def gradient(form: Form, values: NDArray[Any]) -> Gradient:
-        made: dict[Form, Gradient] = {
+    def gradient(form: GradientForm, values: NDArray[Any]) -> Gradient:
+        made: dict[GradientForm, Gradient] = {
             "rows": RowGradient(ids, values),
             "bags": BagGradient(ids, ends, values),
             "csr": CSRGradient(ends, ids, values[0]),

@@ -130,6 +130,7 @@ class Kind(NamedTuple):
 
     form: int
     names: Names
+    kept: Any = None  # nothing is left out on a GPU
 
     @property
     def entries(self) -> bool:
