@@ -325,8 +325,8 @@ def _lines(settings: Settings, keys: list[str]) -> None:
                 answer["numbers"] = measure(LINES[key], settings, answer["unusable"])
             except CannotMeasureError as error:
                 answer["skipped"] = str(error)
+            gc.collect()  # tables in cycles: before anybody looks whether there is memory for the next line
             print(json.dumps(answer), file=answers, flush=True)
-            gc.collect()  # tables in cycles: the next line needs the memory
 
 
 def _main(what: str, *given: str) -> None:

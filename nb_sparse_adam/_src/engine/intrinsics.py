@@ -24,7 +24,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
-from numba.np.arrayobj import populate_array
 
 __all__ = [
     "CACHE_LINE",
@@ -245,6 +244,9 @@ else:
             strides.insert(0, builder.mul(length, strides[0]))
         made = context.make_array(array)(context, builder)
         pointer = builder.inttoptr(at_address, element.as_pointer())
+        # numba loads this to compile, and to load what was compiled: 20 ms that an import does not need.
+        from numba.np.arrayobj import populate_array
+
         populate_array(made, pointer, shape, strides, itemsize=strides[-1], meminfo=None)
         return made._getvalue()
 
