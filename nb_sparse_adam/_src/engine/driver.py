@@ -8,7 +8,8 @@ where other threads must not be disturbed (see `threads`).
 
 What decides and what works are compiled once each, and called by their addresses: a driver holds no code of
 them, so that they are not compiled for each variant of it again, and one driver serves all jobs whose arrays
-have the same types.
+have the same types. Two jobs of which the second follows the first are one native call: between two calls
+there is Python, which takes microseconds, or hundreds of them where a step has driven it out of the caches.
 """
 
 from __future__ import annotations
@@ -53,21 +54,16 @@ class Drivers:
         self.begin, self.work, self._kind_of = begin, work, kind_of
         self._functions: dict[Hashable, tuple[Any, Any]] = {}  # what a driver is given to call
 
-    def serial(self, threads: int, job: Any) -> Any:
-        """Do a job on the calling thread; return the number with which ``begin`` has ended it."""
-        return _drive_alone(threads, *self._functions_for(job), job)
+    def serial(self, threads: int, job: Any, after: Drivers | None = None) -> Any:
+        """Do a job on the calling thread; return the number with which ``begin`` has ended it.
 
-    def parallel(self, threads: int, job: Any) -> Any:
-        """Do a job on so many threads; return the number with which ``begin`` has ended it."""
-        return _drive(threads, *self._functions_for(job), job)
-
-    def then(self, after: Drivers, job: Any) -> Any:
-        """Do a job on the calling thread, and, if that has ended with -1, what comes after it.
-
-        By one native call, for jobs that take no longer than the call. Neither has a ``kind_of``.
+        If it is -1, what comes after it has been done as well, in the same native call.
         """
-        first = self._functions.get(None) or self._functions_for(job)
-        return _drive_both(*first, *(after._functions.get(None) or after._functions_for(job)), job)
+        return _drive_alone(threads, *self._functions_for(job), *_functions_of(after, job), job)
+
+    def parallel(self, threads: int, job: Any, after: Drivers | None = None) -> Any:
+        """Do a job on so many threads, and what comes after it, as `serial` does."""
+        return _drive(threads, *self._functions_for(job), *_functions_of(after, job), job)
 
     def _functions_for(self, job: Any) -> tuple[Any, Any]:
         """Give what a driver calls: compiled once for jobs of one kind."""
@@ -88,6 +84,10 @@ class Drivers:
                 )
         self._functions[kind] = functions
         return functions
+
+
+def _functions_of(after: Drivers | None, job: Any) -> tuple[Any, Any]:
+    return (0, 0) if after is None else after._functions_for(job)
 
 
 def _address_of(function: Any, result: Any, arguments: tuple[Any, ...]) -> int:
@@ -119,25 +119,33 @@ def _same_mode(mode: Any) -> Any:
 
 def _driver(set_threads: Any, mode_of_caller: Any, set_mode: Any, parallel: bool = False) -> Any:
     @jit(parallel=parallel)
-    def drive(threads: Any, begin: Any, work: Any, job: Any) -> Any:
+    def drive(threads: Any, begin: Any, work: Any, begin_after: Any, work_after: Any, job: Any) -> Any:
         before, mode = set_threads(threads), mode_of_caller()
         turns = new_turns()
-        phase = np.int64(0)
-        units = call_at(begin, np.int64(0), (phase, job))
-        while units >= 0:
-            turns[0] = 0
-            if units > 0:
-                for t in prange(threads):
-                    own = set_mode(mode)
-                    unit = take_turn(turns)
-                    while unit < units:
-                        call_at(work, None, (phase, np.int64(unit), np.int64(t), job))
-                        unit = take_turn(turns)
-                    set_mode(own)
-            phase += 1
+        ended = np.int64(0)
+        for job_number in range(2):
+            phase = np.int64(0)
             units = call_at(begin, np.int64(0), (phase, job))
+            while units >= 0:
+                turns[0] = 0
+                if units > 0:
+                    for t in prange(threads):
+                        own = set_mode(mode)
+                        unit = take_turn(turns)
+                        while unit < units:
+                            call_at(work, None, (phase, np.int64(unit), np.int64(t), job))
+                            unit = take_turn(turns)
+                        set_mode(own)
+                phase += 1
+                units = call_at(begin, np.int64(0), (phase, job))
+            if job_number > 0:
+                break
+            ended = units
+            if ended != -1 or begin_after == 0:
+                break
+            begin, work = begin_after, work_after
         set_threads(before)
-        return units
+        return ended
 
     return drive
 
@@ -147,15 +155,6 @@ _drive = _driver(swap_threads, float_mode, swap_float_mode, parallel=True)
 
 
 @jit(entry=True)
-def _drive_alone(threads: Any, begin: Any, work: Any, job: Any) -> Any:
-    """Do a job on the calling thread; return the number with which ``begin`` has ended it."""
-    return _alone(threads, begin, work, job)
-
-
-@jit(entry=True)
-def _drive_both(begin: Any, work: Any, begin_after: Any, work_after: Any, job: Any) -> Any:
-    """Do a job, and another one if the first has ended with -1; return with which number it has."""
-    ended = _alone(1, begin, work, job)
-    if ended == -1:
-        _alone(1, begin_after, work_after, job)
-    return ended
+def _drive_alone(threads: Any, begin: Any, work: Any, begin_after: Any, work_after: Any, job: Any) -> Any:
+    """Do a job on the calling thread, and another one if it has ended with -1; return with which it has."""
+    return _alone(threads, begin, work, begin_after, work_after, job)

@@ -22,7 +22,7 @@ from nb_sparse_adam._src.engine.audit import audit_for
 from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.intrinsics import CACHE_LINE
 from nb_sparse_adam._src.engine.mapped import StateFolder
-from nb_sparse_adam._src.engine.pacing import PARALLEL_ELEMENTS, Pace
+from nb_sparse_adam._src.engine.pacing import Pace
 from nb_sparse_adam._src.engine.prepare import PREPARE, PREPARE_WIDE
 from nb_sparse_adam._src.engine.reader import HostReader
 from nb_sparse_adam._src.engine.records import (
@@ -109,13 +109,16 @@ class HostBackend:
         return _prepare([_entry(at, *each) for at, each in enumerate(read)], start)
 
     def step(self, request: Request) -> None:
-        """Do a step of one table: a small one by one native call, which no interrupt can cut in two."""
+        """Do a step of one table by one native call, which no interrupt can cut in two."""
         start = time.perf_counter()
-        table = request.table
+        table, options = request.table, request.options
         given = _read(request)
-        is_small = _size_of(given, table) < PARALLEL_ELEMENTS
-        if not (is_small and _step_small(table, request.options, given)):
+        size = _size_of(given, table)
+        partition, pace = table.paces.partition_for(given.form, size, options.num_threads)
+        if not _step_one(table, options, given, partition):
             finish(_prepare([_entry(0, request, given)], start))
+        elif pace is not None:
+            pace.took((time.perf_counter() - start) / size)
 
 
 def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -165,6 +168,11 @@ def _size_of(given: Given, table: TableState) -> int:
     return given.ids.shape[0] * (4 if given.form >= CSR else table.dim)  # type: ignore[no-any-return]
 
 
+def _tasks_of(parts: int) -> int:
+    """How many tasks a gradient that is prepared in so many parts is applied in."""
+    return 1 if parts == 1 else parts * TASKS_A_PART
+
+
 def _pack(
     workspace: Workspace, at: int, table: TableState, options: Options, given: Given, cut: tuple[int, ...]
 ) -> None:
@@ -187,11 +195,12 @@ def _pack(
     )  # fmt: skip
 
 
-def _step_small(table: TableState, options: Options, given: Given) -> bool:
-    """Do a step of one small table, on this thread and by one native call; return whether it was done.
+def _step_one(table: TableState, options: Options, given: Given, partition: Partition) -> bool:
+    """Do a step of one table by one native call; return whether it was done.
 
     If not, nothing has been written, for a fault or because a sum might overflow.
     """
+    parts = partition.parts
     table.make_room_for_a_step()
     kept = of_thread
     work, kept.workspace = kept.workspace, None
@@ -201,15 +210,16 @@ def _step_small(table: TableState, options: Options, given: Given) -> bool:
         n, values = given.ids.shape[0], given.values
         wide = is_wide(n, table.rows, values.shape[0])
         size = bytes_needed(
-            given.form, n, table.rows, table.dim, values.shape[0], values.itemsize, 1, given.mean,
+            given.form, n, table.rows, table.dim, values.shape[0], values.itemsize, parts, given.mean,
             given.weights is not None, wide,
         )  # fmt: skip
-        work.take(1, 1, 1, 1, wide, size, table.dim)
-        _pack(work, 0, table, options, given, (1, 0, 0, 1, work.address))
+        tasks = _tasks_of(parts)
+        work.take(1, parts, tasks, parts, wide, size, table.dim)
+        _pack(work, 0, table, options, given, (parts, 0, 0, tasks, work.address))
         described = table.described(options)
         work.words[_TABLES] = described.address
         prepare = PREPARE_WIDE if wide else PREPARE
-        return bool(prepare.then(described.appliers[given.entries], work.step) == -1)
+        return bool(run(prepare, partition, work.step, described.appliers[given.entries]) == -1)
     finally:
         kept.workspace = work
 
@@ -258,7 +268,7 @@ class _Program:
             parts = threads if threads > 1 and entry.size * threads * MARGIN > size else 1
             given, table = entry.given, entry.table
             cuts.append((parts, first_part, place))
-            self.first_tasks.append(self.first_tasks[-1] + (1 if parts == 1 else parts * TASKS_A_PART))
+            self.first_tasks.append(self.first_tasks[-1] + _tasks_of(parts))
             first_part += parts
             place += bytes_needed(
                 given.form, entry.n, table.rows, table.dim, given.values.shape[0], given.values.itemsize,

@@ -103,21 +103,22 @@ def usable_threads(requested: int | None) -> int:
     return min(numba_threads(), most_threads()) if requested is None else requested
 
 
-def run(drivers: Drivers, partition: Partition, *arguments: Any) -> Any:
-    """Run a driver on the threads of a partition, and return what it does.
+def run(drivers: Drivers, partition: Partition, job: Any, after: Drivers | None = None) -> Any:
+    """Do a job on the threads of a partition, and return the number that it has ended with.
 
     Parameters
     ----------
     drivers : Drivers
         Of one part: the serial one is run, and no thread is started.
     partition : Partition
-    *arguments
-        Of the driver, after the number of threads.
+    job : record
+    after : Drivers, optional
+        What is done with the job as well, if the number is -1.
     """
     # At the last moment: if no other Python thread is there now, none can begin before the kernel has ended.
     if partition.parts == 1 or _lost_threads or (threading_layer() == "workqueue" and _has_company()):
-        return drivers.serial(1, *arguments)
-    return drivers.parallel(partition.threads, *arguments)
+        return drivers.serial(1, job, after)
+    return drivers.parallel(partition.threads, job, after)
 
 
 def _has_company() -> bool:
