@@ -59,11 +59,18 @@ class Drivers:
 
         If it is -1, what comes after it has been done as well, in the same native call.
         """
-        return _drive_alone(threads, *self._functions_for(job), *_functions_of(after, job), job)
+        return _drive_alone(threads, *self._addresses(job, after), job)
 
     def parallel(self, threads: int, job: Any, after: Drivers | None = None) -> Any:
         """Do a job on so many threads, and what comes after it, as `serial` does."""
-        return _drive(threads, *self._functions_for(job), *_functions_of(after, job), job)
+        return _drive(threads, *self._addresses(job, after), job)
+
+    def _addresses(self, job: Any, after: Drivers | None) -> tuple[Any, Any, Any, Any]:
+        """Give what a driver calls of this job, and of what comes after it; 0 if there is nothing."""
+        here = self._functions.get(None) or self._functions_for(job)
+        if after is None:
+            return *here, 0, 0
+        return *here, *(after._functions.get(None) or after._functions_for(job))
 
     def _functions_for(self, job: Any) -> tuple[Any, Any]:
         """Give what a driver calls: compiled once for jobs of one kind."""
@@ -84,10 +91,6 @@ class Drivers:
                 )
         self._functions[kind] = functions
         return functions
-
-
-def _functions_of(after: Drivers | None, job: Any) -> tuple[Any, Any]:
-    return (0, 0) if after is None else after._functions_for(job)
 
 
 def _address_of(function: Any, result: Any, arguments: tuple[Any, ...]) -> int:

@@ -168,11 +168,6 @@ def _size_of(given: Given, table: TableState) -> int:
     return given.ids.shape[0] * (4 if given.form >= CSR else table.dim)  # type: ignore[no-any-return]
 
 
-def _tasks_of(parts: int) -> int:
-    """How many tasks a gradient that is prepared in so many parts is applied in."""
-    return 1 if parts == 1 else parts * TASKS_A_PART
-
-
 def _pack(
     workspace: Workspace, at: int, table: TableState, options: Options, given: Given, cut: tuple[int, ...]
 ) -> None:
@@ -213,7 +208,7 @@ def _step_one(table: TableState, options: Options, given: Given, partition: Part
             given.form, n, table.rows, table.dim, values.shape[0], values.itemsize, parts, given.mean,
             given.weights is not None, wide,
         )  # fmt: skip
-        tasks = _tasks_of(parts)
+        tasks = 1 if parts == 1 else parts * TASKS_A_PART
         work.take(1, parts, tasks, parts, wide, size, table.dim)
         _pack(work, 0, table, options, given, (parts, 0, 0, tasks, work.address))
         described = table.described(options)
@@ -268,7 +263,7 @@ class _Program:
             parts = threads if threads > 1 and entry.size * threads * MARGIN > size else 1
             given, table = entry.given, entry.table
             cuts.append((parts, first_part, place))
-            self.first_tasks.append(self.first_tasks[-1] + _tasks_of(parts))
+            self.first_tasks.append(self.first_tasks[-1] + (1 if parts == 1 else parts * TASKS_A_PART))
             first_part += parts
             place += bytes_needed(
                 given.form, entry.n, table.rows, table.dim, given.values.shape[0], given.values.itemsize,
