@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from needs import need
 
+import nb_sparse_adam
 from nb_sparse_adam.__main__ import main
 from nb_sparse_adam._src.bench import cases, chart, comparison, text, timing, worker
 from nb_sparse_adam._src.bench.cases import CASES, CSR, Bag, Case, Rows, compact
@@ -740,16 +742,18 @@ def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
     """Not that of a repository around an environment that the package is installed in."""
 
     def commit_of(package):
-        monkeypatch.setattr(comparison, "__file__", str(package / "bench" / "comparison.py"))
+        monkeypatch.setattr(nb_sparse_adam, "__file__", str(package / "__init__.py"))
         return comparison._commit()
 
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
+    package = Path(nb_sparse_adam.__file__).parent  # this suite may be run on an installed one
+    assert (comparison._commit() is not None) == (package.parent / ".git").exists()
     ours, installed_there = tmp_path / "nb_sparse_adam", tmp_path / "lib" / "nb_sparse_adam"
     for package in (ours, installed_there):
-        (package / "bench").mkdir(parents=True)
+        package.mkdir(parents=True)
         (package / "file").write_text("1")
     assert commit_of(ours) is None
     git("init", "-q")

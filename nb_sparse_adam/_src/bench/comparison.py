@@ -16,6 +16,7 @@ from typing import Any
 
 import numba
 
+import nb_sparse_adam
 from nb_sparse_adam._src.bench.lines import LINES, Line
 from nb_sparse_adam._src.bench.machine import memory as _memory
 from nb_sparse_adam._src.bench.peers import PEERS
@@ -256,7 +257,7 @@ def _environment(line: Line) -> dict[str, str]:
 
 def _commit() -> str | None:
     """Return the commit of the checkout that the package is in, "-dirty" if files differ; None elsewhere."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(nb_sparse_adam.__file__).resolve().parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
