@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,9 @@ def _any_text(stream: Any) -> Iterator[None]:
 def _run(arguments: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = arguments.parser
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted before there were results: nothing was saved", file=sys.stderr)
         return _INTERRUPTED
@@ -96,6 +99,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except MemoryError as error:
         hint = "; a smaller --dim takes less" if arguments.command == "train" else ""
         message = f"there is not enough memory: {error}{hint}"
+    except BrokenPipeError:  # who reads what is printed, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (SparseAdamError, OSError) as error:
         message = str(error)
     except ValueError as error:

@@ -490,3 +490,16 @@ def test_importing_the_library_imports_none_of_this():
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
+    read, write = os.pipe()
+    os.close(read)  # as `head` does when it has its lines
+    done = subprocess.run(
+        [sys.executable, "-m", "nb_sparse_adam", "info"],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
