@@ -253,7 +253,8 @@ def read(gradient: object, target: Target) -> Given:
         return _read_compressed(
             CSR, "CSRGradient.", gradient.indptr, gradient.indices, gradient.data, target, exact=True
         )
-    if isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape"):  # as scipy's
+    looks_like_scipys = isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape")
+    if looks_like_scipys and not isinstance(gradient, memoryview):
         return _read_scipy(gradient, target)
     found = located(gradient, target)
     if found is not None:

@@ -127,7 +127,7 @@ def for_no_gradient(gradient: object, is_on_gpu: bool) -> tuple[str, str]:
             else "; pass CSRGradient(g.crow_indices(), g.col_indices(), g.values()) of a CSR tensor g"
         )
     if isinstance(gradient, (tuple, list)):
-        return got, _for_sequence(gradient)
+        return got, _for_sequence(_items(gradient) or ())
     if shape is None or not any(
         hasattr(gradient, f"__{name}__") for name in ("array", "cuda_array_interface", "dlpack")
     ):
