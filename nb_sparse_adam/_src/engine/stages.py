@@ -259,6 +259,7 @@ def write(
         bag_of = array_at(late(g["scratch"], places, half, places.bag_of), n, counters)
         offsets = integers(g["offsets"], g["offsets_length"], g["offsets_bytes"])
         write_bags(offsets, g["offsets_length"], g["values_rows"], lo, hi, n, bag_of)
+    # Of several parts HEADS has counted them: the thread that has the last one writes the same number again.
     segments, width = last_part["first_head"] + last_part["heads"], counters.itemsize
     at = behind_starts(g["scratch"], places, half, segments, width)
     at += 8 * first_listed(lo, first, part["which"], width)
