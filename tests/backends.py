@@ -92,7 +92,10 @@ class OnGpu:
         if type(array) is not np.ndarray:
             return array
         flags = array.flags
-        return cuda.to_device(array) if flags.c_contiguous and flags.writeable else foreign(array)
+        if not (flags.c_contiguous and flags.writeable):
+            return foreign(array)
+        # A copy, for one number can have any stride, which numba-cuda takes at its word.
+        return cuda.to_device(array.copy())
 
     def gradient(self, given):
         """A gradient with its arrays on the GPU, or a mapping of them."""

@@ -400,11 +400,14 @@ def test_deferred_checks_refuse_a_step_and_all_that_follow_it(kind):
 
 
 def test_deferred_checks_say_what_was_wrong_first():
+    from numba import cuda
+
     both = Both()
     opt, table = both.opt_on_gpu, both.tables_on_gpu
     opt.device_checks = "deferred"
     before = state_bits(opt, table)
     opt.step(CUDA.gradient(KINDS["id"]))
+    cuda.synchronize()  # a GPU notes it when it gets there
     guard_of(opt).seen[0] = 0
     opt.step(CUDA.gradient(KINDS["value"]))
     with pytest.raises(GradientIndexError, match=r"rows\[1\] is 977"):

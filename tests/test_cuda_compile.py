@@ -18,22 +18,32 @@ need("cuda.bindings.nvvm")
 pytestmark = pytest.mark.jit
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def compile_all(*runs, limit=None):
+    """Compile for each (compute capability, more of the environment), side by side; the reports, joined."""
     program = Path(__file__).with_name("compile_for_gpus.py")
     env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
     running = [
         subprocess.Popen(
             [sys.executable, program, *capability],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | more,
         )
-        for capability in ("80", "90")
+        for capability, more in runs
     ]  # fmt: skip
     report = []
-    for one, (out, err) in [(one, one.communicate()) for one in running]:
-        assert one.returncode == 0, err
-        report += json.loads(out)
+    try:
+        for one in running:
+            out, err = one.communicate(timeout=limit)
+            assert one.returncode == 0, err
+            report += json.loads(out)
+    finally:
+        for one in running:
+            one.kill()
     return report
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_all(("80", {}), ("90", {}))
 
 
 def test_every_kernel_is_compiled_for_both_generations(compiled):
@@ -75,3 +85,19 @@ def test_rows_of_whole_16_bytes_are_moved_16_bytes_at_a_time(compiled):
     for one in wide:
         assert one["vector_loads"] >= 4  # gradient, parameters, two moments
         assert one["vector_stores"] % 3 == 0  # of an unrolled loop, several times as many
+
+
+def test_older_compilers_finish(compiled):
+    """NVVM of CUDA 12.9 and 13.0 never came back from loops that newer ones compile in a second.
+
+    OLD_NVVM names such libraries, separated by colons; the one that is loaded first is used.
+    """
+    libraries = os.environ.get("OLD_NVVM")
+    if not libraries:
+        pytest.skip("needs OLD_NVVM, paths of libnvvm of CUDA 12.9 and 13.0")
+    runs = [
+        (capability, {"LD_PRELOAD": library, "NUMBA_CACHE_DIR": os.devnull})
+        for capability, library in zip(("80", "90"), libraries.split(":"), strict=True)
+    ]
+    report = compile_all(*runs, limit=600)
+    assert {one["kernel"] for one in report} == {one["kernel"] for one in compiled}

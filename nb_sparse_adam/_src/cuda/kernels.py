@@ -39,7 +39,6 @@ from nb_sparse_adam._src.cuda.opening import (
     variants_at,
 )
 from nb_sparse_adam._src.cuda.sums import (
-    Unit,
     ids_in_order,
     is_skipped,
     key_of,
@@ -279,14 +278,16 @@ def kernels_for(variant: Variant) -> Kernels:  # noqa: C901 (of all functions in
             while base < end:
                 tables, gradients, found, spans = lists_of(step)  # again: registers are scarce
                 work = open_work(step, variant, spans)
-                u, row = int32(base + gpu.threadIdx.y), int64(-1)
-                unit = Unit(uint64(variant["first"]), int64(0), int64(0), int64(0))
+                mine, row = int32(base + gpu.threadIdx.y), int64(-1)
                 base = int32(base + gpu.gridDim.x * gpu.blockDim.y)
-                if u < end:
-                    if in_order:
-                        unit = unit_in_order(spans, variant, u)
-                    else:
-                        unit = unit_grouped(step, work, spans, variant, u)
+                # Groups for which there is none look at the last one: NVVM before 13.1 never finishes to
+                # compile a unit that is there in one branch only.
+                u = min(mine, int32(end - 1))
+                if in_order:
+                    unit = unit_in_order(spans, variant, u)
+                else:
+                    unit = unit_grouped(step, work, spans, variant, u)
+                if u == mine:
                     if is_skipped(step, gradients[unit.i], found[unit.i], unit.number):
                         count_skipped(tables[unit.i])
                     else:

@@ -237,8 +237,8 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
 
         Four at a time are loaded before they are added: that many are on their way at once.
         """
-        a = gpu.local.array(width, real)
-        add_term(work, g, low, j, True, total, a)
+        piece = gpu.local.array(width, real)
+        add_term(work, g, low, j, True, total, piece)
         i = low + 1
         while i + 4 <= high:
             a = gpu.local.array(width, real)
@@ -257,7 +257,7 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
                 total[w] = total[w] + d[w]
             i += 4
         while i < high:
-            add_term(work, g, i, j, False, total, a)
+            add_term(work, g, i, j, False, total, piece)
             i += 1
 
     @device_function
@@ -333,6 +333,54 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
             note(spans, unit.i, SUM_RANK, place)
         bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit.number)] = 1
 
+    def look_for(in_order: bool) -> Any:
+        """Make ``look(step, variant, spans)``: find the bad ones of ids in order, or of grouped ones."""
+
+        @device_function
+        def look(step: Any, variant: Any, spans: Any) -> None:
+            work = open_work(step, variant, spans)
+            if in_order:
+                begin, end = ids_in_order(spans, variant["first"]), ids_in_order(spans, variant["last"])
+            else:
+                begin = first_unit(step, spans, variant["first"])
+                end = first_unit(step, spans, variant["last"])
+            total = gpu.local.array(width, real)
+            base = begin + int64(gpu.blockIdx.x) * gpu.blockDim.y
+            while base < end:
+                _, gradients, found, spans = lists_of(step)  # again: registers are scarce
+                mine = base + gpu.threadIdx.y
+                base += int64(gpu.gridDim.x) * gpu.blockDim.y
+                u = min(mine, end - 1)  # see `kernels.update`
+                if in_order:
+                    unit = unit_in_order(spans, variant, u)
+                else:
+                    unit = unit_grouped(step, work, spans, variant, u)
+                i, gradient = unit.i, gradients[unit.i]
+                looks = u == mine and gradient["on_nonfinite"] != PROPAGATE and found[i]["suspicious"] != 0
+                if looks and gpu.threadIdx.x == 0:
+                    bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit.number)] = 0
+                gpu.syncthreads()
+                if looks:
+                    g = open_terms(gradient, found[i])
+                    # Lanes take entries of a row of entries, of any other unit its elements.
+                    x, stop = int64(gpu.threadIdx.x) * width, g.dim
+                    if entries:
+                        stop = unit.end - unit.first
+                    while x < stop:
+                        if entries:
+                            sum_segment(work, g, unit.first + x, 0, total)
+                        elif in_order:
+                            load(reals_at(g.values, g.values_length), unit.first * g.stride + x, total)
+                        else:
+                            sum_segment(work, g, unit.first, x, total)
+                        if is_nonfinite(total):
+                            note_bad(step, spans, gradient, unit, x, not in_order)
+                        x += gpu.blockDim.x * width
+
+        return look
+
+    look_in_order, look_grouped = look_for(True), look_for(False)
+
     @kernel
     def find_bad(at: Any, v: Any) -> None:
         """Find the units whose sums overflow, or are not finite: the first one, or all to be skipped.
@@ -342,44 +390,10 @@ def sums_for(dtype: np.dtype[Any], width: int, entries: bool) -> Sums:  # noqa: 
         step = steps_at(at, int64(1))[0]
         if step["refused"] != 0 or step["suspicious"] == 0:
             return
-        total = gpu.local.array(width, real)
         spans = lists_of(step).spans
         variant = variants_at(step["variants"], v + 1)[v]
-        work = open_work(step, variant, spans)
-        begin = ids_in_order(spans, variant["first"])
-        in_order = int64(0) if entries else ids_in_order(spans, variant["last"]) - begin
-        grouped = first_unit(step, spans, variant["first"])
-        units = in_order + first_unit(step, spans, variant["last"]) - grouped
-        base = int64(gpu.blockIdx.x) * gpu.blockDim.y
-        while base < units:
-            _, gradients, found, spans = lists_of(step)  # again: registers are scarce
-            u = base + gpu.threadIdx.y
-            base += int64(gpu.gridDim.x) * gpu.blockDim.y
-            unit = Unit(uint64(variant["first"]), int64(0), int64(0), int64(0))
-            if u < in_order:
-                unit = unit_in_order(spans, variant, begin + u)
-            elif u < units:
-                unit = unit_grouped(step, work, spans, variant, grouped + u - in_order)
-            i, gradient = unit.i, gradients[unit.i]
-            looks = u < units and gradient["on_nonfinite"] != PROPAGATE and found[i]["suspicious"] != 0
-            if looks and gpu.threadIdx.x == 0:
-                bytes_at(step["bad"], 2 * step["capacity"])[uint64(unit.number)] = 0
-            gpu.syncthreads()
-            if looks:
-                g = open_terms(gradient, found[i])
-                # Lanes take entries of a row of entries, of any other unit its elements.
-                x, end = int64(gpu.threadIdx.x) * width, g.dim
-                if entries:
-                    end = unit.end - unit.first
-                while x < end:
-                    if entries:
-                        sum_segment(work, g, unit.first + x, 0, total)
-                    elif u >= in_order:
-                        sum_segment(work, g, unit.first, x, total)
-                    else:
-                        load(reals_at(g.values, g.values_length), unit.first * g.stride + x, total)
-                    if is_nonfinite(total):
-                        note_bad(step, spans, gradient, unit, x, u >= in_order)
-                    x += gpu.blockDim.x * width
+        if not entries:
+            look_in_order(step, variant, spans)
+        look_grouped(step, variant, spans)
 
     return Sums(sum_segment, unit_grouped, first_unit, sum_blocks, find_bad)
