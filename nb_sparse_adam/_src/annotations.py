@@ -11,21 +11,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "Array",
-    "BagMode",
-    "BatchedCoordinates",
-    "CompressedMatrix",
-    "CoordinateMatrix",
-    "DeviceArray",
-    "DeviceChecks",
-    "GradientForm",
-    "IndexedSlices",
-    "OnNonfinite",
-    "StepCounts",
-    "Table",
-]
-
 StepCounts = Literal["element", "row", "global"]
 OnNonfinite = Literal["raise", "skip", "propagate"]
 DeviceChecks = Literal["immediate", "deferred", "off"]

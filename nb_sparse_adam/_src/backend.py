@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from nb_sparse_adam._src.engine.mapped import StateFolder
     from nb_sparse_adam._src.engine.state import TableState
 
-__all__ = ["Backend", "Request", "Run", "backends_for"]
-
 
 class Request(NamedTuple):
     """One table in a step, with its gradient as the user passed it."""

@@ -11,8 +11,6 @@ from types import ModuleType
 
 from nb_sparse_adam.errors import MissingExtraError
 
-__all__ = ["EXTRAS", "install_command", "require"]
-
 _TRAIN = ("matplotlib", "polars", "safetensors", "tqdm")
 
 EXTRAS: dict[str, tuple[str, ...]] = {

@@ -15,8 +15,6 @@ from nb_sparse_adam._src.engine import records
 from nb_sparse_adam._src.gradients import Given, Target
 from nb_sparse_adam.errors import GradientError, GradientIndexError, NonFiniteGradientError
 
-__all__ = ["fault_error", "shares_memory", "too_many_bits"]
-
 
 def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientError:
     """Make an error of a fault.

@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-__all__ = ["NoRegularFileError", "descriptor", "open_regular", "prepare_folder", "write_whole"]
-
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",

@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 
-__all__ = ["keep_names"]
-
 
 def keep_names(package: str, *modules: str) -> None:
     """Let old pickles find modules under the names that they had.

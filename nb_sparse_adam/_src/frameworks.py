@@ -18,8 +18,6 @@ from nb_sparse_adam.errors import GradientError, GradientTypeError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.gradients import Target
 
-__all__ = ["Located", "located"]
-
 _INDEXED_SLICES = ("values", "indices", "dense_shape")
 _BCOO = ("data", "indices", "shape", "n_batch", "n_sparse", "n_dense")
 

@@ -32,8 +32,6 @@ from nb_sparse_adam._src.public import public
 from nb_sparse_adam._src.remedies import for_ids, for_no_gradient, for_values
 from nb_sparse_adam.errors import GradientError, GradientIndexError, GradientTypeError
 
-__all__ = ["BagGradient", "CSRGradient", "Gradient", "RowGradient"]
-
 
 def _size(array: Any) -> int:
     """Count elements; of a tensor, ``size`` is a method."""

@@ -18,8 +18,6 @@ from nb_sparse_adam.errors import OptionError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.engine.state import TableState
 
-__all__ = ["HyperParameters"]
-
 
 T = TypeVar("T")
 

@@ -20,8 +20,6 @@ from nb_sparse_adam._src.engine.rearranging import take_rows
 from nb_sparse_adam._src.extras import EXTRAS, install_command, require
 from nb_sparse_adam.errors import MissingExtraError
 
-__all__ = ["cache_folder", "report_lines", "threading_layer", "unusable", "usable_cores", "versions"]
-
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this library and of what it computes with, by name."""

@@ -31,8 +31,6 @@ from nb_sparse_adam._src.engine.rows import updates
 from nb_sparse_adam._src.engine.view import viewed
 from nb_sparse_adam._src.public import public
 
-__all__ = ["LentTable", "apply_row_gradient", "lent", "view"]
-
 
 @public("nb_sparse_adam.typing")
 class LentTable(NamedTuple):

@@ -6,8 +6,6 @@ from __future__ import annotations
 import sys
 from types import GeneratorType
 
-__all__ = ["is_of", "type_name"]
-
 # Classes that their users never see under the name that they have.
 _KNOWN_AS = {
     ("jaxlib", "ArrayImpl"): "jax.Array",

@@ -35,8 +35,6 @@ from nb_sparse_adam.errors import (
     TableError,
 )
 
-__all__ = ["SparseAdam", "tables_of"]
-
 _FORMS = (RowGradient, BagGradient, CSRGradient)
 
 

@@ -7,8 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["public"]
-
 T = TypeVar("T", bound=Callable[..., Any])
 
 

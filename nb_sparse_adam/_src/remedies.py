@@ -15,8 +15,6 @@ import numpy as np
 from nb_sparse_adam._src.naming import is_of, type_name
 from nb_sparse_adam.errors import TableError, TableTypeError
 
-__all__ = ["for_ids", "for_no_gradient", "for_several_arguments", "for_table", "for_values", "named_tables"]
-
 _TORCH = "parameters of PyTorch are for nb_sparse_adam.torch.SparseAdam(params, lr=...)"
 _BY_NAME = "SparseAdam({'user': array, 'item': another})"
 _DENSE = "; for a dense gradient g pass RowGradient"

@@ -12,8 +12,6 @@ from nb_sparse_adam._src.engine.state import STATE_VERSION
 from nb_sparse_adam._src.options import check_part
 from nb_sparse_adam.errors import StateError, StateTypeError
 
-__all__ = ["check_state_dict"]
-
 
 def check_state_dict(given: Any, tables: Collection[str]) -> tuple[Any, Mapping[str, Any]]:
     """Check a state dict for tables of these names; return its options and its tables."""

@@ -14,8 +14,6 @@ from nb_sparse_adam.errors import OptionError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.optimizer import SparseAdam
 
-__all__ = ["finish", "prepare", "run_all", "step_alone", "step_together"]
-
 
 def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     """Step several optimizers as one: everything is checked before anything is written.

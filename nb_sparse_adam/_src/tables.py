@@ -22,8 +22,6 @@ from nb_sparse_adam._src.stepping import run_all
 from nb_sparse_adam._src.views import States, StateView
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 
-__all__ = ["Tables", "refuse_overlap"]
-
 
 class Tables(HyperParameters):
     """The part of `SparseAdam` that is about its tables between steps."""

@@ -15,8 +15,6 @@ from nb_sparse_adam._src.public import public
 if TYPE_CHECKING:
     from nb_sparse_adam._src.engine.state import TableState
 
-__all__ = ["Shown", "StateView", "States"]
-
 T = TypeVar("T")
 
 

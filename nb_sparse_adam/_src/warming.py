@@ -24,8 +24,6 @@ from nb_sparse_adam._src.options import STEP_COUNTS, Choice, choice, flag
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, OptionTypeError
 
-__all__ = ["DTYPES", "GRADIENTS", "WarmUp", "warm_up"]
-
 DTYPES = ("float32", "float64")
 
 GRADIENTS: tuple[GradientForm, ...] = get_args(GradientForm)

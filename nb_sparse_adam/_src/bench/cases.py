@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CASES", "CSR", "Arrays", "Bag", "Case", "Rows", "compact", "zipf_ids"]
-
 SEED = 20260101
 
 

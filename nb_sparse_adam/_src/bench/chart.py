@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from nb_sparse_adam._src.extras import require
 
-__all__ = ["checksum", "draw", "new_figure", "panels", "png"]
-
 _BAR, _TARGET = "#3b6ea5", "#c0392b"
 
 

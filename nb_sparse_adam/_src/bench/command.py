@@ -15,8 +15,6 @@ from nb_sparse_adam._src.files import prepare_folder, write_whole
 from nb_sparse_adam._src.recommender.report import refuse_others
 from nb_sparse_adam.errors import MissingExtraError
 
-__all__ = ["bench"]
-
 _OURS = rb'\{\n  "schema": '  # how a bench.json begins
 
 

@@ -25,8 +25,6 @@ from nb_sparse_adam._src.engine.threads import max_threads
 from nb_sparse_adam._src.info import threading_layer, usable_cores, versions
 from nb_sparse_adam.errors import MissingExtraError, OptionError
 
-__all__ = ["choose_lines", "choose_peers", "choose_threads", "describe", "figures", "reason_to_skip", "run"]
-
 SCHEMA = 1
 
 

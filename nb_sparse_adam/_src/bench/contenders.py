@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam
 from nb_sparse_adam._src.bench.cases import CSR, Arrays, Bag, Case, Rows
 
-__all__ = ["HYPER", "Contender", "Grouping", "NumpyUnique", "Ours", "WithOptimizer", "gradient"]
-
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from nb_sparse_adam._src.bench.contenders import HYPER
 from nb_sparse_adam._src.bench.peers import TorchBag, TorchRows
 
-__all__ = ["DropInRows", "FusedBag"]
-
 
 class DropInRows(TorchRows):
     """`nb_sparse_adam.torch.SparseAdam` on rows, with its defaults."""

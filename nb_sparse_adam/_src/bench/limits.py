@@ -51,8 +51,6 @@ from nb_sparse_adam._src.engine.records import ELEMENT, GLOBAL, ROW
 from nb_sparse_adam._src.engine.view import open_table
 from nb_sparse_adam._src.optimizer import SparseAdam
 
-__all__ = ["Limit"]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

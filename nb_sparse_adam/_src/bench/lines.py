@@ -14,8 +14,6 @@ from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam._src.bench.limits import Limit
 from nb_sparse_adam._src.bench.peers import FbgemmBag, PaddleRows, TorchBag, TorchEntries, TorchRows
 
-__all__ = ["LINES", "Entry", "Figure", "Line"]
-
 
 class Entry(NamedTuple):
     """A contender of a line."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["memory"]
-
 
 def memory(what: str) -> float | None:
     """Return a line of /proc/meminfo, such as "MemAvailable", in GB; None where there is none."""

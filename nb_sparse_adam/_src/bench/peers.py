@@ -15,17 +15,6 @@ import numpy as np
 from nb_sparse_adam._src.bench.cases import CSR, Bag, Case, Rows
 from nb_sparse_adam._src.bench.contenders import HYPER, Contender
 
-__all__ = [
-    "PEERS",
-    "FbgemmBag",
-    "PaddleRows",
-    "Peer",
-    "TorchBag",
-    "TorchEntries",
-    "TorchRows",
-    "import_peer",
-]
-
 _SPINNING = 0.25
 """Seconds. The OpenMP that Paddle and MKL bring lets threads spin for 0.2 s after their work (KMP_BLOCKTIME),
 on the cores that the next contender needs."""

@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["headline", "text_lines"]
-
 _MET = {True: "met", False: "NOT met", None: ""}
 _INDENT = " " * 4
 _OF_MEMORY = ("scratch", "torch-memory")  # lines whose numbers are no times

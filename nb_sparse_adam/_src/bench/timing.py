@@ -9,8 +9,6 @@ from collections.abc import Mapping
 
 from nb_sparse_adam._src.bench.contenders import Contender
 
-__all__ = ["alternate"]
-
 
 def alternate(
     contenders: Mapping[str, Contender], repeats: int, loop: int = 1, longest_rest: float = math.inf

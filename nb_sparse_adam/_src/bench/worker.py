@@ -31,8 +31,6 @@ from nb_sparse_adam._src.bench.lines import LINES, Entry, Line
 from nb_sparse_adam._src.bench.peers import import_peer
 from nb_sparse_adam._src.bench.timing import alternate
 
-__all__ = ["CannotMeasureError", "Settings", "command", "measure"]
-
 REPEATS = 21
 QUICK_REPEATS, QUICK_REST = 3, 0.02
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>

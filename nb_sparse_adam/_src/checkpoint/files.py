@@ -21,8 +21,6 @@ from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.files import NoRegularFileError, open_regular
 from nb_sparse_adam.errors import CheckpointError
 
-__all__ = ["TOO_MANY", "TableFile", "progress_bar", "read_all", "reading"]
-
 _TRIES = 10  # more, of reading a checkpoint that is being replaced meanwhile
 TOO_MANY = (errno.EMFILE, errno.ENFILE)  # files are open, in this process or in all
 _KEPT_OPEN = 100  # files, while a checkpoint is read: of a usual limit of 256 or 1,024 for the whole process

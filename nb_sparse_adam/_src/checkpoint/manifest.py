@@ -25,8 +25,6 @@ from nb_sparse_adam._src.checkpoint.tensor_files import array_size, begins_as_wr
 from nb_sparse_adam._src.files import NoRegularFileError, open_regular
 from nb_sparse_adam.errors import CheckpointError
 
-__all__ = ["ARRAYS", "MANIFEST", "check_extra", "content", "old_files", "read_manifest", "refuse_foreign"]
-
 FORMAT, VERSION = "nb_sparse_adam checkpoint", 1
 MANIFEST = "manifest.json"
 ARRAYS = ("param", "exp_avg", "exp_avg_sq", "steps")  # of a table's file

@@ -17,18 +17,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "TensorFileError",
-    "array_size",
-    "begins_as_written",
-    "check_header",
-    "framed",
-    "header_of",
-    "read_pieces",
-    "unique_keys",
-    "write_tensors",
-]
-
 PIECE_BYTES = 32 << 20  # bytes read, hashed or written at a time
 ALIGNMENT = 64  # of the first array in the file, so that it can be mapped; the format allows spaces in front
 MOST_HEADER = 100 << 20  # as the package has it

@@ -15,8 +15,6 @@ from nb_sparse_adam._src.options import Options
 from nb_sparse_adam._src.stepping import finish
 from nb_sparse_adam.errors import TableError
 
-__all__ = ["DeviceBackend"]
-
 _stepping: set[Any] = set()  # backends whose tables are in a step
 
 

@@ -47,10 +47,6 @@ from nb_sparse_adam._src.engine.records import (
     WEIGHT_NOT_FINITE,
 )
 
-__all__ = [
-    "check_ids", "check_offsets", "check_values", "join", "note", "settle", "settle_sums", "sum_before",
-]  # fmt: skip
-
 # Of each fault, what is told first; see `records.rank_of`.
 ID_RANK, COLUMN_RANK, OFFSET_RANK = rank_of(ID), rank_of(COLUMN), rank_of(OFFSET)
 VALUE_RANK, WEIGHT_RANK, SUM_RANK = rank_of(NOT_FINITE), rank_of(WEIGHT_NOT_FINITE), rank_of(OVERFLOW)

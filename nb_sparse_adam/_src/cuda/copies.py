@@ -9,8 +9,6 @@ from numba import cuda, int64
 
 from nb_sparse_adam._src.cuda.device import kernel
 
-__all__ = ["convert_matrix", "convert_vector", "fill", "gather_rows", "scatter_rows"]
-
 
 @kernel
 def fill(array: Any, value: Any) -> None:

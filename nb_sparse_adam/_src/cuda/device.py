@@ -22,37 +22,6 @@ from numpy.typing import NDArray
 from nb_sparse_adam._src.engine.compilations import Announcement
 from nb_sparse_adam._src.engine.kernel_cache import keep_on_disk
 
-__all__ = [
-    "DEFAULT",
-    "SIMULATED",
-    "Mark",
-    "Stream",
-    "address_of",
-    "array_from",
-    "arrays_at",
-    "as_one_row",
-    "blocks_for",
-    "copy_later",
-    "copy_to_device",
-    "copy_to_host",
-    "device_function",
-    "empty",
-    "gpu",
-    "is_aligned",
-    "kernel",
-    "launch",
-    "load_piece",
-    "ordinal_of",
-    "pinned",
-    "product",
-    "store_piece",
-    "stream_of",
-    "strided",
-    "synchronize",
-    "upload",
-    "using",
-]
-
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 # numba warns of grids of fewer blocks than this. Those that are too many find nothing to do.

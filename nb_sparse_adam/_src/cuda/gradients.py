@@ -30,8 +30,6 @@ from nb_sparse_adam._src.gradients import Given, Target, on_gpu, read
 from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam.errors import GradientError, GradientTypeError
 
-__all__ = ["DeviceReader", "Matrix", "check"]
-
 
 class Matrix(NamedTuple):
     """Rows that are contiguous, and follow each other at a distance."""

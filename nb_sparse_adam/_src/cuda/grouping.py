@@ -42,8 +42,6 @@ from nb_sparse_adam._src.cuda.records import (
 )
 from nb_sparse_adam._src.engine.records import CSR, ROWS
 
-__all__ = ["count_heads", "pack", "radix_count", "radix_place", "scan_digits", "scan_heads", "write_starts"]
-
 COUNTERS = DIGITS * SORT_THREADS
 # Two places are left empty after 64: threads that each read 64 of their own would all ask one bank of memory.
 PADDED = COUNTERS + 2 * (COUNTERS >> 6) + 2

@@ -26,8 +26,6 @@ from nb_sparse_adam._src.engine.records import CSR
 from nb_sparse_adam._src.faults import fault_error
 from nb_sparse_adam._src.gradients import Names, Target
 
-__all__ = ["KINDS", "Guard", "Kind", "number_of_kind"]
-
 WORDS = REFUSAL.itemsize // 8
 
 

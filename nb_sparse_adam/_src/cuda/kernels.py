@@ -52,8 +52,6 @@ from nb_sparse_adam._src.engine.formula import after, formula, late_correction
 from nb_sparse_adam._src.engine.layout import count_offset, exp_avg_offset, exp_avg_sq_offset, param_offset
 from nb_sparse_adam._src.engine.records import DISTINCT, ELEMENT, GLOBAL, ROW
 
-__all__ = ["Kernels", "Variant", "kernels_for"]
-
 adam = device_function(formula(product))
 late, one_more = device_function(late_correction), device_function(after)
 param_start, count_start = device_function(param_offset), device_function(count_offset)

@@ -36,8 +36,6 @@ from nb_sparse_adam._src.gradients import Given
 from nb_sparse_adam._src.options import Options
 from nb_sparse_adam.errors import GradientError
 
-__all__ = ["MOST_IDS", "Batch", "DevicePart", "rehearse"]
-
 MOST_IDS = 2**31 - 2**24  # in a batch: 32 bits count them, and a grid of threads beyond them
 ENTRY_LANES = 8  # threads to a row of entries
 

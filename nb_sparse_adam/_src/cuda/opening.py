@@ -16,22 +16,6 @@ from nb_sparse_adam._src.cuda import records
 from nb_sparse_adam._src.cuda.device import arrays_at, device_function
 from nb_sparse_adam._src.engine.records import FOUND, GRADIENT, TABLE
 
-__all__ = [
-    "Integers",
-    "bag_of_id",
-    "find_id",
-    "find_offset",
-    "find_packed",
-    "find_row",
-    "find_tile",
-    "ids_of",
-    "integer",
-    "last_not_above",
-    "offsets_of",
-    "row_of_entry",
-    "sorted_ids",
-]
-
 bytes_at, shorts_at, longs_at = arrays_at(np.uint8), arrays_at(np.int32), arrays_at(np.int64)
 singles_at, doubles_at = arrays_at(np.float32), arrays_at(np.float64)
 steps_at, tables_at, gradients_at = arrays_at(records.STEP), arrays_at(TABLE), arrays_at(GRADIENT)

@@ -18,23 +18,6 @@ from __future__ import annotations
 from nb_sparse_adam._src.cuda.device import SIMULATED
 from nb_sparse_adam._src.engine.records import COLUMN, OFFSET, record
 
-__all__ = [
-    "DIGITS",
-    "DIGIT_BITS",
-    "NOWHERE",
-    "REFUSAL",
-    "SCAN_ITEMS",
-    "SCAN_THREADS",
-    "SORT_ITEMS",
-    "SORT_THREADS",
-    "SPAN",
-    "STEP",
-    "THREADS",
-    "TILE",
-    "VARIANT",
-    "rank_of",
-]
-
 # Of a block. The simulator has a Python thread for each.
 THREADS = 4 if SIMULATED else 256
 # Of a sort: a block takes a tile of ids, each thread as many of them in a row.

@@ -19,8 +19,6 @@ from nb_sparse_adam._src.cuda.device import (
     upload,
 )
 
-__all__ = ["Ring", "Scratch", "Slot"]
-
 MOST = 16  # steps that are on their way, before the host waits for the first of them
 LEAST_WORDS = 1 << 10
 

@@ -22,8 +22,6 @@ from nb_sparse_adam._src.cuda.table import DeviceTable
 from nb_sparse_adam._src.gradients import arrays_of, on_gpu
 from nb_sparse_adam.errors import GradientError, TableError
 
-__all__ = ["DeviceRun", "part_of", "prepare"]
-
 
 def part_of(request: Request, guard: Guard) -> DevicePart:
     """Check what of a gradient can be checked without looking at what it holds."""

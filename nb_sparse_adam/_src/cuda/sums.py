@@ -35,21 +35,6 @@ from nb_sparse_adam._src.cuda.records import rank_of
 from nb_sparse_adam._src.engine.records import OVERFLOW, PROPAGATE, RAISE, SKIP
 from nb_sparse_adam._src.engine.scratch import BLOCK
 
-__all__ = [
-    "Sums",
-    "Terms",
-    "Unit",
-    "Work",
-    "first_segment",
-    "ids_in_order",
-    "is_skipped",
-    "key_of",
-    "open_terms",
-    "open_work",
-    "sums_for",
-    "unit_in_order",
-]
-
 SUM_RANK = rank_of(OVERFLOW)
 
 

@@ -43,8 +43,6 @@ from nb_sparse_adam.errors import TableError, TableTypeError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.cuda.backend import DeviceBackend as Backend
 
-__all__ = ["DeviceTable", "extent"]
-
 _PIECE = 4 << 20  # elements that are copied at a time
 
 

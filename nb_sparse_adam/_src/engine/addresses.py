@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Memory", "address_of", "extent", "pointer_to"]
-
 _HEADER = object.__basicsize__
 _pointer_at = ctypes.c_void_p.from_address
 _words = ctypes.cast(8, ctypes.POINTER(ctypes.c_size_t))  # all memory, but for the first 8 bytes

@@ -40,8 +40,6 @@ from nb_sparse_adam._src.engine.sums import (
 )
 from nb_sparse_adam._src.engine.view import open_gradient, open_table
 
-__all__ = ["Appliers", "apply_for"]
-
 
 class Appliers(NamedTuple):
     """The drivers that apply gradients to tables of one combination: ``serial(1, job)`` and so on."""

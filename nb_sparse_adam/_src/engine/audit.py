@@ -16,8 +16,6 @@ from nb_sparse_adam._src.engine.records import COMPRESSED, DISTINCT, OVERFLOW, S
 from nb_sparse_adam._src.engine.sums import first_long, sum_blocks, sum_entry, sum_segment
 from nb_sparse_adam._src.engine.view import open_gradient
 
-__all__ = ["audit_for"]
-
 
 @jit
 def row_of(gradient: Any, e: Any) -> Any:

@@ -15,8 +15,6 @@ import numpy as np
 
 from nb_sparse_adam._src.engine.compile import jit
 
-__all__ = ["PLAIN", "Codec", "compiled"]
-
 
 class Codec:
     """Each number as it is; base class of the others.

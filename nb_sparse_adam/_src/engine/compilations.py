@@ -12,8 +12,6 @@ import logging
 from contextlib import suppress
 from typing import NamedTuple
 
-__all__ = ["LOGGER", "WARM_UP", "Announcement", "Counts", "begun", "counts", "kept"]
-
 LOGGER = logging.getLogger("nb_sparse_adam")
 WARM_UP = (
     "The first step of a kind waits some 5 to 15 seconds for it; nb_sparse_adam.warm_up(), or the command "

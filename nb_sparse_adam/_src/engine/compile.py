@@ -13,9 +13,6 @@ from nb_sparse_adam._src.engine import inner
 from nb_sparse_adam._src.engine.compilations import WARM_UP, Announcement
 from nb_sparse_adam._src.engine.kernel_cache import keep_on_disk
 
-__all__ = ["jit"]
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_ENTRIES", "Corrections", "corrections"]
-
 # 2 × 64k float32 are 512 kB: they stay in a core's second-level cache. β₂ = 0.999 needs 17k entries in
 # float32 and 38k in float64.
 MAX_ENTRIES = 1 << 16

@@ -13,8 +13,6 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["cpu_quota", "most_threads"]
-
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 _UNLIMITED = 1 << 30

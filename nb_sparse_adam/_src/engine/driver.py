@@ -26,8 +26,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import call_at, new_turns, take_turn
 from nb_sparse_adam._src.engine.parallel import float_mode, swap_float_mode, swap_threads
 
-__all__ = ["Drivers"]
-
 
 class Drivers:
     """A job's two drivers.

@@ -24,8 +24,6 @@ from nb_sparse_adam._src.engine.records import COMPRESSED, ELEMENT
 from nb_sparse_adam._src.engine.rows import row_update, updates
 from nb_sparse_adam._src.engine.sums import sum_entry
 
-__all__ = ["entries_worker"]
-
 
 @jit
 def row_of(g: Any, s: Any, dim: Any) -> Any:

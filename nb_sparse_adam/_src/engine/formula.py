@@ -17,19 +17,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import load_correction, load_count, load_gradient
 from nb_sparse_adam._src.engine.layout import count_offset
 
-__all__ = [
-    "adam",
-    "after",
-    "correction",
-    "counts_agree",
-    "formula",
-    "highest_count",
-    "is_nonfinite",
-    "late_correction",
-    "most_of",
-    "one_more",
-]
-
 
 def formula(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """Make `adam` of a multiplication: a CPU's, or one that a GPU does not fuse with the sum next to it."""

@@ -46,8 +46,6 @@ from nb_sparse_adam._src.options import Options
 from nb_sparse_adam._src.stepping import finish
 from nb_sparse_adam.errors import GradientError
 
-__all__ = ["HostBackend", "HostRun"]
-
 _pack_gradient: Any = packer(GRADIENT).pack_into
 _TABLES = (STEP.names or ()).index("tables")
 TASKS_A_PART = 4  # a thread that another program has held up leaves the rest to the others

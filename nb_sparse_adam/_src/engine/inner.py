@@ -16,9 +16,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-__all__ = ["OPTIONS"]
-
-
 # What a call from Python comes to, which is an error of the library's: a TypeError.
 _refusal = ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 

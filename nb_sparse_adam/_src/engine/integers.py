@@ -10,8 +10,6 @@ import numpy as np
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import array_at
 
-__all__ = ["Integers", "integer", "integers"]
-
 
 class Integers(NamedTuple):
     """An array of int32, or of int64 if it is wide; the other one is empty."""

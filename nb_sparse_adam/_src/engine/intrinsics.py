@@ -25,35 +25,6 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
-__all__ = [
-    "CACHE_LINE",
-    "address",
-    "array_at",
-    "call_at",
-    "copy_correction",
-    "load_correction",
-    "load_count",
-    "load_exp_avg",
-    "load_exp_avg_sq",
-    "load_gradient",
-    "load_param",
-    "load_row_correction",
-    "load_sum",
-    "load_value",
-    "new_turns",
-    "prefetch_line",
-    "real_of_bits4",
-    "real_of_bits8",
-    "select",
-    "store_count",
-    "store_exp_avg",
-    "store_exp_avg_sq",
-    "store_param",
-    "store_row_correction",
-    "store_sum",
-    "take_turn",
-]
-
 # Scope -> the scopes that it cannot meet. A sum is read as a gradient later on: these two are not kept apart.
 _STATE = ["param", "exp_avg", "exp_avg_sq", "count"]
 _READ = ["gradient", "correction", "row correction"]

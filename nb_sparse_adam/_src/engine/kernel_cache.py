@@ -38,8 +38,6 @@ import numpy as np
 from nb_sparse_adam._src.engine.compilations import Announcement, begun, kept
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["SOURCES", "STAMP", "folder_of", "keep_on_disk"]
-
 # Beside this folder. Whose functions, constants or tuples are in kernels of other files, and, in __init__,
 # the package's version.
 SOURCES = (

@@ -20,16 +20,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import CACHE_LINE
 from nb_sparse_adam._src.engine.records import ELEMENT, GLOBAL, ROW
 
-__all__ = [
-    "State",
-    "allocate",
-    "count_offset",
-    "exp_avg_offset",
-    "exp_avg_sq_offset",
-    "param_offset",
-    "state_spans",
-]
-
 Zeros = Callable[[int, "np.dtype[Any]"], NDArray[Any]]  # (length, dtype) -> (length,) zeros
 
 

@@ -23,8 +23,6 @@ from numba.np.ufunc import parallel
 
 from nb_sparse_adam.errors import StateError
 
-__all__ = ["LOST", "hold", "is_lost", "new_lock", "renew"]
-
 # Seconds that a fork waits. For the optimizers: longer than a step takes, but a save may take minutes, and a
 # loader that starts workers meanwhile is not to be held up. For numba: a compilation takes some seconds, and
 # in a child that was forked in the midst of one nothing could be compiled.

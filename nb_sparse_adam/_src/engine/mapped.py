@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam.errors import OptionError, OptionTypeError, SparseAdamWarning, StateError
 
-__all__ = ["StateFolder"]
-
 
 class StateFolder:
     """A folder of files that hold zeros until they are written to, and take room on the disk only then.

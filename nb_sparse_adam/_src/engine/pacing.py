@@ -13,8 +13,6 @@ from statistics import fmean
 
 from nb_sparse_adam._src.engine.threads import ALONE, Partition, usable_threads
 
-__all__ = ["Pace", "Paces", "choices_up_to"]
-
 # Elements that a step must touch before a second thread pays: starting a team costs about as much as updating
 # this many (5 µs; measured on two Zen 4 cores, omp).
 PARALLEL_ELEMENTS = 1 << 13

@@ -30,8 +30,6 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["float_mode", "get_threads", "swap_float_mode", "swap_threads"]
-
 _MACHINE = platform.machine().lower()
 _X86, _ARM = _MACHINE in ("x86_64", "amd64"), _MACHINE in ("aarch64", "arm64")
 _X86_FLAGS = 0x3F  # of MXCSR: what has happened (inexact, underflow ...), and no part of the mode

@@ -15,16 +15,6 @@ from nb_sparse_adam._src.engine.intrinsics import CACHE_LINE, address, prefetch_
 from nb_sparse_adam._src.engine.layout import count_offset, exp_avg_offset, exp_avg_sq_offset, param_offset
 from nb_sparse_adam._src.engine.records import ELEMENT, ROW
 
-__all__ = [
-    "ENTRIES_AHEAD",
-    "PIECE",
-    "Prefetching",
-    "prefetch",
-    "prefetch_element",
-    "prefetching",
-    "rows_ahead",
-]
-
 # How far ahead rows are prefetched: enough to cover the latency of memory, not so much that the processor's
 # queue of misses overflows. Measured on two Zen 5 cores: at dim 16, 12 rows take a tenth less time than 8;
 # from dim 64 on it is flat.

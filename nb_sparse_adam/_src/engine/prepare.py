@@ -60,8 +60,6 @@ from nb_sparse_adam._src.engine.stages import (
 from nb_sparse_adam._src.engine.step import open_step
 from nb_sparse_adam._src.engine.threads import threading_layer
 
-__all__ = ["PART", "PREPARE", "PREPARE_WIDE", "group"]
-
 
 @jit
 def begin_stage(step: Any, counters: Any, phase: Any) -> Any:

@@ -16,8 +16,6 @@ from nb_sparse_adam.errors import GradientTypeError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.engine.host import HostBackend
 
-__all__ = ["HostReader"]
-
 
 class HostReader:
     """Reads a gradient's arrays, which are in the memory of the host."""

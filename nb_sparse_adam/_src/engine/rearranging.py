@@ -12,8 +12,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import load_gradient, store_param
 from nb_sparse_adam.errors import StateError, StateTypeError
 
-__all__ = ["checked_source", "take_rows"]
-
 FRESH = -1  # a row that comes from none
 
 

@@ -19,42 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "BAGS",
-    "CHANGED",
-    "COLUMN",
-    "COMPRESSED",
-    "COO",
-    "CSC",
-    "CSR",
-    "DISTINCT",
-    "ELEMENT",
-    "ENTRIES",
-    "FOUND",
-    "GLOBAL",
-    "GRADIENT",
-    "ID",
-    "NOT_FINITE",
-    "NO_FAULT",
-    "OFFSET",
-    "OVERFLOW",
-    "POLICIES",
-    "PROPAGATE",
-    "RAISE",
-    "ROW",
-    "ROWS",
-    "SEGMENTS",
-    "SKIP",
-    "STEP",
-    "TABLE",
-    "TASK",
-    "TOO_MANY_BITS",
-    "WEIGHT_NOT_FINITE",
-    "joined",
-    "packer",
-    "record",
-]
-
 ELEMENT, ROW, GLOBAL = 0, 1, 2  # count rules, as `step_counts` names them
 RAISE, SKIP, PROPAGATE = 0, 1, 2  # what becomes of numbers that are not finite
 POLICIES = {"raise": RAISE, "skip": SKIP, "propagate": PROPAGATE}  # as `on_nonfinite` names it

@@ -37,8 +37,6 @@ from nb_sparse_adam._src.engine.layout import count_offset, exp_avg_offset, exp_
 from nb_sparse_adam._src.engine.prefetching import PIECE, prefetching
 from nb_sparse_adam._src.engine.records import ELEMENT, ROW
 
-__all__ = ["SCRATCH_ROWS", "Updates", "look_up_corrections", "row_update", "updates"]
-
 # Rows of scratch memory of each thread: the sum of a row's gradients, and its step sizes and scales.
 SCRATCH_ROWS = 3
 

@@ -15,15 +15,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.integers import integer
 from nb_sparse_adam._src.engine.scratch import SPARE
 
-__all__ = [
-    "count_falls",
-    "first_id_out_of_range",
-    "first_wrong_offset",
-    "list_present",
-    "scan_columns",
-    "scan_ids_of_part",
-]
-
 
 @jit(inlined=False)
 def scan_ids_of_part(ids: Any, first: Any, last: Any) -> Any:

@@ -20,19 +20,6 @@ from typing import Any, NamedTuple
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.records import BAGS, CSR, ROWS
 
-__all__ = [
-    "BLOCK",
-    "DIGIT_BITS",
-    "SPARE",
-    "Places",
-    "behind_starts",
-    "bytes_needed",
-    "first_listed",
-    "is_wide",
-    "late",
-    "places_of",
-]
-
 # The ids of one row are summed in blocks of this many, and the blocks' sums are added in order. Fixed, for
 # the bits depend on it: a row that takes half of a batch can then be summed by many threads.
 BLOCK = 512

@@ -14,15 +14,6 @@ import numpy as np
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import array_at, real_of_bits4, real_of_bits8
 
-__all__ = [
-    "SAFE_SHARE",
-    "first_not_finite",
-    "largest_bits",
-    "magnitude_of_bits",
-    "square_root_of_largest",
-    "surely_finite",
-]
-
 SAFE_SHARE = 1.25  # what rounding may add to a sum, generously
 
 BLOCK = 4096  # values; enough for the processor's own prefetching

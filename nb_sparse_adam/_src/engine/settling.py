@@ -51,8 +51,6 @@ from nb_sparse_adam._src.engine.stages import (
     pointer_of,
 )
 
-__all__ = ["settle"]
-
 ROW_COST = 4  # a row costs as much as so many ids that are added up
 
 

@@ -49,26 +49,6 @@ from nb_sparse_adam._src.engine.scanning import (
 from nb_sparse_adam._src.engine.scratch import BLOCK, behind_starts, first_listed, late, places_of
 from nb_sparse_adam._src.engine.screening import largest_bits
 
-__all__ = [
-    "COUNT",
-    "DONE",
-    "FEW",
-    "HEADS",
-    "MOVE",
-    "PACK",
-    "PART",
-    "SCAN",
-    "WRITE",
-    "choose_bits",
-    "must_sort",
-    "pack",
-    "places_in",
-    "pointer_of",
-    "scan",
-    "screen",
-    "write",
-]
-
 SCAN, PACK, MOVE, COUNT, HEADS, WRITE, DONE = 0, 1, 2, 3, 4, 5, 6
 
 FEW = 48  # ids of one part that are sorted by insertion: zeroing counters would take longer

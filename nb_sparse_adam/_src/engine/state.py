@@ -27,8 +27,6 @@ from nb_sparse_adam.errors import StateError, StateTypeError, TableError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.backend import Backend
 
-__all__ = ["STATE_VERSION", "Described", "TableState"]
-
 STATE_VERSION = 1
 
 MODES = {"element": ELEMENT, "row": ROW, "global": GLOBAL}

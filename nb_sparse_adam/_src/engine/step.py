@@ -10,8 +10,6 @@ from nb_sparse_adam._src.engine.intrinsics import array_at
 from nb_sparse_adam._src.engine.records import FOUND, GRADIENT, TABLE, TASK
 from nb_sparse_adam._src.engine.stages import PART
 
-__all__ = ["Step", "open_step"]
-
 
 class Step(NamedTuple):
     """The arrays of records that a step consists of."""

@@ -19,9 +19,6 @@ from nb_sparse_adam._src.engine.prefetching import prefetch
 from nb_sparse_adam._src.engine.scratch import BLOCK
 from nb_sparse_adam._src.engine.view import MOST_PREFETCHED
 
-__all__ = ["first_long", "locate", "prefetch_values", "sum_blocks", "sum_entry", "sum_segment"]
-
-
 IDS_AHEAD = 16  # whose values are prefetched: after sorting they come in any order
 VALUES_PREFETCHED = 1 << 19  # gradients of fewer elements are in the second-level cache, more or less
 

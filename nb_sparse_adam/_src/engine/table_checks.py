@@ -13,8 +13,6 @@ from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.remedies import for_table
 from nb_sparse_adam.errors import StateError, StateTypeError, TableError, TableTypeError
 
-__all__ = ["READ_ONLY", "check_table", "refuse_outside", "to_load"]
-
 READ_ONLY = "is read-only, expected a writeable array: it is updated in place"
 
 

@@ -25,8 +25,6 @@ from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.parallel import get_threads
 from nb_sparse_adam.errors import SparseAdamWarning
 
-__all__ = ["ALONE", "Partition", "max_threads", "numba_threads", "run", "threading_layer", "usable_threads"]
-
 _lost_threads = False  # threads were started before this process was forked, and are not here
 _has_warned = False
 

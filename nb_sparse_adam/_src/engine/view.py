@@ -19,15 +19,6 @@ from nb_sparse_adam._src.engine.intrinsics import array_at
 from nb_sparse_adam._src.engine.layout import state_spans
 from nb_sparse_adam._src.engine.records import COMPRESSED, DISTINCT, ELEMENT, ENTRIES, ROW
 
-__all__ = [
-    "MOST_PREFETCHED",
-    "Gradient",
-    "View",
-    "open_gradient",
-    "open_table",
-    "viewed",
-]
-
 MOST_PREFETCHED = 256  # elements of a wide row; the hardware follows the rest by itself
 
 

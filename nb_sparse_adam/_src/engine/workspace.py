@@ -16,8 +16,6 @@ from nb_sparse_adam._src.engine.rows import SCRATCH_ROWS
 from nb_sparse_adam._src.engine.scratch import DIGIT_BITS
 from nb_sparse_adam._src.engine.stages import PART
 
-__all__ = ["Workspace", "of_thread"]
-
 
 class Workspace:
     """Memory that steps of one Python thread work in, kept from one to the next.

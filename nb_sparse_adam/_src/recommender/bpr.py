@@ -18,14 +18,6 @@ from numpy.typing import NDArray
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
 
-__all__ = [
-    "BLOCK",
-    "Pair",
-    "Source",
-    "gradients",
-    "sample",
-]
-
 BLOCK = 64  # interactions that a thread takes at a time; the losses of each block are summed on their own
 
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from nb_sparse_adam._src.recommender.interactions import sorted_distinct
 
-__all__ = ["Codes", "Ids", "Pairs", "distinct_pairs"]
-
 Codes = npt.NDArray[np.int64]
 
 _FRESH = 1 << 20  # pairs that may wait before those that came twice are dropped

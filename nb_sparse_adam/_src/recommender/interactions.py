@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
-__all__ = ["Interactions", "Split", "UserItems", "generate", "hold_out", "random_stream", "sorted_distinct"]
-
 _PURPOSES = ("hold-out", "data", "init", "order")
 
 

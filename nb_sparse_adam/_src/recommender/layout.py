@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from nb_sparse_adam._src.recommender.lines import Lines, records_of
 from nb_sparse_adam.errors import InteractionsError
 
-__all__ = ["SEPARATORS", "Layout", "find_layout", "named_columns"]
-
 # In order of precedence: a tab or "::" never stands in an id by accident, a comma or a space may.
 SEPARATORS = {"::": "'::'", "\t": "tab", ";": "semicolon", ",": "comma", " ": "space"}
 

@@ -14,8 +14,6 @@ from typing import Any
 
 from nb_sparse_adam.errors import InteractionsError
 
-__all__ = ["CARRIAGE_RETURN", "Lines", "blocks_of", "decoded", "records_of"]
-
 CARRIAGE_RETURN = "\udc0d"  # stands for one within a line, where csv would take it for a line end
 
 _QUOTING = (",", ";")  # beside the others, a quote is a character like any other

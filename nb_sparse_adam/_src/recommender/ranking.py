@@ -25,8 +25,6 @@ from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.recommender.interactions import Split
 from nb_sparse_adam.errors import OptionError
 
-__all__ = ["Quality", "evaluate", "popularity_quality", "rank_items"]
-
 _BLOCK_BYTES = 1 << 25  # scores held at a time: 32 MB, or one user's if that is more
 
 

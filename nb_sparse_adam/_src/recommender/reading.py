@@ -22,8 +22,6 @@ from nb_sparse_adam._src.recommender.layout import named_columns
 from nb_sparse_adam._src.recommender.text import read_text
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
-__all__ = ["FORMATS", "read_interactions", "read_split"]
-
 FORMATS = ("auto", "delimited", "adjacency", "parquet")
 
 

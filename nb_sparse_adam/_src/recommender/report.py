@@ -24,8 +24,6 @@ from nb_sparse_adam._src.info import versions
 from nb_sparse_adam._src.recommender.ranking import Quality
 from nb_sparse_adam.recommender import BPRModel
 
-__all__ = ["FILES", "prepare_output", "refuse_others", "save_metrics", "save_model"]
-
 FILES = {
     "embeddings.safetensors": 'the vectors: "user" and "item", float32',
     "users.csv": "which id each row of user has",

@@ -14,8 +14,6 @@ from nb_sparse_adam._src.recommender.layout import SEPARATORS, Layout, find_layo
 from nb_sparse_adam._src.recommender.lines import CARRIAGE_RETURN, Lines, blocks_of, decoded, records_of
 from nb_sparse_adam.errors import InteractionsError
 
-__all__ = ["read_text"]
-
 
 def read_text(name: str, shown: str, stream: Any, file_format: str, users: Ids, items: Ids) -> Pairs:
     """Read a stream; users and items are given codes, those that have none yet.

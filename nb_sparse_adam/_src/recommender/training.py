@@ -38,8 +38,6 @@ from nb_sparse_adam._src.recommender.interactions import Interactions, Split, ho
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
-__all__ = ["DOMAINS", "BPRModel", "BPROptions", "Batch", "EpochRecord", "epoch_batches", "train"]
-
 
 def _is_integer(value: object, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31

@@ -27,8 +27,6 @@ from nb_sparse_adam.errors import GradientError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.torch.fused import Fused
 
-__all__ = ["Accumulating", "Lookup", "check_pass", "collect", "is_pending", "this_pass"]
-
 
 class Lookup(NamedTuple):
     """Ids that were looked up, one by one or, with ``starts``, pooled."""

@@ -17,18 +17,6 @@ from torch import Tensor
 
 from nb_sparse_adam.errors import GradientIndexError
 
-__all__ = [
-    "are_offsets",
-    "bags_of",
-    "check_number",
-    "check_offsets",
-    "check_order",
-    "marked",
-    "starts_of",
-    "within",
-    "without",
-]
-
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from nb_sparse_adam._src.torch.param_state import ParamState
 from nb_sparse_adam.errors import GradientError
 
-__all__ = ["one_step", "raise_what_is_known", "settle"]
-
 
 def raise_what_is_known(param_states: Iterable[ParamState]) -> None:
     """Raise the error of an earlier step, if it is known by now; wait for nothing."""

@@ -31,8 +31,6 @@ from nb_sparse_adam.errors import (
     TableTypeError,
 )
 
-__all__ = ["Fused"]
-
 OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite", "device_checks")
 
 if TYPE_CHECKING:

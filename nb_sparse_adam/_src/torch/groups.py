@@ -15,8 +15,6 @@ from nb_sparse_adam._src import options
 from nb_sparse_adam._src.torch.tensors import check_parameter
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 
-__all__ = ["check_defaults", "check_group", "complete", "name_of", "options_of", "place_of", "used_options"]
-
 # The options that a step looks at.
 USED = ("lr", "betas", "eps", "maximize", "eps_hat", "on_nonfinite")
 # Those that torch's optimizer does not have: a state dict of its lacks them.

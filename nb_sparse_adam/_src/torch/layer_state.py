@@ -24,8 +24,6 @@ from torch import Tensor
 from nb_sparse_adam._src.checkpoint.tensor_files import framed, header_of
 from nb_sparse_adam.errors import SparseAdamWarning, StateError
 
-__all__ = ["check_state_dict", "pack", "unpack"]
-
 LAYER_FORMAT = "nb_sparse_adam.torch, version 1"
 HEADER = 1024  # bytes, or a multiple of them: it is as long whatever digits its numbers have
 _DTYPES = {

@@ -20,8 +20,6 @@ from nb_sparse_adam._src.torch.fused import Fused
 from nb_sparse_adam._src.torch.tensors import Gpu
 from nb_sparse_adam.errors import GradientError, OptionError, TableError
 
-__all__ = ["Embedding", "EmbeddingBag", "accumulate"]
-
 
 @public("nb_sparse_adam.torch")
 class Embedding(Fused, torch.nn.Embedding):

@@ -25,8 +25,6 @@ from nb_sparse_adam._src.torch.steps import Job, step_jobs
 from nb_sparse_adam._src.torch.tensors import Gpu, coo, is_in_shared_memory
 from nb_sparse_adam.errors import OptionError
 
-__all__ = ["SparseAdam"]
-
 
 @public("nb_sparse_adam.torch")
 class SparseAdam(torch.optim.Optimizer):

@@ -21,8 +21,6 @@ from nb_sparse_adam._src.optimizer import SparseAdam, tables_of
 from nb_sparse_adam._src.torch import tensors
 from nb_sparse_adam.errors import GradientError, GradientIndexError, StateError
 
-__all__ = ["STATE_KEYS", "ParamState", "has_state"]
-
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 

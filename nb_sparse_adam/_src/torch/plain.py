@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["copy_state", "plain_copy", "set_values"]
-
 
 def plain_copy(value: Any) -> Any:
     """Copy a value, so that it shares no tensor; NumPy's scalars become Python's numbers.

@@ -16,8 +16,6 @@ from nb_sparse_adam._src.torch.param_state import STATE_KEYS
 from nb_sparse_adam._src.torch.tensors import check_parameter, check_shape
 from nb_sparse_adam.errors import StateError, TableError, TableTypeError
 
-__all__ = ["check_replacement", "rearranged", "source_of"]
-
 
 def check_replacement(name: str, old: Tensor, new: Any) -> None:
     """Refuse what cannot take a parameter's place, whatever rows it has."""

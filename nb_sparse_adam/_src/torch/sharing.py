@@ -17,8 +17,6 @@ from torch import Tensor
 from nb_sparse_adam._src.torch.param_state import ParamState, has_state
 from nb_sparse_adam.errors import GradientError
 
-__all__ = ["refuse", "register"]
-
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 # States whose table shares its memory with no other layer's. If the memory changes, the state is made anew.
 _known: weakref.WeakSet[ParamState] = weakref.WeakSet()

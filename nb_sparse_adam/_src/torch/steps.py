@@ -18,8 +18,6 @@ from nb_sparse_adam.errors import TableError
 if TYPE_CHECKING:
     from nb_sparse_adam._src.torch.optimizer import SparseAdam
 
-__all__ = ["Job", "in_turn", "step_jobs"]
-
 
 class Job(NamedTuple):
     """A parameter's part of a step."""

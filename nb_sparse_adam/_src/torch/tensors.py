@@ -13,19 +13,6 @@ from torch import Tensor
 
 from nb_sparse_adam.errors import DenseGradientError, GradientError, StateError, TableError, TableTypeError
 
-__all__ = [
-    "Gpu",
-    "array_of",
-    "check_memory",
-    "check_parameter",
-    "check_shape",
-    "contiguous_strides",
-    "coo",
-    "host_array",
-    "identity_of",
-    "is_in_shared_memory",
-]
-
 
 class Gpu:
     """What torch and the engine hand each other of a GPU's memory. Tests replace it to run without one."""
