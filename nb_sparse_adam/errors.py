@@ -17,6 +17,8 @@
     │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
     ├── CheckpointError      ValueError   a checkpoint is missing, damaged, or does not fit
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
+    │   └── UnknownIdError   KeyError     ... a user or an item was not there in training
+    ├── NotFittedError       ValueError, AttributeError  a model is asked for what only training gives
     └── MissingExtraError    ImportError  an optional dependency is not installed
 
     SparseAdamWarning        UserWarning  base class of the library's warnings
@@ -37,6 +39,7 @@ __all__ = [
     "InteractionsError",
     "MissingExtraError",
     "NonFiniteGradientError",
+    "NotFittedError",
     "OptionError",
     "OptionTypeError",
     "SparseAdamError",
@@ -45,6 +48,7 @@ __all__ = [
     "StateTypeError",
     "TableError",
     "TableTypeError",
+    "UnknownIdError",
 ]
 
 
@@ -102,6 +106,16 @@ class CheckpointError(SparseAdamError, ValueError):
 
 class InteractionsError(SparseAdamError, ValueError):
     """The interactions given to the recommender cannot be read or used."""
+
+
+class UnknownIdError(InteractionsError, KeyError):
+    """A user or an item was not there when the model was trained."""
+
+    __str__ = Exception.__str__  # KeyError shows its message in quotes
+
+
+class NotFittedError(SparseAdamError, ValueError, AttributeError):
+    """A model is asked for what only training gives it; scikit-learn's class has the same bases."""
 
 
 class MissingExtraError(SparseAdamError, ImportError):

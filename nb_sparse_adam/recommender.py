@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recommender trained with `SparseAdam`: matrix factorization with the BPR loss."""
+"""A recommender trained with `SparseAdam`: matrix factorization."""
 
 from nb_sparse_adam._src.former import keep_names
+from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
@@ -22,6 +23,7 @@ __all__ = [
     "Batch",
     "EpochRecord",
     "Interactions",
+    "MatrixFactorization",
     "Quality",
     "Split",
     "UserItems",

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from nb_sparse_adam._src.recommender import ranking
+from nb_sparse_adam._src.recommender import topk
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import evaluate, popularity_quality, rank_items
 from nb_sparse_adam.errors import OptionError
@@ -42,7 +42,7 @@ def small_split(seed):
 @pytest.mark.parametrize("top", [1, 3, 20, 100])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_quality_is_the_naive_one(monkeypatch, seed, top):
-    monkeypatch.setattr(ranking, "_BLOCK_BYTES", 4 * 40 * 7)  # users in blocks of 7: many, and a part of one
+    monkeypatch.setattr(topk, "BLOCK_BYTES", 4 * 40 * 7)  # users in blocks of 7: many, and a part of one
     split = small_split(seed)
     rng = np.random.default_rng(seed)
     # Small integers: scores are exact, and many are equal.

@@ -27,8 +27,8 @@ def test_arrays_of_other_layouts_are_jobs_of_another_kind():
     frozen = np.zeros(4, np.int32)
     frozen.flags.writeable = False
     arrays = (np.zeros(4, np.int32), np.zeros(4, np.int64), array[:, 0], frozen, array)
-    assert len({bpr._kind_of((each, 1)) for each in arrays}) == len(arrays)
-    assert bpr._kind_of((np.zeros(4), 1)) == bpr._kind_of((np.zeros(9), 2))
+    assert len({bpr.kind_of((each, 1)) for each in arrays}) == len(arrays)
+    assert bpr.kind_of((np.zeros(4), 1)) == bpr.kind_of((np.zeros(9), 2))
 
 
 # --- samples ----------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def sample_worker(
             items[place + k] = absent(source.indices, low, high, rank)
 
 
-def _kind_of(job: tuple[Any, ...]) -> tuple[Any, ...]:
+def kind_of(job: tuple[Any, ...]) -> tuple[Any, ...]:
     """Say what numba's types of a job's arrays depend on: dtype, layout, whether it may be written to."""
     arrays = [each if isinstance(each, np.ndarray) else None for each in job]
     return tuple(None if a is None else (a.dtype, a.ndim, a.flags.num) for a in arrays)
@@ -123,7 +123,7 @@ def _sample_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG
 # names. Each ``size`` of them are a batch. ``users``, (n,), gets their users, and ``items``,
 # (n + n * negatives,), batch by batch, their items followed by those that are sampled for the first of the
 # batch, for the second, and so on.
-sample = Drivers(_sample_begin, _sample_work, _kind_of)
+sample = Drivers(_sample_begin, _sample_work, kind_of)
 
 
 # --- loss and gradients -----------------------------------------------------------------------------------
@@ -202,4 +202,4 @@ def _gradients_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: 
 # items, reg, *gradients, losses), where tables and gradients are each a `Pair`. ``users`` and ``items`` are
 # as `sample` writes them, and row t of the gradients belongs to their id t. ``losses``, (blocks,), gets the
 # sum of the losses of the triples of each block.
-gradients = Drivers(_gradients_begin, _gradients_work, _kind_of)
+gradients = Drivers(_gradients_begin, _gradients_work, kind_of)

@@ -16,16 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.recommender.interactions import Split
+from nb_sparse_adam._src.recommender.topk import best_items, block_of, rank_rows
 from nb_sparse_adam.errors import OptionError
-
-_BLOCK_BYTES = 1 << 25  # scores held at a time: 32 MB, or one user's if that is more
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,61 @@ def evaluate(
     return _quality(lambda users: user_table[users] @ items, split, top)
 
 
+class Measured(NamedTuple):
+    """Quality, and two figures more.
+
+    Attributes
+    ----------
+    quality : Quality
+    map : float
+        Mean over users of ``1 / min(k, |T|) · sum over hits at place r <= k of hits up to r / r``.
+    coverage : float
+        Part of all items that is among the first k of any user.
+    """
+
+    quality: Quality
+    map: float
+    coverage: float
+
+
+def measure(
+    user_table: npt.NDArray[Any],
+    item_table: npt.NDArray[Any],
+    split: Split,
+    top: int,
+    threads: int | None = None,
+) -> Measured:
+    """Do what `evaluate` does, and compute MAP@k and coverage@k; shapes are not checked.
+
+    Parameters
+    ----------
+    user_table, item_table, split, top
+        As for `evaluate`.
+    threads : int, optional
+        None for all that numba would use.
+    """
+    train, test = split.train, split.test
+    users = np.flatnonzero((test.counts() > 0) & (train.counts() > 0))
+    if not len(users):
+        return Measured(Quality(math.nan, math.nan, 0), math.nan, math.nan)
+    best, _ = best_items(user_table[users], item_table, users, train.indptr, train.indices, top, threads)
+    found = _hits(best, users, test.indptr, test.indices)
+    wanted = test.counts()[users]
+    discounts = np.array([1 / math.log2(place + 1) for place in range(1, top + 1)])
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+    precision = np.cumsum(found, axis=1) / np.arange(1, top + 1)
+    most = np.minimum(wanted, top)
+    return Measured(
+        Quality(
+            float((found.sum(axis=1) / wanted).mean()),
+            float((found @ discounts / ideal[most]).mean()),
+            len(users),
+        ),
+        float(((precision * found).sum(axis=1) / most).mean()),
+        len(np.unique(best[best >= 0])) / train.n_items,
+    )
+
+
 def popularity_quality(split: Split, top: int = 20) -> Quality:
     """Rank the items, for everybody alike, by how many users have them in ``split.train``.
 
@@ -125,11 +179,7 @@ def rank_items(
         )
     if scores.shape != (len(users), train.n_items):
         raise OptionError(f"scores: got shape {scores.shape}, expected {(len(users), train.n_items)}")
-    best = np.full((len(users), top), -1, dtype=np.int32)
-    _rank(
-        scores, users, split.train.indptr, split.train.indices, best, np.empty(best.shape, dtype=scores.dtype)
-    )
-    return best
+    return rank_rows(scores, users.astype(np.int64), train.indptr, train.indices, top)[0]
 
 
 def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: Split, top: int) -> Quality:
@@ -138,7 +188,7 @@ def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: 
     recall, ndcg = np.empty(len(users)), np.empty(len(users))
     discounts = np.array([1 / math.log2(place + 1) for place in range(1, top + 1)])
     ideal = np.concatenate([[0.0], np.cumsum(discounts)])
-    block = max(1, _BLOCK_BYTES // (4 * max(1, split.train.n_items)))
+    block = block_of(split.train.n_items)
     for start in range(0, len(users), block):
         some = users[start : start + block]
         best = rank_items(score(some), some, split, top)
@@ -149,30 +199,6 @@ def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: 
     if not len(users):
         return Quality(math.nan, math.nan, 0)
     return Quality(float(recall.mean()), float(ndcg.mean()), len(users))
-
-
-@jit(entry=True)
-def _rank(scores: Any, users: Any, indptr: Any, indices: Any, best: Any, best_scores: Any) -> None:
-    """Write the best items of each row of scores into best (filled with -1); best_scores is scratch."""
-    top = best.shape[1]
-    for row in range(len(users)):
-        user = users[row]
-        for k in range(indptr[user], indptr[user + 1]):
-            scores[row, indices[k]] = -np.inf
-        found = 0
-        for item in range(scores.shape[1]):
-            score = scores[row, item]
-            # Items come in ascending order, so a strict comparison keeps the lower one of equals first.
-            if not score > -np.inf or (found == top and not score > best_scores[row, top - 1]):
-                continue
-            place = min(found, top - 1)
-            while place > 0 and score > best_scores[row, place - 1]:
-                best_scores[row, place] = best_scores[row, place - 1]
-                best[row, place] = best[row, place - 1]
-                place -= 1
-            best_scores[row, place] = score
-            best[row, place] = item
-            found = min(found + 1, top)
 
 
 @jit(entry=True, allocates=True)

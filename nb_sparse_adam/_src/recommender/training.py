@@ -236,6 +236,27 @@ def epoch_batches(split: Split, options: BPROptions, epoch: int) -> Iterator[Bat
             yield Batch(users[start:stop], positives, negatives.reshape(-1, options.negatives), of_batch)
 
 
+def initial_vectors(random: np.random.Generator, rows: int, options: BPROptions) -> npt.NDArray[np.float32]:
+    """Draw the vectors that training begins with, shape (rows, dim)."""
+    return random.standard_normal((rows, options.dim), dtype=np.float32) * np.float32(options.init_std)
+
+
+def _optimizer(split: Split, options: BPROptions) -> SparseAdam:
+    random, train = random_stream(options.seed, "init"), split.train
+    return SparseAdam(
+        {
+            "user": initial_vectors(random, train.n_users, options),
+            "item": initial_vectors(random, train.n_items, options),
+        },
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        step_counts=options.step_counts,
+        eps_hat=options.eps_hat,
+        num_threads=options.threads,
+    )
+
+
 @public("nb_sparse_adam.recommender")
 class BPRModel:
     """Matrix factorization for the ranking of items, trained with the BPR loss by one `SparseAdam`.
@@ -246,6 +267,8 @@ class BPRModel:
         What to train on, and what to predict.
     options : BPROptions, optional
         The defaults, if None.
+    optimizer : SparseAdam, optional
+        To go on with: its tables ``"user"`` and ``"item"`` have a row for each user and item of the split.
 
     Attributes
     ----------
@@ -274,7 +297,9 @@ class BPRModel:
     [1, 2]
     """
 
-    def __init__(self, split: Split, options: BPROptions | None = None) -> None:
+    def __init__(
+        self, split: Split, options: BPROptions | None = None, optimizer: SparseAdam | None = None
+    ) -> None:
         self.split = split
         self.options = options = BPROptions() if options is None else options
         trainable = len(_trainable(split))
@@ -284,20 +309,8 @@ class BPRModel:
                 f"a user who has all {split.train.n_items:,} items, so that no other item can be sampled"
             )
         self.interactions = trainable
-        random = random_stream(options.seed, "init")
-        self.user_table, self.item_table = (
-            random.standard_normal((rows, options.dim), dtype=np.float32) * np.float32(options.init_std)
-            for rows in (split.train.n_users, split.train.n_items)
-        )
-        self.optimizer = SparseAdam(
-            {"user": self.user_table, "item": self.item_table},
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            step_counts=options.step_counts,
-            eps_hat=options.eps_hat,
-            num_threads=options.threads,
-        )
+        self.optimizer = _optimizer(split, options) if optimizer is None else optimizer
+        self.user_table, self.item_table = (self.optimizer.tables[name] for name in ("user", "item"))
         threads = options.threads
         self._pace = Pace(choices_up_to(usable_threads(None)) if threads is None else [threads])
         self.history: list[EpochRecord] = []
