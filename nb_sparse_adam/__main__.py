@@ -21,6 +21,7 @@ from nb_sparse_adam._src.engine.compilations import LOGGER
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.commands import add_commands
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
 from nb_sparse_adam._src.recommender.reading import FORMATS, read_interactions, read_split
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nb-sparse-adam", description="Sparse Adam in Numba, on CPUs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    add_commands(commands)
     _add_bench(commands)
     _add_warm_up(commands)
     text = "show versions, threads, the kernel cache, and which extras work"

@@ -3,6 +3,7 @@
 
 from nb_sparse_adam._src.former import keep_names
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
+from nb_sparse_adam._src.recommender.index import ItemIndex
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "EpochRecord",
     "Interactions",
+    "ItemIndex",
     "MatrixFactorization",
     "Quality",
     "Split",

@@ -5,6 +5,7 @@ import pytest
 
 from nb_sparse_adam._src.bench.peers import PEERS
 from nb_sparse_adam._src.extras import EXTRAS
+from nb_sparse_adam._src.recommender.index import KINDS
 
 __all__ = ["COMMANDS", "missing", "need"]
 
@@ -13,6 +14,7 @@ COMMANDS = {
     **dict.fromkeys(EXTRAS["test"], 'pip install ".[test]"'),
     **dict.fromkeys(["numba_cuda", "cuda"], 'pip install ".[cuda]"'),
     **{peer.module: peer.install for peer in PEERS.values()},
+    **{kind.module.partition(".")[0]: kind.install for kind in KINDS.values()},
     "jax": "pip install jax",
     "selenium": "pip install selenium",
     "sphinx": 'pip install ".[docs]"',

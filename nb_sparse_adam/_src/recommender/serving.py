@@ -12,6 +12,7 @@ from nb_sparse_adam._src.optimizer import SparseAdam
 from nb_sparse_adam._src.recommender.folding import fold_in_bpr
 from nb_sparse_adam._src.recommender.given import Columns, given
 from nb_sparse_adam._src.recommender.ids import Ids
+from nb_sparse_adam._src.recommender.index import ItemIndex
 from nb_sparse_adam._src.recommender.interactions import Split, UserItems, random_stream
 from nb_sparse_adam._src.recommender.ranking import measure
 from nb_sparse_adam._src.recommender.topk import best_items
@@ -244,6 +245,31 @@ class Serving:
             f"coverage@{k}": found.coverage,
             "users": found.quality.users,
         }
+
+    def to_index(self, kind: str) -> ItemIndex:
+        """Build an index of another library over the items, for approximate search.
+
+        Parameters
+        ----------
+        kind : {"hnswlib", "usearch", "faiss"}
+            Each is a package of its own.
+
+        Returns
+        -------
+        ItemIndex
+            Its ``recall`` says how much of exact search it finds.
+
+        Raises
+        ------
+        NotFittedError
+            If the model is not trained.
+        MissingExtraError
+            If the library is not installed; the message has the command.
+        OptionError
+            If there is no such kind.
+        """
+        self._check_fitted("to_index")
+        return ItemIndex(kind, self.item_factors_, self.user_factors_, self._items.ids)
 
     # --- rows and ids --------------------------------------------------------------------------------------
 
