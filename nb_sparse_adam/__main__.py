@@ -16,14 +16,16 @@ from typing import Any
 
 import numba
 
+from nb_sparse_adam import __version__
 from nb_sparse_adam._src import info
 from nb_sparse_adam._src.engine.compilations import LOGGER
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
-from nb_sparse_adam._src.recommender.reading import FORMATS, read_interactions, read_split
+from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
 from nb_sparse_adam._src.warming import DTYPES, GRADIENTS, warm_up
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
 from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
@@ -31,6 +33,7 @@ from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecor
 __all__ = ["main"]
 
 _BENCH_FOLDER = "nb-sparse-adam-bench"
+_READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 _INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 _HELP = {
@@ -114,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nb-sparse-adam", description="Sparse Adam in Numba, on CPUs.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_bench(commands)
@@ -134,11 +138,12 @@ def _add_train(commands: Any) -> None:
     data = train.add_argument_group("data")
     data.add_argument(
         "interactions",
-        nargs="?",
+        nargs="*",
         metavar="INTERACTIONS",
-        help="delimited text (user, item, further columns ignored; with or without a header), LightGCN "
-        "adjacency lines (user item item ...) or Parquet; without it, about a million interactions are "
-        "generated",
+        help="files of interactions, all of which are used: delimited text (user, item, further columns "
+        "ignored; with or without a header), JSON lines, LightGCN adjacency lines (user item item ...) or "
+        "Parquet; text may be packed with gzip or Zstandard, and - is standard input; without a file, about "
+        "a million interactions are generated",
     )
     data.add_argument(
         "--format",
@@ -147,6 +152,7 @@ def _add_train(commands: Any) -> None:
         help="of the files; auto takes lines separated by spaces for adjacency lines if they differ in "
         "length and no first field comes twice, else for delimited text (default: auto)",
     )
+    _add_reading(data)
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
     held_out.add_argument(
@@ -173,6 +179,36 @@ def _add_train(commands: Any) -> None:
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
     train.set_defaults(run=_train, parser=train)
+
+
+def _add_reading(data: argparse._ArgumentGroup) -> None:
+    for what, text in (
+        ("user", "(default: by its name in the header, else the first)"),
+        ("item", "(default: by its name in the header, else the second)"),
+        ("rating", "for --min-rating (default: by its name in the header)"),
+    ):
+        data.add_argument(
+            f"--{what}-column",
+            metavar="COLUMN",
+            help=f"name of the column of {what}s, or its number from 1 {text}",
+        )
+    data.add_argument(
+        "--separator",
+        metavar="S",
+        help="between columns: comma, tab, semicolon, space, pipe, or characters (default: found out)",
+    )
+    data.add_argument(
+        "--header",
+        action=argparse.BooleanOptionalAction,
+        help="the first line names the columns, or is an interaction (default: found out, and asked for "
+        "where it cannot be told)",
+    )
+    data.add_argument(
+        "--min-rating",
+        type=_number(math.isfinite, "a finite number"),
+        metavar="X",
+        help="leave out interactions with a rating below it (default: take all)",
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -316,8 +352,14 @@ def _warm_up(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    if arguments.interactions is None and (arguments.test is not None or arguments.format != "auto"):
-        arguments.parser.error("--test and --format need INTERACTIONS: generated data come with a hold-out")
+    if not arguments.interactions:
+        given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
+        given |= {name: getattr(arguments, name) for name in _READING}
+        for name, value in given.items():
+            if value is not None:
+                arguments.parser.error(
+                    f"--{name.replace('_', '-')} needs INTERACTIONS: without, data are generated and held out"
+                )
     values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
     options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
     folder = report.prepare_output(arguments.out)
@@ -377,16 +419,17 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
     repeated = 0
+    reading = {name: getattr(arguments, name) for name in _READING}
     if arguments.test is not None:
-        split = read_split(arguments.interactions, arguments.test, arguments.format)
+        split = read_split(arguments.interactions, arguments.test, arguments.format, **reading)
         description = split.description
     else:
         interactions: Interactions
-        if arguments.interactions is None:
+        if not arguments.interactions:
             print("no INTERACTIONS given: generating a data set", flush=True)
             interactions = generate(seed=options.seed)
         else:
-            interactions = read_interactions(arguments.interactions, arguments.format)
+            interactions = read_interactions(arguments.interactions, arguments.format, **reading)
         pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
@@ -398,7 +441,7 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
     print(f"{len(split.train):,} interactions to train on, {len(split.test):,} to predict", flush=True)
     data = {
         "description": description,
-        "generated": arguments.interactions is None,
+        "generated": not arguments.interactions,
         "users": split.train.n_users,
         "items": split.train.n_items,
         "train_interactions": len(split.train),

@@ -207,8 +207,10 @@ def test_bad_arguments(flag, value, capsys):
         (["--betas", "0.9", "1"], "--betas"),
         (["--betas", "0.9"], "--betas"),
         (["a.csv", "--test", "b.csv", "--test-fraction", "0.5"], "not allowed with"),
-        (["--test", "b.csv"], "need INTERACTIONS"),
-        (["--format", "parquet"], "need INTERACTIONS"),
+        (["--test", "b.csv"], "needs INTERACTIONS"),
+        (["--format", "parquet"], "needs INTERACTIONS"),
+        (["--no-header"], "--header needs INTERACTIONS"),
+        (["--min-rating", "nan", "a.csv"], "--min-rating"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -311,7 +313,7 @@ def test_ctrl_c_saves_what_there_is(ratings, tmp_path):
 
 
 def test_an_interrupt_before_the_training_saves_nothing(ratings, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(__main__, "read_interactions", interrupt)

@@ -34,6 +34,9 @@ _FEW = 21  # different values: half stars from 0 to 10
 _SELDOM = 0.05  # of pairs: so many may have an id that comes once, where one that comes once is no id
 
 
+_FIRST_TWO = Columns(0, 1)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a text file is laid out, as far as its beginning shows."""
@@ -42,7 +45,7 @@ class Layout:
     begin: int  # line of the first interaction, or of what may be one: above it is what is none
     comments: int = 0
     separator: str = " "
-    columns: Columns = Columns(0, 1)
+    columns: Columns = _FIRST_TWO
     header: bool | None = False  # None: the line at `begin` may be one, which the ids below it show
     names: Sequence[str] = ()  # the fields of the header, or of that line
 
@@ -83,7 +86,7 @@ def find_layout(name: str, number: int, text: str, options: ReadOptions) -> Layo
         if ragged and not options.of_columns:
             return Layout("adjacency", begin, comments)
     if options.user_column is None and options.item_column is None:
-        _refuse_matrix(name, rows)
+        _refuse_matrix(name, rows, separator)
     return _delimited_layout(name, rows, comments, separator, options)
 
 
@@ -183,13 +186,14 @@ def header_from_ids(cells: tuple[str, str], ids: tuple[Ids, Ids], pairs: tuple[C
 def ask_for_the_header(name: str, number: int, fields: Sequence[str]) -> InteractionsError:
     """Return the error of a line that may be a header and may be none."""
     return InteractionsError(
-        f"{name}, line {number}: cannot tell whether {', '.join(map(shown, fields[:5]))} are names of columns "
-        f"or an interaction; say it with --header or --no-header (in Python header=True or header=False)"
+        f"{name}, line {number}: cannot tell whether {', '.join(map(shown, fields[:5]))} are names of "
+        f"columns or an interaction; say it with --header or --no-header (in Python "
+        f"header=True or header=False)"
     )
 
 
 def _cleaned(fields: Iterable[str]) -> list[str]:
-    return [field.strip().strip('"').strip() for field in fields]
+    return [field.strip().strip('"').strip() or field.strip() for field in fields]
 
 
 def _json_or_matrix_market(name: str, number: int, line: str, options: ReadOptions) -> bool:
@@ -216,13 +220,13 @@ def _refuse_libfm(name: str, rows: Rows) -> None:
         _NUMBER.fullmatch(fields[0]) and all(map(_LIBFM.fullmatch, fields[1:])) for *_, fields in rows
     ):
         raise InteractionsError(
-            f"{name}, line {rows[0][0]}: is in the format of libfm or libsvm, a label and index:value each, got "
-            f"{' '.join(rows[0][2])[:60]!r}; expected a user and an item on each line. If these are ids, "
+            f"{name}, line {rows[0][0]}: is in the format of libfm or libsvm, a label and index:value each, "
+            f"got {' '.join(rows[0][2])[:60]!r}; expected a user and an item on each line. If these are ids, "
             f"choose --format delimited or --format adjacency"
         )
 
 
-def _refuse_matrix(name: str, rows: Rows) -> None:
+def _refuse_matrix(name: str, rows: Rows, separator: str) -> None:
     """Refuse a table of a row for each user and a column for each item, as far as it can be told from pairs.
 
     The column that would be that of items then looks like all the columns on its right: few values that come
@@ -248,11 +252,12 @@ def _refuse_matrix(name: str, rows: Rows) -> None:
         _NUMBER.fullmatch(one) and float(one) in values for one in firsts
     )
     if of_each and (sparse or alike):
+        other = ", or choose --format adjacency" if separator == " " else ""
         raise InteractionsError(
             f"{name}: looks like a matrix of ratings, with a row for each user and {width - 1} columns of "
-            f"items or so; expected a user and an item on each line. If it is not, say which columns have them "
-            f"with --user-column and --item-column; if it is, make it long, for example with polars' "
-            f"DataFrame.unpivot"
+            f"items or so; expected a user and an item on each line. If it is not, say which columns have "
+            f"them with --user-column and --item-column{other}; "
+            f"if it is, make it long, for example with polars' DataFrame.unpivot"
         )
 
 

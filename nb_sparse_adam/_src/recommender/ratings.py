@@ -25,8 +25,8 @@ class AtLeast:
             rating = math.nan
         if math.isnan(rating):
             raise InteractionsError(
-                f"{self._name}, line {number}: expected a number as rating, got {text[:60]!r}; mend or remove "
-                f"the line"
+                f"{self._name}, line {number}: expected a number as rating, got {text[:60]!r}; mend or "
+                f"remove the line"
             )
         self.dropped += rating < self.least
         return rating >= self.least

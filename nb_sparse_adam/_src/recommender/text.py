@@ -160,8 +160,8 @@ class _Delimited:
         separator = self._layout.separator
         return InteractionsError(
             f"{self._name}, line {number}: expected a user and an item separated by "
-            f"{SEPARATORS.get(separator, repr(separator))}, got {separator.join(fields)[:60]!r}; mend or remove "
-            f"the line (or choose another --format)"
+            f"{SEPARATORS.get(separator, repr(separator))}, got {separator.join(fields)[:60]!r}; mend or "
+            f"remove the line (or choose another --format)"
         )
 
 
