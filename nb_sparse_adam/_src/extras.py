@@ -11,7 +11,7 @@ from types import ModuleType
 
 from nb_sparse_adam.errors import MissingExtraError
 
-_TRAIN = ("matplotlib", "polars", "safetensors", "tqdm")
+_TRAIN = ("matplotlib", "polars", "safetensors", "tqdm", "zstandard")
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "scipy": ("scipy",),

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nb_sparse_adam._src.extras import require
+from nb_sparse_adam._src.recommender.columns import named_columns
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, hold_out
-from nb_sparse_adam._src.recommender.layout import named_columns
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
 _TIME_NAMES = ("timestamp", "time", "date", "datetime", "unixtime", "ts", "createdat", "eventtime")

@@ -5,23 +5,36 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nb_sparse_adam._src.recommender.lines import Lines, records_of
-from nb_sparse_adam.errors import InteractionsError
+import numpy as np
 
-# In order of precedence: a tab or "::" never stands in an id by accident, a comma or a space may.
-SEPARATORS = {"::": "'::'", "\t": "tab", ";": "semicolon", ",": "comma", " ": "space"}
+from nb_sparse_adam._src.recommender.codes import Codes, Ids
+from nb_sparse_adam._src.recommender.columns import (
+    SEPARATORS,
+    Columns,
+    ReadOptions,
+    find_columns,
+    named_columns,
+    resolve,
+    role,
+    shown,
+)
+from nb_sparse_adam._src.recommender.lines import Lines, records_of
+from nb_sparse_adam.errors import InteractionsError, OptionError
 
 _COMMENTS = ("# ", "% ")  # so begin the files of SNAP and of KONECT
-_NUMBER = r"[-+]?[0-9]+(?:\.[0-9]*)?"
-_USER_NAMES = frozenset(
-    "user users userid uid customer customerid member memberid reviewer reviewerid".split()
-)
-_ITEM_NAMES = frozenset(
-    "item items itemid iid movie movieid product productid book bookid isbn asin parentasin artist artistid "
-    "track trackid song songid business businessid article articleid anime animeid game gameid".split()
-)
+_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?")
+_DATE = re.compile(r"[0-9]{1,4}([-/.])[0-9]{1,2}\1[0-9]{1,4}(?:[T ].*)?")
+_LIBFM = re.compile(r"(?:[0-9]+:){1,2}[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
+
+_WIDE = 5  # columns that a matrix has at least
+_FEW = 21  # different values: half stars from 0 to 10
+_SELDOM = 0.05  # of pairs: so many may have an id that comes once, where one that comes once is no id
+
+
+_FIRST_TWO = Columns(0, 1)
 
 
 @dataclass(frozen=True)
@@ -29,23 +42,25 @@ class Layout:
     """How a text file is laid out, as far as its beginning shows."""
 
     format: str
-    begin: int  # line of the first interaction: above it are blank lines, comments and the header
-    comments: int
+    begin: int  # line of the first interaction, or of what may be one: above it is what is none
+    comments: int = 0
     separator: str = " "
-    header: bool = False
-    user_column: int = 0
-    item_column: int = 1
+    columns: Columns = _FIRST_TWO
+    header: bool | None = False  # None: the line at `begin` may be one, which the ids below it show
+    names: Sequence[str] = ()  # the fields of the header, or of that line
 
 
-def find_layout(name: str, number: int, text: str, file_format: str) -> Layout:
-    """Find out from its first lines how a file is laid out."""
+Rows = list[tuple[int, int, list[str]]]  # of each record: its line, the line below it, and its fields
+
+
+def find_layout(name: str, number: int, text: str, options: ReadOptions) -> Layout:
+    """Find out from its first lines, of which the first has this number, how a file is laid out."""
     lines = [(n, line) for n, line in enumerate(text.split("\n"), number) if line.strip()]
-    if lines[0][1].startswith(('{"', '[{"')):
-        raise InteractionsError(
-            f"{name}: is JSON; expected delimited text: convert it, for example with: "
-            f"jq -r '[.user_id, .item_id] | @csv'"
-        )
-    separator = _separator(name, lines, file_format)
+    if options.file_format in ("auto", "json"):
+        kind = _json_or_matrix_market(name, *lines[0], options)
+        if kind:
+            return Layout("json", lines[0][0])
+    separator = _separator(name, lines, options)
     comments = 0
     for _, line in lines:
         if not line.startswith(_COMMENTS) or (separator != " " and named_columns(line.split(separator))):
@@ -55,47 +70,208 @@ def find_layout(name: str, number: int, text: str, file_format: str) -> Layout:
         raise InteractionsError(f"{name}: has no interactions, only comments; expected a user and an item")
     begin = lines[comments][0]
     text = "\n".join(text.split("\n")[begin - number :])
-    rows: list[tuple[int, list[str]]] = []  # of each: the number of the line below it, and its fields
+    rows: Rows = []
     with contextlib.suppress(InteractionsError):  # of the last, which may be cut; reading will tell
         for numbers, records in records_of(name, iter([(begin, text)]), separator):
-            rows.extend(zip(numbers[1:], map(_cleaned, records), strict=True))
-    rows = [row for row in rows if any(row[1])]
+            rows.extend(zip(numbers, numbers[1:], map(_cleaned, records), strict=False))
+    rows = [row for row in rows if any(row[2])]
+    if options.file_format == "adjacency":
+        return Layout("adjacency", begin, comments)
     if not rows:
         return Layout("delimited", begin, comments, separator)
-    firsts = [fields[0] for _, fields in rows]
-    ragged = len({len(fields) for _, fields in rows}) > 1 and len(set(firsts)) == len(rows)
-    if file_format == "adjacency" or (file_format == "auto" and separator == " " and ragged):
-        return Layout("adjacency", begin, comments)
-    below, first = rows[0]
-    named = named_columns(first)
-    if named:
-        return Layout("delimited", below, comments, separator, True, *named)
-    # A header has no numbers, and below it in the one column or the other stand nothing but numbers.
-    others = [fields for _, fields in rows[1:]]
-    header = bool(others) and not any(re.fullmatch(_NUMBER, field) for field in first)
-    header = header and any(
-        all(re.fullmatch(_NUMBER, fields[column]) for fields in others if len(fields) > column)
-        for column in (0, 1)
+    if options.file_format == "auto" and separator == " ":
+        _refuse_libfm(name, rows)
+        firsts = [fields[0] for *_, fields in rows]
+        ragged = len({len(fields) for *_, fields in rows}) > 1 and len(set(firsts)) == len(rows)
+        if ragged and not options.of_columns:
+            return Layout("adjacency", begin, comments)
+    if options.user_column is None and options.item_column is None:
+        _refuse_matrix(name, rows, separator)
+    return _delimited_layout(name, rows, comments, separator, options)
+
+
+def _delimited_layout(name: str, rows: Rows, comments: int, separator: str, options: ReadOptions) -> Layout:
+    begin, below, first = rows[0]
+    width = max(len(fields) for *_, fields in rows)
+    header = options.header
+    if header is None:
+        header = _is_header([fields for *_, fields in rows], options)
+    if header:
+        columns = find_columns(name, options, first, len(first))
+        return Layout("delimited", below, comments, separator, columns, True, first)
+    columns = find_columns(name, options, None, width)
+    return Layout("delimited", begin, comments, separator, columns, header, first)
+
+
+def _is_header(rows: list[list[str]], options: ReadOptions) -> bool | None:
+    """Say whether the first row names the columns, as far as the rows that are looked at show."""
+    first, others = rows[0], rows[1:]
+    given = (options.user_column, options.item_column, options.rating_column)
+    if named_columns(first) or any(isinstance(one, str) and one.strip() in first for one in given):
+        return True
+    at = [0, 1]
+    for place, one in enumerate(given[:2]):
+        if one is not None:
+            with contextlib.suppress(OptionError):
+                at[place] = resolve("", "", one, None, len(first), True) or 0
+    if any(_is_value(first[column]) for column in at if column < len(first)):
+        return False
+    if any(_is_named(column, first, others) for column in range(len(first))):
+        return True
+    typed = [column for column in range(len(first)) if _differs_in_type(column, first, others)]
+    if any(map(_is_value, first)) and not set(typed) & set(at):
+        return False
+    return True if typed else None
+
+
+def _is_value(field: str) -> bool:
+    return bool(_NUMBER.fullmatch(field) or _DATE.fullmatch(field))
+
+
+def _fields(column: int, rows: list[list[str]]) -> list[str]:
+    return [fields[column] for fields in rows if len(fields) > column and fields[column]]
+
+
+def _is_named(column: int, first: list[str], others: list[list[str]]) -> bool:
+    """Say whether a field is a usual name of a column, and no value of that column."""
+    expected = ("user", "item") if column < 2 else ("user", "item", "rating", "other")
+    return (
+        bool(first[column])
+        and role(first[column]) in expected
+        and bool(others)
+        and first[column] not in _fields(column, others)
     )
-    return Layout("delimited", below if header else begin, comments, separator, header)
 
 
-def _cleaned(fields: list[str]) -> list[str]:
-    return [field.strip().strip('"').strip() for field in fields]
+def _differs_in_type(column: int, first: list[str], others: list[list[str]]) -> bool:
+    """Say whether a field is no number or date, and nothing else is in its column."""
+    below = _fields(column, others)
+    return bool(first[column] and below) and not _is_value(first[column]) and all(map(_is_value, below))
 
 
-def named_columns(header: list[str]) -> tuple[int, int] | None:
-    """Return the columns of users and of items if names in the header say both."""
-    names = [re.sub(r"[^a-z]", "", name.partition(":")[0].lower()) for name in header]
-    users = [column for column, name in enumerate(names) if name in _USER_NAMES]
-    items = [column for column, name in enumerate(names) if name in _ITEM_NAMES]
-    return (users[0], items[0]) if users and items else None
+def header_from_ids(cells: tuple[str, str], ids: tuple[Ids, Ids], pairs: tuple[Codes, Codes]) -> bool | None:
+    """Say whether a first line is a header by the pairs of all the lines below it; None: it cannot be told.
+
+    Parameters
+    ----------
+    cells : tuple of str
+        What the line has in the columns of users and items.
+    ids : tuple of Ids
+        The ids of users and of items.
+    pairs : tuple of arrays, int64, shapes (n,)
+        The distinct pairs below the line, in codes of `ids`.
+    """
+    counts = [np.bincount(codes, minlength=1) for codes in pairs]
+    if not len(pairs[0]) or any(
+        cell in known and known[cell] < len(count) and count[known[cell]]
+        for cell, known, count in zip(cells, ids, counts, strict=True)
+    ):
+        return False if len(pairs[0]) else None
+    columns: list[list[str]] = []
+    for known, count in zip(ids, counts, strict=True):
+        names = list(known)
+        columns.append([names[code] for code in np.flatnonzero(count)])
+    with_digits = [np.mean([any(map(str.isdigit, name)) for name in column]) for column in columns]
+    for cell, share in zip(cells, with_digits, strict=True):
+        if any(map(str.isdigit, cell)) and share >= 0.5:
+            return False
+    for cell, share, column in zip(cells, with_digits, columns, strict=True):
+        if share == 1 and len(column) > 1 and not any(map(str.isdigit, cell)):
+            return True
+    # Would an interaction have ids that come once only? As often as others do: so many of the pairs.
+    once = min((int((count == 1).sum()) + 1) / (len(pairs[0]) + 1) for count in counts)
+    return True if once <= _SELDOM else None
 
 
-def _separator(name: str, lines: list[Lines], file_format: str) -> str:
-    if file_format == "adjacency":
+def ask_for_the_header(name: str, number: int, fields: Sequence[str]) -> InteractionsError:
+    """Return the error of a line that may be a header and may be none."""
+    return InteractionsError(
+        f"{name}, line {number}: cannot tell whether {', '.join(map(shown, fields[:5]))} are names of "
+        f"columns or an interaction; say it with --header or --no-header (in Python "
+        f"header=True or header=False)"
+    )
+
+
+def _cleaned(fields: Iterable[str]) -> list[str]:
+    return [field.strip().strip('"').strip() or field.strip() for field in fields]
+
+
+def _json_or_matrix_market(name: str, number: int, line: str, options: ReadOptions) -> bool:
+    """Say whether a file, of which this is the first line, is JSON lines; refuse what is like it."""
+    if options.file_format == "json" or re.match(r'\s*\{\s*(?:"|\}|$)', line):
+        return True
+    if re.match(r"\s*\[\s*(?:[\[{]|$)", line):
+        raise InteractionsError(
+            f"{name}: is a JSON array; expected an object on each line: convert it, for example with: "
+            f"jq -c '.[]'"
+        )
+    if line.startswith("%%MatrixMarket"):
+        raise InteractionsError(
+            f"{name}, line {number}: is a Matrix Market file, which is not read here; expected a user and an "
+            f"item on each line: read it with scipy.io.mmread, and give its row and col to "
+            f"Interactions.from_ids"
+        )
+    return False
+
+
+def _refuse_libfm(name: str, rows: Rows) -> None:
+    features = [fields[1:] for *_, fields in rows]
+    if any(features) and all(
+        _NUMBER.fullmatch(fields[0]) and all(map(_LIBFM.fullmatch, fields[1:])) for *_, fields in rows
+    ):
+        raise InteractionsError(
+            f"{name}, line {rows[0][0]}: is in the format of libfm or libsvm, a label and index:value each, "
+            f"got {' '.join(rows[0][2])[:60]!r}; expected a user and an item on each line. If these are ids, "
+            f"choose --format delimited or --format adjacency"
+        )
+
+
+def _refuse_matrix(name: str, rows: Rows, separator: str) -> None:
+    """Refuse a table of a row for each user and a column for each item, as far as it can be told from pairs.
+
+    The column that would be that of items then looks like all the columns on its right: few values that come
+    again and again, or mostly zeros and blanks.
+    """
+    below = [fields[1:] for *_, fields in rows[1:]]  # the first may name the items
+    width = len(rows[0][2])
+    if width < _WIDE or len(below) < 2 or named_columns(rows[0][2]):
+        return
+    if any(len(fields) != width - 1 for fields in below):
+        return
+    cells = [cell for fields in below for cell in fields]
+    if not all(not cell or _NUMBER.fullmatch(cell) for cell in cells):
+        return
+    values = {float(cell) for cell in cells if cell}
+    nothing = [[not cell or float(cell) == 0 for cell in column] for column in zip(*below, strict=True)]
+    sparse = np.mean(nothing) >= 0.5 and np.mean(nothing[0]) >= 0.1
+    alike = len(values) <= min(_FEW, len(cells) // 4) and all(
+        len({cell for cell in column if cell}) > 1 or len(below) < 8 for column in zip(*below, strict=True)
+    )
+    firsts = [fields[0] for *_, fields in rows[1:]]
+    of_each = len(set(firsts)) == len(firsts) or all(
+        _NUMBER.fullmatch(one) and float(one) in values for one in firsts
+    )
+    if of_each and (sparse or alike):
+        other = ", or choose --format adjacency" if separator == " " else ""
+        raise InteractionsError(
+            f"{name}: looks like a matrix of ratings, with a row for each user and {width - 1} columns of "
+            f"items or so; expected a user and an item on each line. If it is not, say which columns have "
+            f"them with --user-column and --item-column{other}; "
+            f"if it is, make it long, for example with polars' DataFrame.unpivot"
+        )
+
+
+def _separator(name: str, lines: list[Lines], options: ReadOptions) -> str:
+    if options.file_format == "adjacency":
         return " "
     counts = {separator: sum(separator in line for _, line in lines) for separator in SEPARATORS}
+    if options.separator is not None:
+        if not any(options.separator in line for _, line in lines):
+            raise OptionError(
+                f"separator: {name} has no {options.separator!r} in its first lines (line {lines[0][0]} is "
+                f"{lines[0][1][:60]!r}); choose another one"
+            )
+        return options.separator
     for separator, count in counts.items():
         if 2 * count > len(lines):
             return separator
@@ -104,6 +280,6 @@ def _separator(name: str, lines: list[Lines], file_format: str) -> str:
         number, line = lines[0]
         raise InteractionsError(
             f"{name}: has one column only (line {number} is {line[:60]!r}); expected a user and an item on "
-            f"each line, separated by one of {', '.join(SEPARATORS.values())}"
+            f"each line, separated by one of {', '.join(SEPARATORS.values())}, or by what --separator says"
         )
     return best

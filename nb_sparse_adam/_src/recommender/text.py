@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interactions in text: delimited, or LightGCN adjacency lines."""
+"""Interactions in text: delimited, LightGCN adjacency lines, or JSON lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any
 
 import numpy as np
 
 from nb_sparse_adam._src.recommender.codes import Codes, Ids, Pairs, distinct_pairs
-from nb_sparse_adam._src.recommender.layout import SEPARATORS, Layout, find_layout
+from nb_sparse_adam._src.recommender.columns import SEPARATORS, ReadOptions, what_was_taken
+from nb_sparse_adam._src.recommender.json_lines import JsonLines
+from nb_sparse_adam._src.recommender.layout import Layout, ask_for_the_header, find_layout, header_from_ids
 from nb_sparse_adam._src.recommender.lines import CARRIAGE_RETURN, Lines, blocks_of, decoded, records_of
+from nb_sparse_adam._src.recommender.ratings import AtLeast
 from nb_sparse_adam.errors import InteractionsError
 
 
-def read_text(name: str, shown: str, stream: Any, file_format: str, users: Ids, items: Ids) -> Pairs:
+def read_text(name: str, label: str, stream: Any, options: ReadOptions, users: Ids, items: Ids) -> Pairs:
     """Read a stream; users and items are given codes, those that have none yet.
 
     Parameters
     ----------
-    name, shown : str
+    name, label : str
         What errors, and the description, call the file.
     stream : binary stream
         That can be peeked into.
-    file_format : {"auto", "delimited", "adjacency"}
+    options : ReadOptions
     users, items : Ids
     """
     with decoded(name, stream) as decoder:
@@ -32,22 +35,26 @@ def read_text(name: str, shown: str, stream: Any, file_format: str, users: Ids, 
         number, text = next((block for block in blocks if block[1].strip()), (0, ""))
         if not number:
             raise InteractionsError(f"{name}: is empty; expected a user and an item on each line")
-        layout = find_layout(name, number, text, file_format)
+        layout = find_layout(name, number, text, options)
+        options.refuse_what_has_no_meaning(layout.format, name)
         below = text.split("\n")[layout.begin - number :]
-        blocks, notes = chain([(layout.begin, "\n".join(below))] if below else [], blocks), []
+        blocks = chain([(layout.begin, "\n".join(below))] if below else [], blocks)
+        kept, notes = AtLeast(name, options), list[str]()
         if layout.format == "adjacency":
-            what = f"{shown}, adjacency lines (user item item ...)"
+            what = "adjacency lines (user item item ...)"
             pairs = distinct_pairs(_adjacency(name, blocks, users, items))
+        elif layout.format == "json":
+            lines = JsonLines(name, blocks, options, kept)
+            pairs = distinct_pairs(lines.pairs(users, items))
+            what = f"JSON lines ({lines.taken})"
         else:
-            header = "with header" if layout.header else "no header"
-            what = f"{shown}, delimited text ({SEPARATORS[layout.separator]}, {header})"
-            if (layout.user_column, layout.item_column) != (0, 1):
-                user, item = layout.user_column + 1, layout.item_column + 1
-                notes.append(f"users in column {user} and items in column {item} by their names")
-            pairs = distinct_pairs(_delimited(name, blocks, layout, users, items, notes))
+            table = _Delimited(name, layout, kept)
+            pairs = distinct_pairs(table.pairs(blocks, users, items))
+            pairs = table.with_first_line(pairs, users, items)
+            what, notes = table.description(), table.notes
     if layout.comments:
         notes.append(f"comments above: {layout.comments:,} lines")
-    return Pairs(*pairs, ", ".join([what, *notes]))
+    return Pairs(*pairs, ", ".join([f"{label}, {what}", *notes, *kept.note()]))
 
 
 def _adjacency(name: str, blocks: Iterable[Lines], users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
@@ -60,39 +67,102 @@ def _adjacency(name: str, blocks: Iterable[Lines], users: Ids, items: Ids) -> It
         yield np.repeat(who, [len(fields) - 1 for fields in rows]), what
 
 
-def _delimited(
-    name: str, blocks: Iterator[Lines], layout: Layout, users: Ids, items: Ids, notes: list[str]
-) -> Iterator[tuple[Codes, Codes]]:
-    wanted = layout.user_column, layout.item_column
-    inside, where = 0, 0
-    for numbers, rows in records_of(name, blocks, layout.separator, max(wanted) + 1):
-        who, what = ([fields[c].strip() if len(fields) > c else "" for fields in rows] for c in wanted)
-        pairs = "\0".join(chain(who, what))
-        if "\n" in pairs or CARRIAGE_RETURN in pairs:
+class _Delimited:
+    """Delimited text, and what was found out about it on the way."""
+
+    def __init__(self, name: str, layout: Layout, kept: AtLeast) -> None:
+        self._name, self._layout, self._kept = name, layout, kept
+        self._header = layout.header
+        self._first: tuple[int, str, str, list[str]] | None = (
+            None  # a line that may be a header, kept for the end
+        )
+        self.notes: list[str] = []
+
+    def description(self) -> str:
+        """Say how the text was read; after that."""
+        layout = self._layout
+        header = "with header" if self._header else "no header"
+        separator = SEPARATORS.get(layout.separator, repr(layout.separator))
+        names = layout.names if self._header else None
+        return f"delimited text ({separator}, {header}; {what_was_taken(layout.columns, names)})"
+
+    def pairs(self, blocks: Iterator[Lines], users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
+        """Yield the codes of users and items, of records at a time."""
+        name, layout = self._name, self._layout
+        wanted = layout.columns.all()
+        title = tuple(layout.names[column] for column in wanted[:2]) if self._header else ()
+        inside, where, again = 0, 0, 0
+        for numbers, rows in records_of(name, blocks, layout.separator, max(wanted) + 1):
+            between = numbers[-1] - numbers[0] - len(rows)
+            if between and not inside:
+                where = next(number for number, below in pairwise(numbers) if below > number + 1)
+            inside += between
+            who, what, *ratings = (
+                [fields[c].strip() if len(fields) > c else "" for fields in rows] for c in wanted
+            )
+            self._refuse(numbers, rows, who, what)
+            taken: list[bool] | None = None
+            if "" in who or ratings or (self._header is None and self._first is None):
+                taken = list(map(bool, who))  # the others are blank
+            if taken and self._header is None and self._first is None and any(taken):
+                at = taken.index(True)
+                taken[at] = False
+                self._first = numbers[at], who[at], what[at], [rating[at] for rating in ratings]
+            if title and title[0] in who:  # files one below the other, each with its header
+                titles = [pair == title for pair in zip(who, what, strict=True)]
+                again += sum(titles)
+                taken = [
+                    one and not other for one, other in zip(taken or map(bool, who), titles, strict=True)
+                ]
+            for rating in ratings:
+                taken = [
+                    one and self._kept.takes(text, number)
+                    for one, text, number in zip(taken or (), rating, numbers, strict=False)
+                ]
+            if taken is not None:
+                who, what = list(compress(who, taken)), list(compress(what, taken))
+            yield users.codes(who), items.codes(what)
+        if inside:
+            self.notes.append(f"line ends within quotes: {inside:,} (the first in line {where})")
+        if again:
+            self.notes.append(f"the header came again {again:,} times")
+
+    def _refuse(self, numbers: Any, rows: list[list[str]], who: list[str], what: list[str]) -> None:
+        """Refuse ids with line ends in them, and lines with a user or an item only."""
+        both = "\0".join(chain(who, what))
+        if "\n" in both or CARRIAGE_RETURN in both:
             raise next(
-                _stray_line_end(name, number)
+                _stray_line_end(self._name, number)
                 for number, user, item in zip(numbers, who, what, strict=False)
                 if "\n" in user + item or CARRIAGE_RETURN in user + item
             )
         if "" in who or "" in what:
             for number, fields, user, item in zip(numbers, rows, who, what, strict=False):
                 if bool(user) != bool(item):
-                    raise _missing_field(name, number, layout.separator, fields)
-            who, what = list(filter(None, who)), list(filter(None, what))  # lines with neither are blank
-        between = numbers[-1] - numbers[0] - len(rows)
-        if between and not inside:
-            where = next(number for number, below in pairwise(numbers) if below > number + 1)
-        inside += between
-        yield users.codes(who), items.codes(what)
-    if inside:
-        notes.append(f"line ends within quotes: {inside:,} (the first in line {where})")
+                    raise self._missing_field(number, fields)
 
+    def with_first_line(
+        self, pairs: tuple[Codes, Codes, int], users: Ids, items: Ids
+    ) -> tuple[Codes, Codes, int]:
+        """Add what the first line has if it turns out to be an interaction."""
+        if self._first is None:
+            return pairs
+        number, user, item, ratings = self._first
+        self._header = header_from_ids((user, item), (users, items), pairs[:2])
+        if self._header is None:
+            raise ask_for_the_header(self._name, number, self._layout.names)
+        if self._header or not all(self._kept.takes(rating, number) for rating in ratings):
+            return pairs
+        first = users.codes([user]), items.codes([item])
+        return *distinct_pairs([pairs[:2], first])[:2], pairs[2] + 1
 
-def _missing_field(name: str, number: int, separator: str, fields: list[str]) -> InteractionsError:
-    return InteractionsError(
-        f"{name}, line {number}: expected a user and an item separated by {SEPARATORS[separator]}, got "
-        f"{separator.join(fields)[:60]!r}; mend or remove the line (or choose another --format)"
-    )
+    def _missing_field(self, number: int, fields: list[str]) -> InteractionsError:
+        separator = self._layout.separator
+        return InteractionsError(
+            f"{self._name}, line {number}: expected a user and an item separated by "
+            f"{SEPARATORS.get(separator, repr(separator))}, got {separator.join(fields)[:60]!r}; mend or "
+            f"remove the line (or choose another --format)"
+        )
 
 
 def _stray_line_end(name: str, number: int) -> InteractionsError:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interactions in JSON lines: an object on each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from nb_sparse_adam._src.recommender.codes import Codes, Ids
+from nb_sparse_adam._src.recommender.columns import Columns, ReadOptions, find_columns, shown, what_was_taken
+from nb_sparse_adam._src.recommender.lines import CARRIAGE_RETURN, Lines
+from nb_sparse_adam._src.recommender.ratings import AtLeast
+from nb_sparse_adam.errors import InteractionsError, OptionError
+
+
+class JsonLines:
+    """The objects of a file, read once; after that `taken` says which of their keys were used."""
+
+    def __init__(self, name: str, blocks: Iterable[Lines], options: ReadOptions, kept: AtLeast) -> None:
+        self._name, self._blocks, self._options, self._kept = name, blocks, options, kept
+        self.taken = ""
+
+    def pairs(self, users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
+        """Yield the codes of users and items, a block of lines at a time."""
+        keys: list[str] | None = None
+        for first, text in self._blocks:
+            who: list[str] = []
+            what: list[str] = []
+            for number, line in enumerate(text.replace(CARRIAGE_RETURN, "\r").split("\n"), first):
+                if not line or line.isspace():
+                    continue
+                found = self._object(number, line)
+                if keys is None:
+                    keys = self._keys(number, found)
+                if len(keys) > 2 and not self._kept.takes(self._rating(number, found, keys[2]), number):
+                    continue
+                who.append(self._id(number, found, keys[0]))
+                what.append(self._id(number, found, keys[1]))
+            yield users.codes(who), items.codes(what)
+
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also of a number of too many digits
+            reason = getattr(error, "msg", None) or str(error) or "it is nested too deeply"
+            raise InteractionsError(
+                f"{self._name}, line {number}: is no JSON ({reason}), got {line[:60]!r}; expected an object "
+                f"on each line"
+            ) from error
+        if not isinstance(found, dict):
+            raise InteractionsError(
+                f"{self._name}, line {number}: expected a JSON object with a user and an item, got "
+                f"{line[:60]!r}"
+            )
+        return found
+
+    def _keys(self, number: int, found: dict[str, Any]) -> list[str]:
+        names = list(found)
+        try:
+            columns: Columns = find_columns(self._name, self._options, names, len(names), ordered=False)
+        except OptionError as error:
+            raise InteractionsError(f"{error} (line {number}; keys of JSON are given by name)") from error
+        self.taken = what_was_taken(columns, names)
+        return [names[column] for column in columns.all()]
+
+    def _value(self, number: int, found: dict[str, Any], key: str) -> Any:
+        if found.get(key) is None:
+            got = "null for" if key in found else "no"
+            raise InteractionsError(
+                f"{self._name}, line {number}: has {got} key {shown(key)}; expected one in each object, "
+                f"mend or remove the line"
+            )
+        return found[key]
+
+    def _rating(self, number: int, found: dict[str, Any], key: str) -> str:
+        value = self._value(number, found, key)
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise self._wrong(number, key, value, "a number")
+        return str(value)
+
+    def _id(self, number: int, found: dict[str, Any], key: str) -> str:
+        value = self._value(number, found, key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self._wrong(number, key, value, "an integer or a string")
+        name = value.strip()
+        if (
+            not name
+            or any(one in name for one in "\n\r\0")
+            or any("\ud800" <= one <= "\udfff" for one in name)
+        ):
+            raise self._wrong(number, key, value, "text of one line without surrogates")
+        return name
+
+    def _wrong(self, number: int, key: str, value: Any, expected: str) -> InteractionsError:
+        kind = "a nested value" if isinstance(value, dict | list) else json.dumps(value)[:60]
+        return InteractionsError(
+            f"{self._name}, line {number}: {shown(key)} is {kind}; expected {expected}, mend or "
+            f"remove the line"
+        )
