@@ -105,6 +105,8 @@ class InBatchSoftmax:
         groups = -(-size // longest)
         self._log_q = _log_shares(batches, 1.0).astype(np.float32)
         self._turned = np.empty((groups, options.dim, longest), np.float32)
+        self._columns = np.arange(options.dim, dtype=np.int32)
+        self._corrections = np.empty(size, np.float32)
         self._shares, self._by_item = np.empty((2, size, longest), np.float32)
         self._losses = np.empty(groups * -(-longest // BLOCK))
 
@@ -113,7 +115,8 @@ class InBatchSoftmax:
         launch(
             softmax.in_batch, threads, n,
             *tables, batch.users, batch.items, self._log_q, self._sharpness, self._reg, self._longest,
-            *gradients, self._turned, self._shares, self._by_item, self._losses,
+            *gradients, self._turned, self._columns, self._corrections, self._shares, self._by_item,
+            self._losses,
         )  # fmt: skip
         units = -(-n // self._longest) * -(-self._longest // BLOCK)
         return float(self._losses[:units].sum()) / n
