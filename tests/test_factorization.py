@@ -310,29 +310,52 @@ def test_neighbours_are_by_cosine_without_itself(trained):
         assert ask(ids[4], k=6)[0].tolist() == found[0].tolist()
 
 
-def test_someone_new_gets_the_vector_of_least_loss(trained):
-    items = trained.item_ids_[[1, 4, 8]]
-    x = trained.fold_in([*items, items[0]])
+@pytest.mark.parametrize("options", [{}, {"loss": "softmax", "negatives": 5, "temperature": 0.5}])
+def test_someone_new_gets_the_vector_of_least_loss(interactions, options):
+    model = MatrixFactorization(**SMALL, **options).fit(interactions)
+    items = model.item_ids_[[1, 4, 8]]
+    x = model.fold_in([*items, items[0]])
     assert x.dtype == np.float32
-    assert x.tobytes() == trained.fold_in(items[::-1]).tobytes()
-    vectors = trained.item_factors_.astype(np.float64)
-    others = np.setdiff1d(np.arange(60), [1, 4, 8])[: len(vectors)]
-    others = others[others < len(vectors)]
-    differences = (vectors[[1, 4, 8]][:, None] - vectors[others]).reshape(-1, 8)
+    assert x.tobytes() == model.fold_in(items[::-1]).tobytes()
+    vectors = model.item_factors_.astype(np.float64)
+    had, others = vectors[[1, 4, 8]], np.delete(vectors, [1, 4, 8], 0)
 
     def loss(at):
-        return np.logaddexp(0, -(differences @ at)).mean() + 0.5 * trained.reg * at @ at
+        if options:
+            z, rest = had @ at / 0.5, np.exp(others @ at / 0.5).sum()
+            first = np.mean(np.log(np.exp(z) + rest) - z)
+        else:
+            first = np.mean([np.log1p(np.exp(-(v - other) @ at)) for v in had for other in others])
+        return first + 0.5 * model.reg * at @ at
 
     rng = np.random.default_rng(0)
-    assert all(loss(x) <= loss(x + rng.normal(size=8) * 10.0**-e) for e in range(4) for _ in range(50))
-    ids, _ = trained.recommend(vectors=x, k=5, exclude=items)
+    least = loss(x.astype(np.float64))
+    assert all(least <= loss(x + rng.normal(size=8) * 10.0**-e) + 1e-9 for e in range(4) for _ in range(50))
+    ids, _ = model.recommend(vectors=x, k=5, exclude=items)
     assert not set(ids) & set(items)
     with pytest.raises(InteractionsError, match="got 0 different items"):
-        trained.fold_in([])
+        model.fold_in([])
     with pytest.raises(UnknownIdError, match="partial_fit"):
-        trained.fold_in([10**9])
+        model.fold_in([10**9])
     with pytest.raises(OptionError, match="vectors: got shape"):
-        trained.recommend(vectors=np.zeros(3))
+        model.recommend(vectors=np.zeros(3))
+
+
+def test_of_many_items_a_sample_says_nearly_the_same(monkeypatch):
+    from nb_sparse_adam._src.recommender import folding
+
+    rng = np.random.default_rng(0)
+    items, had = rng.normal(size=(5000, 4)).astype(np.float32), np.array([3, 17, 99])
+    for options in (BPROptions(reg=0.1), BPROptions(reg=0.1, loss="softmax")):
+        sampled = folding.fold_in(items, had, options, np.random.default_rng(1))
+        with monkeypatch.context() as patch:
+            for limit in ("_PAIRS", "_MOST", "_OTHERS"):
+                patch.setattr(folding, limit, 10**6)
+            whole = folding.fold_in(items, had, options, np.random.default_rng(1))
+            patch.setattr(folding, "_OTHERS", 2000)
+            part = folding.fold_in(items, had, options, np.random.default_rng(1))
+        for one in (sampled, part):
+            assert np.linalg.norm(one - whole) < 0.1 * np.linalg.norm(whole)
 
 
 def test_quality_is_that_of_slow_rankings(interactions):

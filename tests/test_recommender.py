@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from nb_sparse_adam._src.recommender import bpr, training
+from nb_sparse_adam._src.recommender import batches, sampling
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import popularity_quality
 from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, OptionError
@@ -27,8 +27,8 @@ def test_arrays_of_other_layouts_are_jobs_of_another_kind():
     frozen = np.zeros(4, np.int32)
     frozen.flags.writeable = False
     arrays = (np.zeros(4, np.int32), np.zeros(4, np.int64), array[:, 0], frozen, array)
-    assert len({bpr.kind_of((each, 1)) for each in arrays}) == len(arrays)
-    assert bpr.kind_of((np.zeros(4), 1)) == bpr.kind_of((np.zeros(9), 2))
+    assert len({sampling.kind_of((each, 1)) for each in arrays}) == len(arrays)
+    assert sampling.kind_of((np.zeros(4), 1)) == sampling.kind_of((np.zeros(9), 2))
 
 
 # --- samples ----------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_the_samples_do_not_depend_on_the_batch_size(monkeypatch):
     all_in_one = copies(SMALL, BPROptions(batch_size=10_000, negatives=2))
-    monkeypatch.setattr(training, "_CHUNK", 20)  # two batches are sampled at a time
+    monkeypatch.setattr(batches, "_CHUNK", 20)  # two batches are sampled at a time
     many = copies(SMALL, BPROptions(batch_size=9, negatives=2))
     np.testing.assert_array_equal(
         np.concatenate([batch.negatives for batch in many]), all_in_one[0].negatives
@@ -285,6 +285,10 @@ BAD_OPTIONS = {
     "betas": [(0.9, 1), (-0.1, 0.9), (0.9,), 0.9, (math.nan, 0)],
     "eps": [0, -1e-8],
     "threads": [0, 1.0],
+    "loss": ["warp", "", None],
+    "temperature": [0, -1.0, math.inf, math.nan, "1", 0.5],
+    "popularity": [-0.5, math.inf, math.nan, None],
+    "in_batch": [1, None, True],
 }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of the recommender: negative sampling, and the BPR loss with its gradients.
+"""Kernels of the BPR loss and its gradients.
 
-The formulas are in the docstring of `training`. A driver (``*_serial``, ``*_parallel``) goes over blocks
+The formulas are in the docstring of `losses`. A driver (``*_serial``, ``*_parallel``) goes over blocks
 of a fixed size and calls a worker for each, so that every sum has the same order on any number of threads.
 Nothing is validated here, and nothing allocated.
 """
@@ -17,21 +17,7 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
-
-BLOCK = 64  # interactions that a thread takes at a time; the losses of each block are summed on their own
-
-_STRIDE = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-
-
-class Source(NamedTuple):
-    """The training interactions."""
-
-    users: NDArray[np.int32]  # (interactions,)
-    indptr: NDArray[np.int64]  # (n_users + 1,)
-    indices: NDArray[np.int32]  # (interactions,) items, ascending within a user
-    n_items: int
+from nb_sparse_adam._src.recommender.sampling import BLOCK, kind_of
 
 
 class Pair(NamedTuple):
@@ -39,94 +25,6 @@ class Pair(NamedTuple):
 
     user: NDArray[np.float32]  # (n_users, dim), or (n, dim)
     item: NDArray[np.float32]  # (n_items, dim), or (n + n * negatives, dim)
-
-
-# --- sampling ---------------------------------------------------------------------------------------------
-
-
-@jit
-def random_bits(key: Any, counter: Any) -> Any:
-    """Return 32 random bits: the upper half of number `counter` of splitmix64 (Steele, Lea & Flood 2014)."""
-    x = key + np.uint64(counter) * _STRIDE
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return (x ^ (x >> np.uint64(31))) >> np.uint64(32)
-
-
-@jit
-def absent(indices: Any, low: Any, high: Any, rank: Any) -> Any:
-    """Return the item that comes at `rank`, from 0, among those not in the ascending ``indices[low:high]``.
-
-    Before the k-th item of a user's list stand ``indices[low + k] - k`` items that are not in the list, an
-    ascending sequence. So one binary search finds the item, and no draw is ever rejected, however many items
-    the user has.
-    """
-    start = low
-    while low < high:
-        middle = (low + high) // 2
-        if indices[middle] - (middle - start) <= rank:
-            low = middle + 1
-        else:
-            high = middle
-    return rank + (low - start)
-
-
-@jit
-def sample_worker(
-    begin: Any, end: Any, key: Any, first: Any, order: Any, source: Any, size: Any, users: Any, items: Any
-) -> None:
-    """Do what `sample` does, for the interactions begin:end of ``order``."""
-    n = len(order)
-    negatives = len(items) // n - 1
-    for t in range(begin, end):
-        interaction = order[t]
-        user = source.users[interaction]
-        batch = t // size * size  # the place of the batch's first interaction
-        n_batch = min(size, n - batch)
-        place = batch * (1 + negatives) + (t - batch)
-        users[t] = user
-        items[place] = source.indices[interaction]
-        place += n_batch + (t - batch) * (negatives - 1)
-        low, high = source.indptr[user], source.indptr[user + 1]
-        free = np.uint64(source.n_items - (high - low))
-        for k in range(negatives):
-            # bits · free / 2³² is below free, and uniform but for free / 2³².
-            bits = random_bits(key, (first + t) * negatives + k)
-            rank = np.int64((bits * free) >> np.uint64(32))
-            items[place + k] = absent(source.indices, low, high, rank)
-
-
-def kind_of(job: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Say what numba's types of a job's arrays depend on: dtype, layout, whether it may be written to."""
-    arrays = [each if isinstance(each, np.ndarray) else None for each in job]
-    return tuple(None if a is None else (a.dtype, a.ndim, a.flags.num) for a in arrays)
-
-
-@jit(entry=True)
-def _sample_begin(phase: Any, job: Any) -> Any:
-    """How many blocks of interactions there are."""
-    return np.int64((len(job[2]) + BLOCK - 1) // BLOCK if phase == 0 else -1)
-
-
-@jit(entry=True)
-def _sample_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
-    """Sample for one block of interactions."""
-    key, first, order, user_of, indptr, indices, n_items, size, users, items = job
-    source = Source(user_of, indptr, indices, n_items)
-    begin = block * BLOCK
-    sample_worker(begin, min(begin + BLOCK, len(order)), key, first, order, source, size, users, items)
-
-
-# Look up the interactions of some batches, and sample other items for each: job (key, first, order, *source,
-# size, users, items), with a `Source`. The random numbers are a function of ``key`` (uint64) and of the
-# interaction's place in the epoch, which is ``first`` for the first of the interactions that ``order``, (n,),
-# names. Each ``size`` of them are a batch. ``users``, (n,), gets their users, and ``items``,
-# (n + n * negatives,), batch by batch, their items followed by those that are sampled for the first of the
-# batch, for the second, and so on.
-sample = Drivers(_sample_begin, _sample_work, kind_of)
-
-
-# --- loss and gradients -----------------------------------------------------------------------------------
 
 
 # The one sum that the compiler may reorder ("reassoc"): otherwise it is not vectorized, and the kernel takes

@@ -17,10 +17,11 @@ from nb_sparse_adam._src.recommender.following import Best, progress_bar
 from nb_sparse_adam._src.recommender.given import Columns, given, validation_split
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.interactions import Split, UserItems, random_stream
+from nb_sparse_adam._src.recommender.options import BPROptions, LossName
 from nb_sparse_adam._src.recommender.ranking import Quality, measure
 from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
 from nb_sparse_adam._src.recommender.serving import Serving
-from nb_sparse_adam._src.recommender.training import BPRModel, BPROptions, EpochRecord, initial_vectors
+from nb_sparse_adam._src.recommender.training import BPRModel, EpochRecord, initial_vectors
 from nb_sparse_adam.errors import OptionError
 
 
@@ -29,15 +30,19 @@ class MatrixFactorization(Serving):
     """A recommender: a vector for each user and each item, whose inner product ranks items for a user.
 
     Parameters are those of `BPROptions`, which says what each is; they are checked when `fit` is called, as
-    scikit-learn's estimators do. The loss is BPR (see `BPRModel`).
+    scikit-learn's estimators do.
 
     Parameters
     ----------
     dim : int, default 64
         Length of the vectors.
+    loss : {"bpr", "softmax"}, default "bpr"
+        Bayesian personalized ranking, or a sampled softmax.
     epochs : int, default 40
         Passes over the interactions, at most.
-    batch_size, lr, reg, negatives, init_std, step_counts, eps_hat, betas, eps
+    negatives, popularity, temperature, in_batch
+        What interactions are compared with, and how.
+    batch_size, lr, reg, init_std, step_counts, eps_hat, betas, eps
         Of the training and of its `SparseAdam`.
     seed : int, default 0
         Same seed, same interactions: the same bits, with any number of threads.
@@ -71,11 +76,15 @@ class MatrixFactorization(Serving):
         self,
         dim: int = 64,
         *,
+        loss: LossName = "bpr",
         epochs: int = 40,
         batch_size: int = 1024,
         lr: float = 0.005,
         reg: float = 0.01,
         negatives: int = 1,
+        popularity: float = 0.0,
+        temperature: float = 1.0,
+        in_batch: bool = False,
         init_std: float = 0.1,
         seed: int = 0,
         step_counts: StepCounts = "element",
@@ -85,11 +94,15 @@ class MatrixFactorization(Serving):
         threads: int | None = None,
     ) -> None:
         self.dim = dim
+        self.loss = loss
         self.epochs = epochs
         self.batch_size = batch_size
         self.lr = lr
         self.reg = reg
         self.negatives = negatives
+        self.popularity = popularity
+        self.temperature = temperature
+        self.in_batch = in_batch
         self.init_std = init_std
         self.seed = seed
         self.step_counts = step_counts

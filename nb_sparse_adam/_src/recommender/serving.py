@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nb_sparse_adam._src.optimizer import SparseAdam
-from nb_sparse_adam._src.recommender.folding import fold_in_bpr
+from nb_sparse_adam._src.recommender.folding import fold_in
 from nb_sparse_adam._src.recommender.given import Columns, given
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.index import ItemIndex
 from nb_sparse_adam._src.recommender.interactions import Split, UserItems, random_stream
+from nb_sparse_adam._src.recommender.options import BPROptions
 from nb_sparse_adam._src.recommender.ranking import measure
 from nb_sparse_adam._src.recommender.topk import best_items
 from nb_sparse_adam.errors import InteractionsError, NotFittedError, OptionError
@@ -26,7 +27,6 @@ class Serving:
     """What `MatrixFactorization` does once it is trained."""
 
     # Of the estimator:
-    reg: float
     seed: int
     threads: int | None
     optimizer_: SparseAdam
@@ -35,6 +35,9 @@ class Serving:
     _items: Ids
     _trained: UserItems | None
     _held_out: UserItems | None
+
+    def _options(self, epochs: int) -> BPROptions:
+        raise NotImplementedError
 
     def _check_fitted(self, what: str) -> None:
         if not hasattr(self, "optimizer_"):
@@ -197,7 +200,7 @@ class Serving:
             raise InteractionsError(
                 f"fold_in: got {len(rows)} different items of {len(self._items)}, expected some, not all"
             )
-        return fold_in_bpr(self.item_factors_, rows, float(self.reg), random_stream(self.seed, "fold-in"))
+        return fold_in(self.item_factors_, rows, self._options(1), random_stream(self.seed, "fold-in"))
 
     def evaluate(
         self, test: Any, k: int = 20, *, user_column: str | None = None, item_column: str | None = None

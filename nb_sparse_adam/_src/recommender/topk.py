@@ -15,7 +15,7 @@ import numpy.typing as npt
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.threads import Partition, run, usable_threads
-from nb_sparse_adam._src.recommender.bpr import kind_of
+from nb_sparse_adam._src.recommender.sampling import kind_of
 
 BLOCK_BYTES = 1 << 25  # scores held at a time: 32 MB, or one user's if that is more
 _ROWS = 8  # that a thread takes at a time

@@ -18,6 +18,7 @@ from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
+from nb_sparse_adam._src.recommender.options import LOSS_NAMES
 from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
 from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
@@ -33,7 +34,12 @@ _HELP = {
     "batch_size": "interactions in a batch",
     "lr": "learning rate",
     "reg": "weight of the squared norms in the loss",
-    "negatives": "items sampled for each interaction, that its user has no training interaction with",
+    "loss": "bpr (Rendle et al. 2009) or softmax (of the item and its negatives, corrected by log Q)",
+    "temperature": "what softmax divides scores by",
+    "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
+    "--in-batch, at most so many others of the batch",
+    "popularity": "sample negatives in proportion to their training interactions to this power; 0: uniformly",
+    "in_batch": "softmax over the items of a part of the batch, none sampled",
     "init_std": "standard deviation of the initial vectors",
     "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
     "top": "k of recall@k and NDCG@k",
@@ -44,6 +50,8 @@ _HELP = {
     "eps": "Adam's epsilon",
     "threads": "threads to use (default: as many, of those that numba would use, as are fastest at the time)",
 }
+
+_CHOICES: dict[str, tuple[str, ...]] = {"step_counts": STEP_COUNTS, "loss": LOSS_NAMES}
 
 
 def add_train(commands: Any) -> None:
@@ -132,12 +140,12 @@ def _add_reading(data: argparse._ArgumentGroup) -> None:
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
     flag, text = f"--{name.replace('_', '-')}", _HELP[name]
     passes, domain = DOMAINS[name]
-    if name == "eps_hat":
+    if isinstance(default, bool):
         group.add_argument(flag, action="store_true", help=f"{text} (default: off)")
         return
     text += "" if default is None else " (default: %(default)s)"
-    if name == "step_counts":
-        group.add_argument(flag, choices=STEP_COUNTS, default=default, help=text)
+    if name in _CHOICES:
+        group.add_argument(flag, choices=_CHOICES[name], default=default, help=text)
     elif name == "betas":
         one = _number(lambda x: passes((x, 0.0)), "a number from 0 to below 1")
         text = text.replace("%(default)s", " ".join(map(str, default)))

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of the sampled softmax loss and its gradients, with negatives of each interaction or of the batch.
+
+The formulas are in the docstring of `losses`. As in `bpr`, threads share out blocks of a fixed size, so that
+every sum has the same order on any number of them, nothing is validated, and nothing allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from nb_sparse_adam._src.engine.compile import jit
+from nb_sparse_adam._src.engine.driver import Drivers
+from nb_sparse_adam._src.engine.intrinsics import load_sum, load_value, store_sum
+from nb_sparse_adam._src.recommender.bpr import Pair, dot
+from nb_sparse_adam._src.recommender.sampling import BLOCK, kind_of
+
+_LOWEST = np.float32(-87.0)
+_LOG2_E = np.float32(1.44269504088896341)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXP_5, _EXP_4 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3)
+_EXP_3, _EXP_2 = np.float32(8.3334519073e-3), np.float32(4.1665795894e-2)
+_EXP_1, _HALF, _ONE = np.float32(1.6666665459e-1), np.float32(0.5), np.float32(1.0)
+
+# --- sampled negatives ------------------------------------------------------------------------------------
+
+
+@jit
+def sampled_worker(
+    begin: Any,
+    end: Any,
+    tables: Any,
+    users: Any,
+    items: Any,
+    log_q: Any,
+    sharpness: Any,
+    reg: Any,
+    gradients: Any,
+    shares: Any,
+) -> float:
+    """Do what `sampled` does, for the interactions begin:end; return the sum of their losses."""
+    user_table, item_table = tables.user, tables.item
+    user_grad, item_grad = gradients.user, gradients.item
+    n = len(users)
+    negatives = len(items) // n - 1
+    dim = user_table.shape[1]
+    dtype = user_table.dtype.type
+    decay = dtype(reg / (n * negatives))
+    decay_all = dtype(reg / n)
+    loss = 0.0
+    for t in range(begin, end):
+        u, i = users[t], items[t]
+        first = n + t * negatives
+        positive = sharpness * np.float64(dot(user_table, u, item_table, i)) - log_q[i]
+        largest = positive
+        norms = 0.0
+        for k in range(negatives):
+            j = items[first + k]
+            shares[t, k] = sharpness * np.float64(dot(user_table, u, item_table, j)) - log_q[j]
+            largest = max(largest, shares[t, k])
+            if reg > 0:
+                norms += np.float64(dot(item_table, j, item_table, j))
+        own = math.exp(positive - largest)
+        total = own
+        for k in range(negatives):
+            shares[t, k] = math.exp(shares[t, k] - largest)
+            total += shares[t, k]
+        loss += largest - positive + math.log(total)
+        if reg > 0:
+            norm = np.float64(dot(user_table, u, user_table, u) + dot(item_table, i, item_table, i))
+            loss += 0.5 * reg * (norm + norms / negatives)
+        g = dtype(sharpness * (own / total - 1.0) / n)
+        for c in range(dim):
+            user_grad[t, c] = decay_all * user_table[u, c] + g * item_table[i, c]
+            item_grad[t, c] = decay_all * item_table[i, c] + g * user_table[u, c]
+        for k in range(negatives):
+            j = items[first + k]
+            g = dtype(sharpness * (shares[t, k] / total) / n)
+            for c in range(dim):
+                user_grad[t, c] += g * item_table[j, c]
+                item_grad[first + k, c] = decay * item_table[j, c] + g * user_table[u, c]
+    return loss
+
+
+@jit(entry=True)
+def _sampled_begin(phase: Any, job: Any) -> Any:
+    """How many blocks of interactions there are."""
+    return np.int64((len(job[2]) + BLOCK - 1) // BLOCK if phase == 0 else -1)
+
+
+@jit(entry=True)
+def _sampled_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+    """Compute the gradients of one block of interactions."""
+    user, item, users, items, log_q, sharpness, reg, user_grad, item_grad, shares, losses = job
+    tables, gradients = Pair(user, item), Pair(user_grad, item_grad)
+    begin = block * BLOCK
+    end = min(begin + BLOCK, len(users))
+    losses[block] = sampled_worker(begin, end, tables, users, items, log_q, sharpness, reg, gradients, shares)
+
+
+# The gradients of the mean loss of a batch with respect to every row that it looks up: job (*tables, users,
+# items, log_q, sharpness, reg, *gradients, shares, losses), where tables and gradients are each a `Pair`.
+# ``users`` and ``items`` are as `sampling.sample` writes them, and row t of the gradients belongs to their id
+# t. ``log_q``, float64 (n_items,), is log Q of each item; ``sharpness`` is 1/τ. ``shares``, float64
+# (n, negatives), is scratch. ``losses``, (blocks,), gets the sum of the losses of each block.
+sampled = Drivers(_sampled_begin, _sampled_work, kind_of)
+
+
+# --- negatives of the batch -------------------------------------------------------------------------------
+
+
+@jit
+def groups_of(n: Any, longest: Any) -> Any:
+    """How many groups of at most `longest` interactions a batch is cut into."""
+    return (n + longest - 1) // longest
+
+
+@jit
+def turn_group(
+    begin: Any, end: Any, item_table: Any, items: Any, log_q: Any, turned: Any, corrections: Any
+) -> None:
+    """Copy what `in_batch` needs of the items begin:end: vectors, ``turned`` (dim, end - begin), log Q."""
+    for j in range(begin, end):
+        item = items[j]
+        corrections[j] = log_q[item]
+        for c in range(item_table.shape[1]):
+            turned[c, j - begin] = item_table[item, c]
+
+
+@jit
+def add_products(
+    n: Any, factors: Any, factors_at: Any, table: Any, rows: Any, rows_at: Any, out: Any, to: Any, width: Any
+) -> None:
+    """Add the sum of ``factors[k] * table[rows[k], :width]``, k < n, to what begins at `to` in `out`.
+
+    ``factors_at`` and ``rows_at`` say where their n numbers begin. Eight at a time: a sum is read and written
+    an eighth as often.
+    """
+    dim = np.int64(table.shape[1])
+    k = 0
+    while k + 8 <= n:
+        f = factors_at + k
+        a, b, c, d = (
+            load_value(factors, f),
+            load_value(factors, f + 1),
+            load_value(factors, f + 2),
+            load_value(factors, f + 3),
+        )
+        e, g, h, i = (
+            load_value(factors, f + 4),
+            load_value(factors, f + 5),
+            load_value(factors, f + 6),
+            load_value(factors, f + 7),
+        )
+        r = rows_at + k
+        ra, rb, rc, rd = rows[r] * dim, rows[r + 1] * dim, rows[r + 2] * dim, rows[r + 3] * dim
+        re, rg, rh, ri = rows[r + 4] * dim, rows[r + 5] * dim, rows[r + 6] * dim, rows[r + 7] * dim
+        for j in range(width):
+            first = (a * load_value(table, ra + j) + b * load_value(table, rb + j)) + (
+                c * load_value(table, rc + j) + d * load_value(table, rd + j)
+            )
+            second = (e * load_value(table, re + j) + g * load_value(table, rg + j)) + (
+                h * load_value(table, rh + j) + i * load_value(table, ri + j)
+            )
+            store_sum(out, to + j, load_sum(out, to + j) + (first + second))
+        k += 8
+    while k < n:
+        a, ra = load_value(factors, factors_at + k), rows[rows_at + k] * dim
+        for j in range(width):
+            store_sum(out, to + j, load_sum(out, to + j) + a * load_value(table, ra + j))
+        k += 1
+
+
+@jit
+def exp_of_negative(x: Any) -> Any:
+    """Return exp(x) of a float32 x <= 0 within a unit in the last place; exp(-87) = 2e-38 below -87.
+
+    x = k ln 2 + r, and the polynomial of Cephes' ``expf`` (S. L. Moshier) for exp(r): without a call, so that
+    a loop over it is vectorized.
+    """
+    x = _LOWEST if x < _LOWEST else x  # NaN stays what it is
+    k = np.int32(x * _LOG2_E - _HALF if x == x else -_HALF)
+    n = np.float32(k)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = _EXP_5 * r + _EXP_4
+    p = p * r + _EXP_3
+    p = p * r + _EXP_2
+    p = p * r + _EXP_1
+    p = p * r + _HALF
+    p = (p * r) * r + r + _ONE
+    return p * np.int32((k + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@jit
+def sum_of(row: Any, n: Any) -> Any:
+    """Return the sum of the first n elements, in float64: four sums, of which none waits for another."""
+    a = b = c = d = 0.0
+    j = 0
+    while j + 4 <= n:
+        a += np.float64(row[j])
+        b += np.float64(row[j + 1])
+        c += np.float64(row[j + 2])
+        d += np.float64(row[j + 3])
+        j += 4
+    while j < n:
+        a += np.float64(row[j])
+        j += 1
+    return (a + b) + (c + d)
+
+
+@jit
+def largest_of(row: Any, n: Any) -> Any:
+    """Return the largest of the first n elements; four at a time, as in `sum_of`."""
+    a = b = c = d = row[0]
+    j = 0
+    while j + 4 <= n:
+        a, b = max(a, row[j]), max(b, row[j + 1])
+        c, d = max(c, row[j + 2]), max(d, row[j + 3])
+        j += 4
+    while j < n:
+        a = max(a, row[j])
+        j += 1
+    return max(max(a, b), max(c, d))
+
+
+@jit
+def shares_worker(
+    t: Any,
+    begin: Any,
+    end: Any,
+    tables: Any,
+    users: Any,
+    items: Any,
+    corrections: Any,
+    sharpness: Any,
+    turned: Any,
+    columns: Any,
+    shares: Any,
+) -> float:
+    """Write what `in_batch` needs of interaction t of the group begin:end: ∂loss/∂score; return the loss."""
+    user_table = tables.user
+    dtype = user_table.dtype.type
+    size, own, dim = end - begin, t - begin, user_table.shape[1]
+    row = shares[t]
+    for j in range(size):
+        row[j] = 0
+    add_products(dim, user_table, np.int64(users[t]) * dim, turned, columns, 0, row, 0, size)
+    scale = dtype(sharpness)
+    item, nothing = items[t], dtype(-np.inf)
+    positive = scale * row[own] - corrections[t]
+    for j in range(size):
+        # The positive itself, once more, is left out.
+        row[j] = nothing if items[begin + j] == item else scale * row[j] - corrections[begin + j]
+    row[own] = positive
+    largest = largest_of(row, size)
+    for j in range(size):
+        row[j] = exp_of_negative(row[j] - largest)
+    total = sum_of(row, size)
+    loss = np.float64(largest) - np.float64(positive) + math.log(total)
+    scale = dtype(sharpness / (total * len(users)))
+    for j in range(size):
+        row[j] *= scale
+    row[own] = 0  # to be p − 1, as a sum: without the cancellation
+    row[own] = -sum_of(row, size)
+    return loss
+
+
+@jit(entry=True)
+def _in_batch_begin(phase: Any, job: Any) -> Any:
+    """How many groups, or blocks of interactions of groups, a phase has."""
+    if phase > 2:
+        return np.int64(-1)
+    longest = job[7]
+    groups = groups_of(len(job[2]), longest)
+    return np.int64(groups if phase == 0 else groups * ((longest + BLOCK - 1) // BLOCK))
+
+
+@jit(entry=True)
+def _in_batch_work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+    """Do one group, or one block of interactions of one."""
+    user, item, users, items, log_q, sharpness, reg, longest = job[:8]
+    user_grad, item_grad, turned, columns, corrections, shares, by_item, losses = job[8:]
+    n = len(users)
+    groups, blocks = groups_of(n, longest), (longest + BLOCK - 1) // BLOCK
+    group = unit if phase == 0 else unit // blocks
+    begin, end = group * n // groups, (group + 1) * n // groups
+    if phase == 0:
+        turn_group(begin, end, item, items, log_q, turned[group], corrections)
+        return
+    low = min(begin + unit % blocks * BLOCK, end)
+    high = min(low + BLOCK, end)
+    decay, dim = user.dtype.type(reg / n), user.shape[1]
+    if phase == 1:
+        tables = Pair(user, item)
+        loss = 0.0
+        for row in range(low, high):
+            loss += shares_worker(
+                row, begin, end, tables, users, items, corrections, sharpness, turned[group], columns, shares
+            )
+            u, i = users[row], items[row]
+            if reg > 0:
+                loss += 0.5 * reg * np.float64(dot(user, u, user, u) + dot(item, i, item, i))
+            for c in range(user.shape[1]):
+                user_grad[row, c] = decay * user[u, c]
+            add_products(end - begin, shares[row], 0, item, items, begin, user_grad[row], 0, dim)
+        for j in range(end - begin):
+            for row in range(low, high):
+                by_item[begin + j, row - begin] = shares[row, j]
+        losses[unit] = loss
+        return
+    for row in range(low, high):
+        for c in range(item.shape[1]):
+            item_grad[row, c] = decay * item[items[row], c]
+        add_products(end - begin, by_item[row], 0, user, users, begin, item_grad[row], 0, dim)
+
+
+# The same, where the negatives of an interaction are the items of the others of its group: job (*tables,
+# users, items, log_q, sharpness, reg, longest, *gradients, turned, columns, corrections, shares, by_item,
+# losses). A batch of n is cut into ``ceil(n / longest)`` groups whose sizes differ by at most one. ``log_q``
+# is float32 here. ``columns`` is 0, 1, ..., dim - 1. Scratch: ``turned``, (groups, dim, longest), the items'
+# vectors column by column; ``corrections``, (n,), their log Q; ``shares`` and ``by_item``, (n, longest), the
+# derivatives of the loss by each score, those of a user side by side, and those of an item. ``losses``,
+# (groups * ceil(longest / BLOCK),), gets the sums of the losses of blocks.
+in_batch = Drivers(_in_batch_begin, _in_batch_work, kind_of)
