@@ -4,10 +4,14 @@
 import importlib
 import re
 import sys
+import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from needs import need
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -37,7 +41,7 @@ def test_skip_gram_finds_the_words_of_a_topic(skip_gram):
     names, vectors, losses = skip_gram.main(["--threads", "1"])
     assert losses[-1] < 0.8 * losses[0]
     topics = np.array([name.partition("-")[0] for name in names])
-    near = skip_gram.nearest(vectors, 5)
+    near = skip_gram.nearest(vectors, range(len(names)), 5)
     assert (topics[near] == topics[:, None]).mean() > 0.95
 
 
@@ -51,12 +55,96 @@ def test_skip_gram_reads_a_text(skip_gram, tmp_path, capsys):
     assert "epoch 2" in capsys.readouterr().out
 
 
-def test_skip_gram_refuses_a_text_without_words(skip_gram, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("one two\n", encoding="utf-8")
+@settings(max_examples=60)
+@given(
+    st.lists(st.text("ab Σé.\n", max_size=40), max_size=6).map("".join),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+def test_skip_gram_reads_in_pieces_what_is_there(text, piece, longest):
+    # Of lines at once, and word by word: what the pieces are to be put together to.
+    sentences = [[w.lower() for w in re.findall(r"\w+", line)] for line in text.split("\n")]
+    words = [w for sentence in sentences for w in sentence]
+    kept = [[w for w in sentence if words.count(w) >= 5] for sentence in sentences]
+    short = [s[i : i + longest] for s in kept for i in range(0, len(s), longest)]
+    with pytest.MonkeyPatch.context() as monkeypatch, TemporaryDirectory() as folder:
+        skip_gram = example("skip_gram", monkeypatch)
+        monkeypatch.setattr(skip_gram, "PIECE", piece)
+        monkeypatch.setattr(skip_gram, "LONGEST", longest)
+        file = Path(folder) / "text"
+        file.write_text(text, encoding="utf-8")
+        ids, ends, names = skip_gram.read(file)
+    assert names == sorted({w for w in words if words.count(w) >= 5})
+    read = [[names[i] for i in part] for part in np.split(ids, ends)]
+    assert read == [*short, []]
+
+
+def test_skip_gram_shares_one_long_line_among_threads(skip_gram, tmp_path):
+    text = tmp_path / "text8"
+    text.write_text(" anarchism originated as a term" * 2500, encoding="utf-8")
+    ids, ends, _ = skip_gram.read(text)
+    assert len(ids) == 12_500
+    np.testing.assert_array_equal(ends, [*range(1000, 12_500, 1000), 12_500])
+
+
+@pytest.mark.jit
+def test_skip_gram_saves_vectors_and_answers_from_them(skip_gram, tmp_path, capsys):
+    file = str(tmp_path / "vectors.safetensors")
+    asked = ["--similar", "topic3-word7", "--similar", "topic9-word0", "--top", "6"]
+    names, vectors, _ = skip_gram.main(["--epochs", "1", "--threads", "1", "--save", file, *asked])
+    answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topic")]
+    assert [line.partition(":")[0] for line in answers] == asked[1:4:2]
+    assert all(line.count(", ") == 5 for line in answers)
+    loaded_names, loaded, losses = skip_gram.main(["--load", file, *asked])
+    assert capsys.readouterr().out.splitlines() == answers
+    assert (loaded_names, losses) == (names, [])
+    np.testing.assert_array_equal(loaded, vectors)
+
+
+def test_skip_gram_asks_for_neighbours_in_little_memory(skip_gram):
+    vectors = np.random.default_rng(0).normal(size=(20_000, 8)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        near = skip_gram.nearest(vectors, [0, 19_999, 7], 10)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * vectors.nbytes  # all cosines together would be 1.6 GB
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for word, found in zip([0, 19_999, 7], near, strict=True):
+        cosine = unit @ unit[word]
+        assert word not in found
+        np.testing.assert_allclose(cosine[found], np.sort(cosine)[-2:-12:-1], rtol=1e-6)
+
+
+def test_skip_gram_has_fewer_neighbours_where_words_are_few(skip_gram):
+    vectors = np.eye(3, dtype=np.float32)
+    assert skip_gram.nearest(vectors, [1], 5).shape == (1, 2)
+    assert skip_gram.nearest(vectors[:1], [0], 5).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text.txt"], "no word five times"),
+        (["missing.txt"], "missing.txt: expected a text in UTF-8"),
+        (["--similar", "topic3-wort7"], "there is no word 'topic3-wort7', but topic3-word7"),
+        (["--load", "text.txt", "--similar", "one"], "expected a file that --save wrote"),
+        (["--load", "text.txt"], "--load without --similar"),
+        (["--load", "text.txt", "--save", "other"], "neither a text nor --save"),
+        (["--save", "no/vectors"], "--save: there is no folder no"),
+        (["--top", "0"], "--top is 0, expected at least 1"),
+    ],
+)
+def test_skip_gram_says_what_is_wrong_before_it_trains(
+    skip_gram, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(skip_gram, "train", None)
+    Path("text.txt").write_text("one two\n", encoding="utf-8")
     with pytest.raises(SystemExit):
-        skip_gram.main([str(text)])
-    assert "no word five times" in capsys.readouterr().err
+        skip_gram.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 SMALL = ["--batch", "64", "--dim", "8", "--hidden", "16", "--max-rows", "1000", "--lr", "0.02"]
@@ -95,15 +183,15 @@ def test_dlrm_reads_criteos_format(dlrm_cpu, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (["--data", "missing.txt"], "--data: there is no file missing.txt"),
         (["--steps", "3"], "got 3 batches of 64, expected at least 4"),
     ],
 )
-def test_dlrm_says_what_is_wrong(dlrm_cpu, given, message, capsys):
+def test_dlrm_says_what_is_wrong(dlrm_cpu, arguments, message, capsys):
     with pytest.raises(SystemExit):
-        dlrm_cpu.main([*SMALL, *given])
+        dlrm_cpu.main([*SMALL, *arguments])
     assert message in capsys.readouterr().err
 
 
