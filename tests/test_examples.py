@@ -2,6 +2,7 @@
 """The examples do what they say."""
 
 import importlib
+import math
 import re
 import sys
 import tracemalloc
@@ -176,17 +177,78 @@ def test_dlrm_reads_criteos_format(dlrm_cpu, tmp_path, capsys):
     file = tmp_path / "train[0].txt"  # a name, not a pattern
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "train0.txt").write_text("of another program\n", encoding="utf-8")
-    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--max-rows", "20"])
+    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--max-rows", "20", "--steps", "5"])
     assert losses.shape == (3, 5)
     assert np.isfinite(losses).all()
-    assert "26 tables of 520 rows in all" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "26 tables of 520 rows in all" in said
+    assert "294 samples, 33 held out; batches of 64" in said
+
+
+def avazu(dlrm_cpu, samples, *without):
+    """A file like Avazu's whose clicks depend on the site; columns in another order, one of them unknown."""
+    rng = np.random.default_rng(0)
+    site = rng.integers(0, 4, samples)
+    columns = {name: [f"{n:x}" for n in rng.integers(0, 30, samples)] for name in dlrm_cpu.AVAZU}
+    columns["site_id"] = [f"site{n}" for n in site]
+    columns["hour"] = [f"141021{n:02}" for n in rng.integers(0, 24, samples)]
+    columns["click"] = (rng.random(samples) < np.array([0.05, 0.9, 0.1, 0.8])[site]).astype(int)
+    columns["id"] = ["10000009418151094273"] * samples  # more than int64 holds
+    names = [name for name in rng.permutation(list(columns)) if name not in without]
+    lines = [",".join(map(str, line)) for line in zip(*(columns[name] for name in names), strict=True)]
+    return "\n".join([",".join(names), *lines]) + "\n"
+
+
+def areas_printed(said):
+    return [float(area) for area in re.findall(r"^\S+ +(0\.\d{4}|nan)$", said, re.MULTILINE)]
+
+
+@pytest.mark.jit
+def test_dlrm_reads_avazus_columns_by_their_names_and_holds_out(dlrm_cpu, tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text(avazu(dlrm_cpu, 2000), encoding="utf-8")
+    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--steps", "120"])
+    assert losses[:, -20:].mean() < 0.9 * losses[:, :20].mean()
+    said = capsys.readouterr().out
+    # hour is two numbers; 120 batches of 64 are more than there is, which is gone through several times
+    assert "21 tables of 604 rows in all" in said
+    assert "1,800 samples, 200 held out; batches of 64, 1 ids in a bag; 120 steps, 4.27 passes" in said
+    areas = areas_printed(said)
+    assert len(areas) == 3
+    assert min(areas) > 0.75
+    assert max(areas) < min(areas) + 0.01
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize(("samples", "area"), [(2, 0), (25, 3)])
+def test_dlrm_takes_a_small_sample(dlrm_cpu, samples, area, tmp_path, capsys):
+    file = tmp_path / "sample.csv"
+    file.write_text(avazu(dlrm_cpu, samples), encoding="utf-8")
+    losses, _ = dlrm_cpu.main(["--data", str(file), "--dim", "4", "--steps", "5"])
+    assert losses.shape == (3, 5)
+    assert np.isfinite(losses).all()
+    said = capsys.readouterr().out
+    assert f"batches of {samples - math.ceil(samples / 10)}," in said
+    assert np.count_nonzero(np.isfinite(areas_printed(said))) == area
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=12))
+def test_the_area_under_the_curve_is_that_of_its_definition(drawn):
+    need("torch")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        dlrm_cpu = example("dlrm_cpu", monkeypatch)
+    labels, scores = np.array([[*pair] for pair in drawn], np.float32).reshape(-1, 2).T
+    pairs = [(s > t) + (s == t) / 2 for s in scores[labels == 1] for t in scores[labels == 0]]
+    expected = np.mean(pairs) if pairs else np.nan
+    np.testing.assert_allclose(dlrm_cpu.area_under_curve(labels, scores), expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "missing.txt"], "--data: there is no file missing.txt"),
-        (["--steps", "3"], "got 3 batches of 64, expected at least 4"),
+        (["--steps", "3"], "--steps is 3, expected at least 4"),
+        (["--hold-out", "1"], "--hold-out is 1.0, expected 0 <= share < 1"),
     ],
 )
 def test_dlrm_says_what_is_wrong(dlrm_cpu, arguments, message, capsys):
@@ -195,9 +257,25 @@ def test_dlrm_says_what_is_wrong(dlrm_cpu, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_dlrm_refuses_a_file_in_another_format(dlrm_cpu, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2,3\n" * 1000, "expected a label, 13 integers and 26 categories"),
+        ("", "expected a label, 13 integers and 26 categories"),
+        ("1" + "\t" * 39 + "\n", "holds 1 samples, expected at least 2"),
+    ],
+)
+def test_dlrm_refuses_a_file_in_another_format(dlrm_cpu, text, message, tmp_path, capsys):
     file = tmp_path / "train.csv"
-    file.write_text("1,2,3\n" * 1000, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit):
         dlrm_cpu.main([*SMALL, "--data", str(file)])
-    assert "expected a label, 13 integers and 26 categories" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_dlrm_names_a_column_that_avazus_data_lack(dlrm_cpu, tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text(avazu(dlrm_cpu, 50, "device_ip"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        dlrm_cpu.main([*SMALL, "--data", str(file)])
+    assert "device_ip" in capsys.readouterr().err
