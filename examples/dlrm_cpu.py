@@ -6,8 +6,8 @@
 The model is that of Naumov et al. 2019: a bottom MLP for numbers, an embedding bag for each category (26 of
 them in Criteo's data), their pairwise products, and a top MLP that predicts a click. It is trained with
 torch.optim.SparseAdam, with nb_sparse_adam.torch.SparseAdam in its place, and with
-nb_sparse_adam.torch.EmbeddingBag, which updates its table in the backward pass. What comes last in the data is
-held out, and the area under the ROC curve (AUC) of the trained models on it is printed.
+nb_sparse_adam.torch.EmbeddingBag, which updates its table in the backward pass. What comes last in the data
+is held out, and the area under the ROC curve (AUC) of the trained models on it is printed.
 
 Without --data it generates data with the number of categories of the Criteo Kaggle set, whose ids have a long
 tail (Zipf). With --data it reads the head of a file of one of two kinds, compressed or not; one that is small
@@ -287,8 +287,8 @@ def main(argv=None):
             rows, *data = read(args.data, samples, args.max_rows)
         except (pl.exceptions.PolarsError, OSError) as error:
             parser.error(
-                f"--data: {args.data}: expected a label, 13 integers and 26 categories a line, or a header with "
-                f"the columns of Avazu's data, {error}"
+                f"--data: {args.data}: expected a label, 13 integers and 26 categories a line, or a header "
+                f"with the columns of Avazu's data, {error}"
             )
     numbers, ids, labels = data
     if len(labels) < samples:
