@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import need
 
+from nb_sparse_adam import RowGradient
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -35,6 +37,12 @@ def dlrm_cpu(monkeypatch):
     threads = torch.get_num_threads()
     yield example("dlrm_cpu", monkeypatch)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    need("polars")
+    return example("factorization_machine", monkeypatch)
 
 
 @pytest.mark.jit
@@ -279,3 +287,126 @@ def test_dlrm_names_a_column_that_avazus_data_lack(dlrm_cpu, tmp_path, capsys):
     with pytest.raises(SystemExit):
         dlrm_cpu.main([*SMALL, "--data", str(file)])
     assert "device_ip" in capsys.readouterr().err
+
+
+def some_samples(machine, rng, features=7):
+    """Samples of one to four features, which may repeat."""
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 5, 6))])
+    ids, x = rng.integers(0, features, offsets[-1]), rng.normal(size=offsets[-1])
+    model = machine.FactorizationMachine(features, 3, lr=0.1, reg=0.3, dtype=np.float64)
+    for parameters in (model.bias, model.linear, model.factors):
+        parameters[...] = rng.normal(size=parameters.shape)
+    return model, machine.Samples(offsets, ids, x, rng.normal(size=6))
+
+
+def predicted(model, samples):
+    """Rendle's equation 1, pair by pair."""
+    predictions = []
+    for first, last in zip(samples.offsets[:-1], samples.offsets[1:], strict=True):
+        ids, x = samples.ids[first:last], samples.x[first:last]
+        pairs = [(i, j) for i in range(len(ids)) for j in range(i + 1, len(ids))]
+        predictions.append(
+            model.bias[0]
+            + sum(model.linear[ids] * x)
+            + sum(model.factors[ids[i]] @ model.factors[ids[j]] * x[i] * x[j] for i, j in pairs)
+        )
+    return np.array(predictions)
+
+
+def test_the_factorization_machine_predicts_what_its_equation_says(machine):
+    model, samples = some_samples(machine, np.random.default_rng(0))
+    np.testing.assert_allclose(model.sums(samples)[1], predicted(model, samples), rtol=1e-12)
+
+
+def dense(gradient, table):
+    """A gradient as an array of its table's shape."""
+    out = np.zeros_like(table)
+    for each in gradient if isinstance(gradient, list) else [gradient]:
+        if isinstance(each, RowGradient):
+            np.add.at(out, each.rows, each.values)
+        else:
+            weights = each.weights.reshape(-1, *[1] * (table.ndim - 1))
+            np.add.at(out, each.indices, np.repeat(each.grad_output, np.diff(each.offsets), 0) * weights)
+    return out
+
+
+def test_the_factorization_machines_gradients_are_the_differences_of_its_loss(machine):
+    model, samples = some_samples(machine, np.random.default_rng(1))
+
+    def loss():
+        rows, weights = model.factors[samples.ids], model.linear[samples.ids]
+        decay = model.reg * (np.sum(rows**2) + np.sum(weights**2))
+        return (np.sum((predicted(model, samples) - samples.y) ** 2) + decay) / 2 / len(samples.y)
+
+    gradients, errors = model.gradients(samples)
+    np.testing.assert_allclose(errors, predicted(model, samples) - samples.y, rtol=1e-12)
+    for name, gradient in gradients.items():
+        table, differences = getattr(model, name), []
+        for at in np.ndindex(table.shape):
+            before, sides = table[at], []
+            for side in (1e-5, -1e-5):
+                table[at] = before + side
+                sides.append(loss())
+            table[at] = before
+            differences.append((sides[0] - sides[1]) / 2e-5)
+        np.testing.assert_allclose(dense(gradient, table).ravel(), differences, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.jit
+def test_the_factorization_machine_finds_another_one(machine, capsys):
+    errors = machine.main(["--epochs", "4", "--lr", "0.02", "--factors", "4"])
+    assert errors.shape == (4, 2)
+    said = capsys.readouterr().out
+    assert "18,000 samples, 2,000 held out" in said
+    constant = float(re.search(r"the mean's error (\S+)", said)[1])
+    assert errors[-1, 1] < 0.2 * constant  # the noise alone is 0.04 of it
+
+
+RATINGS = """userId,movieId,rating,timestamp
+7,30,4.0,12
+5,10,3.5,10
+7,20,1.0,11
+7,10,5.0,15
+5,30,2.0,14
+7,40,3.0,16
+7,50,3.0,17
+"""
+
+
+@pytest.mark.jit
+def test_the_factorization_machine_reads_ratings_in_the_order_of_time(machine, tmp_path, capsys):
+    file = tmp_path / "ratings.csv"
+    file.write_text(RATINGS, encoding="utf-8")
+    samples, features = machine.read_ratings(str(file))
+    # Users 5 and 7 are features 0 and 1, items 10 to 50 are 2 to 6, and 7 to 11 as those rated before.
+    assert features == 12
+    assert samples.y.tolist() == [3.5, 1.0, 4.0, 2.0, 5.0, 3.0, 3.0]
+    bags = np.split(samples.ids, samples.offsets[1:-1])
+    assert [bag.tolist() for bag in bags] == [
+        [0, 2], [1, 3], [1, 4, 8], [0, 4, 7], [1, 2, 9, 8], [1, 5, 7, 9, 8], [1, 6, 10, 7, 9],
+    ]  # fmt: skip
+    third = 1 / np.float32(3)
+    assert samples.x[-5:].tolist() == pytest.approx([1, 1, third, third, third])
+    errors = machine.main([str(file), "--epochs", "2", "--hold-out", "0.3"])
+    assert np.isfinite(errors).all()
+    assert "4 samples, 3 held out, 12 features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.csv"], "missing.csv: expected a header, and users, items, ratings and times"),
+        (["words.csv"], "words.csv: expected a header, and users, items, ratings and times"),
+        (["one.csv"], "got 1 samples"),
+        (["--hold-out", "1.5"], "--hold-out 1.5, expected some to learn"),
+    ],
+)
+def test_the_factorization_machine_says_what_is_wrong(
+    machine, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("words.csv").write_text("a,b,c,d\n1,2,good,3\n", encoding="utf-8")
+    Path("one.csv").write_text("a,b,c,d\n1,2,3,4\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        machine.main(arguments)
+    assert message in capsys.readouterr().err
