@@ -95,24 +95,23 @@ def sum_rows(contributions, dim, dtype):
     return sums
 
 
-def csr_sums(indptr, indices, data, *, dim, dtype):
+def csr_contributions(indptr, indices, data, *, dim, dtype):
     """A CSR matrix: entry j belongs to row i if ``indptr[i] <= j < indptr[i + 1]``."""
     data = rounded(data, dtype)
     contributions = []
     for row in range(len(indptr) - 1):
         for j in range(int(indptr[row]), int(indptr[row + 1])):
             contributions.append((row, {indices[j]: data[j]}))
-    return sum_rows(contributions, dim, dtype)
+    return contributions
 
 
-def row_sums(rows, values, *, dim, dtype):
+def row_contributions(rows, values, *, dim, dtype):
     """Row ids with a dense gradient each: the backward of an embedding lookup."""
     values = rounded(values, dtype).reshape(len(rows), dim)
-    contributions = [(row, dict(enumerate(value))) for row, value in zip(rows, values, strict=True)]
-    return sum_rows(contributions, dim, dtype)
+    return [(row, dict(enumerate(value))) for row, value in zip(rows, values, strict=True)]
 
 
-def bag_sums(indices, offsets, grad_output, weights=None, mode="sum", *, dim, dtype):
+def bag_contributions(indices, offsets, grad_output, weights=None, mode="sum", *, dim, dtype):
     """Gradient of pooled rows: each id of bag b receives ``weight * grad_output[b]``.
 
     ``offsets``, (bags + 1,) or (bags,), says where bags begin; the last one ends at ``len(indices)``.
@@ -128,7 +127,15 @@ def bag_sums(indices, offsets, grad_output, weights=None, mode="sum", *, dim, dt
             weight = 1.0 / length if mode == "mean" else weights[j]
             with np.errstate(invalid="ignore"):  # 0 * inf
                 contributions.append((indices[j], dict(enumerate(weight * grad_output[bag]))))
-    return sum_rows(contributions, dim, dtype)
+    return contributions
+
+
+def contributions_of(form, arguments, *, dim, dtype):
+    """What a gradient, given as the name of its form and the arguments of that form, contributes."""
+    if form == "list":  # the contributions of all its gradients, each (form, arguments)
+        return [each for part in arguments for each in contributions_of(*part, dim=dim, dtype=dtype)]
+    function = {"csr": csr_contributions, "rows": row_contributions, "bags": bag_contributions}[form]
+    return function(*arguments, dim=dim, dtype=dtype)
 
 
 def bias_correction(beta, k):
@@ -196,8 +203,8 @@ class OracleSparseAdam:
     def sums(self, form, arguments, name="table"):
         """``Sums`` of a gradient, given as the name of its form and the arguments of that form."""
         table = self.tables[name]
-        function = {"csr": csr_sums, "rows": row_sums, "bags": bag_sums}[form]
-        return function(*arguments, dim=table.dim, dtype=table.dtype)
+        contributions = contributions_of(form, arguments, dim=table.dim, dtype=table.dtype)
+        return sum_rows(contributions, table.dim, table.dtype)
 
     def step(self, gradients):
         """Apply ``{name: Sums}``; returns ``{name: mask of the elements that were written}``.

@@ -72,7 +72,7 @@ def numbers(draw, shape, exact=None):
 
 
 @st.composite
-def row_gradients(draw, shape):
+def row_gradients(draw, shape, exact=None):
     rows, dim = shape[0], shape[1:]
     if draw(st.booleans()):
         size = draw(st.integers(0, 2 * rows))
@@ -81,12 +81,12 @@ def row_gradients(draw, shape):
         row_ids = np.array(draw(st.permutations(range(rows))), dtype=draw(st.sampled_from(ID_DTYPES)))
     row_ids = draw(laid_out(row_ids))
     value_shapes = [(len(row_ids), *dim)] if dim else [(len(row_ids),), (len(row_ids), 1)]
-    values = draw(laid_out(draw(numbers(draw(st.sampled_from(value_shapes))))))
+    values = draw(laid_out(draw(numbers(draw(st.sampled_from(value_shapes)), exact))))
     return Gradient(RowGradient(row_ids, values), "rows", (row_ids, values), (row_ids, values))
 
 
 @st.composite
-def bag_gradients(draw, shape):
+def bag_gradients(draw, shape, exact=None):
     mode = draw(st.sampled_from(["sum", "mean", "weighted"]))
     # The mean of 1, 2 or 4 keeps exact numbers exact.
     length = st.sampled_from([0, 1, 2, 4]) if mode == "mean" else st.integers(0, 4)
@@ -96,7 +96,8 @@ def bag_gradients(draw, shape):
     offsets = draw(laid_out(offsets[:-1] if draw(st.booleans()) else offsets))
     bags = len(lengths)
     pooled_shapes = [(bags, shape[1])] if len(shape) == 2 else [(bags,), (bags, 1)]
-    exact = draw(st.booleans())  # both or neither: products of the two kinds would be neither
+    if exact is None:
+        exact = draw(st.booleans())  # both or neither: products of the two kinds would be neither
     grad_output = draw(laid_out(draw(numbers(draw(st.sampled_from(pooled_shapes)), exact))))
     arrays, options = [indices, offsets, grad_output], {}
     if mode == "weighted":
@@ -110,14 +111,14 @@ def bag_gradients(draw, shape):
 
 
 @st.composite
-def csr_gradients(draw, shape):
+def csr_gradients(draw, shape, exact=None):
     """Entries in any order within a row, duplicates and stored zeros included; with and without scipy."""
     rows, dim = shape[0], (*shape, 1)[1]
     lengths = draw(st.lists(st.integers(0, 2 * dim), min_size=rows, max_size=rows))
     stored = sum(lengths)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     indices = draw(hnp.arrays(np.int64, stored, elements=st.integers(0, dim - 1)))
-    data = draw(numbers(stored))
+    data = draw(numbers(stored, exact))
     arguments = (indptr, indices, data)
     containers = ["plain", "csr_matrix", "csr_array", "csc_matrix", "csc_array", "coo_matrix", "coo_array"]
     if HAS_1D_SPARSE and len(shape) == 1:
@@ -161,8 +162,22 @@ def sparse_container(container, csr, shape, id_dtype=np.int32):
     )
 
 
-def gradients(shape):
-    return csr_gradients(shape) | row_gradients(shape) | bag_gradients(shape)
+def gradients(shape, exact=None):
+    return csr_gradients(shape, exact) | row_gradients(shape, exact) | bag_gradients(shape, exact)
+
+
+def joined(drawn):
+    """Gradients of one table as a list of them: of exact numbers, or what is zero depends on order."""
+    return Gradient(
+        [gradient.given for gradient in drawn],
+        "list",
+        tuple((gradient.form, gradient.arguments) for gradient in drawn),
+        tuple(array for gradient in drawn for array in gradient.arrays),
+    )
+
+
+def lists_of_gradients(shape):
+    return st.lists(gradients(shape, exact=True), min_size=1, max_size=4).map(joined)
 
 
 def shapes():

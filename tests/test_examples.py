@@ -2,13 +2,20 @@
 """The examples do what they say."""
 
 import importlib
+import math
 import re
 import sys
+import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from needs import need
+
+from nb_sparse_adam import RowGradient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -32,12 +39,18 @@ def dlrm_cpu(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def machine(monkeypatch):
+    need("polars")
+    return example("factorization_machine", monkeypatch)
+
+
 @pytest.mark.jit
 def test_skip_gram_finds_the_words_of_a_topic(skip_gram):
     names, vectors, losses = skip_gram.main(["--threads", "1"])
     assert losses[-1] < 0.8 * losses[0]
     topics = np.array([name.partition("-")[0] for name in names])
-    near = skip_gram.nearest(vectors, 5)
+    near = skip_gram.nearest(vectors, range(len(names)), 5)
     assert (topics[near] == topics[:, None]).mean() > 0.95
 
 
@@ -51,12 +64,96 @@ def test_skip_gram_reads_a_text(skip_gram, tmp_path, capsys):
     assert "epoch 2" in capsys.readouterr().out
 
 
-def test_skip_gram_refuses_a_text_without_words(skip_gram, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("one two\n", encoding="utf-8")
+@settings(max_examples=60)
+@given(
+    st.lists(st.text("ab Σé.\n", max_size=40), max_size=6).map("".join),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+def test_skip_gram_reads_in_pieces_what_is_there(text, piece, longest):
+    # Of lines at once, and word by word: what the pieces are to be put together to.
+    sentences = [[w.lower() for w in re.findall(r"\w+", line)] for line in text.split("\n")]
+    words = [w for sentence in sentences for w in sentence]
+    kept = [[w for w in sentence if words.count(w) >= 5] for sentence in sentences]
+    short = [s[i : i + longest] for s in kept for i in range(0, len(s), longest)]
+    with pytest.MonkeyPatch.context() as monkeypatch, TemporaryDirectory() as folder:
+        skip_gram = example("skip_gram", monkeypatch)
+        monkeypatch.setattr(skip_gram, "PIECE", piece)
+        monkeypatch.setattr(skip_gram, "LONGEST", longest)
+        file = Path(folder) / "text"
+        file.write_text(text, encoding="utf-8")
+        ids, ends, names = skip_gram.read(file)
+    assert names == sorted({w for w in words if words.count(w) >= 5})
+    read = [[names[i] for i in part] for part in np.split(ids, ends)]
+    assert read == [*short, []]
+
+
+def test_skip_gram_shares_one_long_line_among_threads(skip_gram, tmp_path):
+    text = tmp_path / "text8"
+    text.write_text(" anarchism originated as a term" * 2500, encoding="utf-8")
+    ids, ends, _ = skip_gram.read(text)
+    assert len(ids) == 12_500
+    np.testing.assert_array_equal(ends, [*range(1000, 12_500, 1000), 12_500])
+
+
+@pytest.mark.jit
+def test_skip_gram_saves_vectors_and_answers_from_them(skip_gram, tmp_path, capsys):
+    file = str(tmp_path / "vectors.safetensors")
+    asked = ["--similar", "topic3-word7", "--similar", "topic9-word0", "--top", "6"]
+    names, vectors, _ = skip_gram.main(["--epochs", "1", "--threads", "1", "--save", file, *asked])
+    answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("topic")]
+    assert [line.partition(":")[0] for line in answers] == asked[1:4:2]
+    assert all(line.count(", ") == 5 for line in answers)
+    loaded_names, loaded, losses = skip_gram.main(["--load", file, *asked])
+    assert capsys.readouterr().out.splitlines() == answers
+    assert (loaded_names, losses) == (names, [])
+    np.testing.assert_array_equal(loaded, vectors)
+
+
+def test_skip_gram_asks_for_neighbours_in_little_memory(skip_gram):
+    vectors = np.random.default_rng(0).normal(size=(20_000, 8)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        near = skip_gram.nearest(vectors, [0, 19_999, 7], 10)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * vectors.nbytes  # all cosines together would be 1.6 GB
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for word, found in zip([0, 19_999, 7], near, strict=True):
+        cosine = unit @ unit[word]
+        assert word not in found
+        np.testing.assert_allclose(cosine[found], np.sort(cosine)[-2:-12:-1], rtol=1e-6)
+
+
+def test_skip_gram_has_fewer_neighbours_where_words_are_few(skip_gram):
+    vectors = np.eye(3, dtype=np.float32)
+    assert skip_gram.nearest(vectors, [1], 5).shape == (1, 2)
+    assert skip_gram.nearest(vectors[:1], [0], 5).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text.txt"], "no word five times"),
+        (["missing.txt"], "missing.txt: expected a text in UTF-8"),
+        (["--similar", "topic3-wort7"], "there is no word 'topic3-wort7', but topic3-word7"),
+        (["--load", "text.txt", "--similar", "one"], "expected a file that --save wrote"),
+        (["--load", "text.txt"], "--load without --similar"),
+        (["--load", "text.txt", "--save", "other"], "neither a text nor --save"),
+        (["--save", "no/vectors"], "--save: there is no folder no"),
+        (["--top", "0"], "--top is 0, expected at least 1"),
+    ],
+)
+def test_skip_gram_says_what_is_wrong_before_it_trains(
+    skip_gram, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(skip_gram, "train", None)
+    Path("text.txt").write_text("one two\n", encoding="utf-8")
     with pytest.raises(SystemExit):
-        skip_gram.main([str(text)])
-    assert "no word five times" in capsys.readouterr().err
+        skip_gram.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 SMALL = ["--batch", "64", "--dim", "8", "--hidden", "16", "--max-rows", "1000", "--lr", "0.02"]
@@ -88,28 +185,228 @@ def test_dlrm_reads_criteos_format(dlrm_cpu, tmp_path, capsys):
     file = tmp_path / "train[0].txt"  # a name, not a pattern
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "train0.txt").write_text("of another program\n", encoding="utf-8")
-    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--max-rows", "20"])
+    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--max-rows", "20", "--steps", "5"])
     assert losses.shape == (3, 5)
     assert np.isfinite(losses).all()
-    assert "26 tables of 520 rows in all" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "26 tables of 520 rows in all" in said
+    assert "294 samples, 33 held out; batches of 64" in said
+
+
+def avazu(dlrm_cpu, samples, *without):
+    """A file like Avazu's whose clicks depend on the site; columns in another order, one of them unknown."""
+    rng = np.random.default_rng(0)
+    site = rng.integers(0, 4, samples)
+    columns = {name: [f"{n:x}" for n in rng.integers(0, 30, samples)] for name in dlrm_cpu.AVAZU}
+    columns["site_id"] = [f"site{n}" for n in site]
+    columns["hour"] = [f"141021{n:02}" for n in rng.integers(0, 24, samples)]
+    columns["click"] = (rng.random(samples) < np.array([0.05, 0.9, 0.1, 0.8])[site]).astype(int)
+    columns["id"] = ["10000009418151094273"] * samples  # more than int64 holds
+    names = [name for name in rng.permutation(list(columns)) if name not in without]
+    lines = [",".join(map(str, line)) for line in zip(*(columns[name] for name in names), strict=True)]
+    return "\n".join([",".join(names), *lines]) + "\n"
+
+
+def areas_printed(said):
+    return [float(area) for area in re.findall(r"^\S+ +(0\.\d{4}|nan)$", said, re.MULTILINE)]
+
+
+@pytest.mark.jit
+def test_dlrm_reads_avazus_columns_by_their_names_and_holds_out(dlrm_cpu, tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text(avazu(dlrm_cpu, 2000), encoding="utf-8")
+    losses, _ = dlrm_cpu.main([*SMALL, "--data", str(file), "--steps", "120"])
+    assert losses[:, -20:].mean() < 0.9 * losses[:, :20].mean()
+    said = capsys.readouterr().out
+    # hour is two numbers; 120 batches of 64 are more than there is, which is gone through several times
+    assert "21 tables of 604 rows in all" in said
+    assert "1,800 samples, 200 held out; batches of 64, 1 ids in a bag; 120 steps, 4.27 passes" in said
+    areas = areas_printed(said)
+    assert len(areas) == 3
+    assert min(areas) > 0.75
+    assert max(areas) < min(areas) + 0.01
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize(("samples", "area"), [(2, 0), (25, 3)])
+def test_dlrm_takes_a_small_sample(dlrm_cpu, samples, area, tmp_path, capsys):
+    file = tmp_path / "sample.csv"
+    file.write_text(avazu(dlrm_cpu, samples), encoding="utf-8")
+    losses, _ = dlrm_cpu.main(["--data", str(file), "--dim", "4", "--steps", "5"])
+    assert losses.shape == (3, 5)
+    assert np.isfinite(losses).all()
+    said = capsys.readouterr().out
+    assert f"batches of {samples - math.ceil(samples / 10)}," in said
+    assert np.count_nonzero(np.isfinite(areas_printed(said))) == area
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=12))
+def test_the_area_under_the_curve_is_that_of_its_definition(drawn):
+    need("torch")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        dlrm_cpu = example("dlrm_cpu", monkeypatch)
+    labels, scores = np.array([[*pair] for pair in drawn], np.float32).reshape(-1, 2).T
+    pairs = [(s > t) + (s == t) / 2 for s in scores[labels == 1] for t in scores[labels == 0]]
+    expected = np.mean(pairs) if pairs else np.nan
+    np.testing.assert_allclose(dlrm_cpu.area_under_curve(labels, scores), expected)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (["--data", "missing.txt"], "--data: there is no file missing.txt"),
-        (["--steps", "3"], "got 3 batches of 64, expected at least 4"),
+        (["--steps", "3"], "--steps is 3, expected at least 4"),
+        (["--hold-out", "1"], "--hold-out is 1.0, expected 0 <= share < 1"),
     ],
 )
-def test_dlrm_says_what_is_wrong(dlrm_cpu, given, message, capsys):
+def test_dlrm_says_what_is_wrong(dlrm_cpu, arguments, message, capsys):
     with pytest.raises(SystemExit):
-        dlrm_cpu.main([*SMALL, *given])
+        dlrm_cpu.main([*SMALL, *arguments])
     assert message in capsys.readouterr().err
 
 
-def test_dlrm_refuses_a_file_in_another_format(dlrm_cpu, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2,3\n" * 1000, "expected a label, 13 integers and 26 categories"),
+        ("", "expected a label, 13 integers and 26 categories"),
+        ("1" + "\t" * 39 + "\n", "holds 1 samples, expected at least 2"),
+    ],
+)
+def test_dlrm_refuses_a_file_in_another_format(dlrm_cpu, text, message, tmp_path, capsys):
     file = tmp_path / "train.csv"
-    file.write_text("1,2,3\n" * 1000, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit):
         dlrm_cpu.main([*SMALL, "--data", str(file)])
-    assert "expected a label, 13 integers and 26 categories" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_dlrm_names_a_column_that_avazus_data_lack(dlrm_cpu, tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text(avazu(dlrm_cpu, 50, "device_ip"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        dlrm_cpu.main([*SMALL, "--data", str(file)])
+    assert "device_ip" in capsys.readouterr().err
+
+
+def some_samples(machine, rng, features=7):
+    """Samples of one to four features, which may repeat."""
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(1, 5, 6))])
+    ids, x = rng.integers(0, features, offsets[-1]), rng.normal(size=offsets[-1])
+    model = machine.FactorizationMachine(features, 3, lr=0.1, reg=0.3, dtype=np.float64)
+    for parameters in (model.bias, model.linear, model.factors):
+        parameters[...] = rng.normal(size=parameters.shape)
+    return model, machine.Samples(offsets, ids, x, rng.normal(size=6))
+
+
+def predicted(model, samples):
+    """Rendle's equation 1, pair by pair."""
+    predictions = []
+    for first, last in zip(samples.offsets[:-1], samples.offsets[1:], strict=True):
+        ids, x = samples.ids[first:last], samples.x[first:last]
+        pairs = [(i, j) for i in range(len(ids)) for j in range(i + 1, len(ids))]
+        predictions.append(
+            model.bias[0]
+            + sum(model.linear[ids] * x)
+            + sum(model.factors[ids[i]] @ model.factors[ids[j]] * x[i] * x[j] for i, j in pairs)
+        )
+    return np.array(predictions)
+
+
+def test_the_factorization_machine_predicts_what_its_equation_says(machine):
+    model, samples = some_samples(machine, np.random.default_rng(0))
+    np.testing.assert_allclose(model.sums(samples)[1], predicted(model, samples), rtol=1e-12)
+
+
+def dense(gradient, table):
+    """A gradient as an array of its table's shape."""
+    out = np.zeros_like(table)
+    for each in gradient if isinstance(gradient, list) else [gradient]:
+        if isinstance(each, RowGradient):
+            np.add.at(out, each.rows, each.values)
+        else:
+            weights = each.weights.reshape(-1, *[1] * (table.ndim - 1))
+            np.add.at(out, each.indices, np.repeat(each.grad_output, np.diff(each.offsets), 0) * weights)
+    return out
+
+
+def test_the_factorization_machines_gradients_are_the_differences_of_its_loss(machine):
+    model, samples = some_samples(machine, np.random.default_rng(1))
+
+    def loss():
+        rows, weights = model.factors[samples.ids], model.linear[samples.ids]
+        decay = model.reg * (np.sum(rows**2) + np.sum(weights**2))
+        return (np.sum((predicted(model, samples) - samples.y) ** 2) + decay) / 2 / len(samples.y)
+
+    gradients, errors = model.gradients(samples)
+    np.testing.assert_allclose(errors, predicted(model, samples) - samples.y, rtol=1e-12)
+    for name, gradient in gradients.items():
+        table, differences = getattr(model, name), []
+        for at in np.ndindex(table.shape):
+            before, sides = table[at], []
+            for side in (1e-5, -1e-5):
+                table[at] = before + side
+                sides.append(loss())
+            table[at] = before
+            differences.append((sides[0] - sides[1]) / 2e-5)
+        np.testing.assert_allclose(dense(gradient, table).ravel(), differences, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.jit
+def test_the_factorization_machine_finds_another_one(machine, capsys):
+    errors = machine.main(["--epochs", "4", "--lr", "0.02", "--factors", "4"])
+    assert errors.shape == (4, 2)
+    said = capsys.readouterr().out
+    assert "18,000 samples, 2,000 held out" in said
+    constant = float(re.search(r"the mean's error (\S+)", said)[1])
+    assert errors[-1, 1] < 0.2 * constant  # the noise alone is 0.04 of it
+
+
+RATINGS = """userId,movieId,rating,timestamp
+7,30,4.0,12
+5,10,3.5,10
+7,20,1.0,11
+7,10,5.0,15
+5,30,2.0,14
+7,40,3.0,16
+7,50,3.0,17
+"""
+
+
+@pytest.mark.jit
+def test_the_factorization_machine_reads_ratings_in_the_order_of_time(machine, tmp_path, capsys):
+    file = tmp_path / "ratings.csv"
+    file.write_text(RATINGS, encoding="utf-8")
+    samples, features = machine.read_ratings(str(file))
+    # Users 5 and 7 are features 0 and 1, items 10 to 50 are 2 to 6, and 7 to 11 as those rated before.
+    assert features == 12
+    assert samples.y.tolist() == [3.5, 1.0, 4.0, 2.0, 5.0, 3.0, 3.0]
+    bags = np.split(samples.ids, samples.offsets[1:-1])
+    assert [bag.tolist() for bag in bags] == [
+        [0, 2], [1, 3], [1, 4, 8], [0, 4, 7], [1, 2, 9, 8], [1, 5, 7, 9, 8], [1, 6, 10, 7, 9],
+    ]  # fmt: skip
+    third = 1 / np.float32(3)
+    assert samples.x[-5:].tolist() == pytest.approx([1, 1, third, third, third])
+    errors = machine.main([str(file), "--epochs", "2", "--hold-out", "0.3"])
+    assert np.isfinite(errors).all()
+    assert "4 samples, 3 held out, 12 features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.csv"], "missing.csv: expected a header, and users, items, ratings and times"),
+        (["words.csv"], "words.csv: expected a header, and users, items, ratings and times"),
+        (["one.csv"], "got 1 samples"),
+        (["--hold-out", "1.5"], "--hold-out 1.5, expected some to learn"),
+    ],
+)
+def test_the_factorization_machine_says_what_is_wrong(
+    machine, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("words.csv").write_text("a,b,c,d\n1,2,good,3\n", encoding="utf-8")
+    Path("one.csv").write_text("a,b,c,d\n1,2,3,4\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        machine.main(arguments)
+    assert message in capsys.readouterr().err

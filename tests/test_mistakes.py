@@ -228,7 +228,7 @@ def test_arrays_without_their_form_are_told_which():
             "RowGradient(np.arange(len(g)), g.detach())",
         ),
         (lambda: np.float64(3), "got a dense numpy.float64 of shape ()", "expected a RowGradient"),
-        (lambda: [RowGradient([1], values(1))] * 2, "got list", "one gradient of a table"),
+        (lambda: [[RowGradient([1], values(1))]] * 2, "got list", "pass RowGradient(rows, values)"),
         (
             lambda: of_library("pandas.core.frame.DataFrame", **has_array(table())),
             "got a dense pandas.core.frame.DataFrame of shape (10, 4)",

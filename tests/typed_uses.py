@@ -134,7 +134,9 @@ def gradients(optimizer: SparseAdam, ids: NDArray[np.int64], values: NDArray[np.
     optimizer.step(ids, values)  # wrong
     optimizer.step((ids, values))  # wrong
     optimizer.step(values)  # wrong
-    optimizer.step([RowGradient(ids, values)])  # wrong
+    optimizer.step([RowGradient(ids, values), Coo()])
+    optimizer.step({"user": [BagGradient(ids, [0, 2], values), Csr()], "item": Coo()})
+    optimizer.step([values])  # wrong
     optimizer.step({"user": values})  # wrong
     optimizer.step()  # wrong
     RowGradient(ids)  # wrong

@@ -24,22 +24,24 @@ def fault_error(found: Any, given: Given, n: int, target: Target) -> GradientErr
     found : record of `records.FOUND`
         Of the gradient; its ``fault`` is not `records.NO_FAULT`.
     given : Given
-        The gradient; of its arrays only the names, the form and where ids were are asked.
+        The gradient; of its arrays only the names, the form and where ids were are asked, and of those that
+        it was joined from how long they are.
     n : int
         How many ids it has.
     target : Target
         Its table.
     """
     fault, place, got = int(found["fault"]), int(found["place"]), int(found["got"])
+    if given.parts and fault not in (records.CHANGED, records.TOO_MANY_BITS, records.OVERFLOW):
+        given, fault, place, target = _in_part(given, fault, place, target)
     names = given.names
     if fault in (records.ID, records.COLUMN):
         column = fault == records.COLUMN and given.form == records.COO
         of_columns = column or given.form == records.CSR
         what, of = (names.columns, "column") if column else (names.ids, names.of)
-        place = _place_of(given, place)
-        return _id_error(what, place, got, target.dim if of_columns else target.rows, of, target)
+        return id_error(given, what, place, got, target.dim if of_columns else target.rows, of, target)
     if fault == records.OFFSET:
-        return _offset_error(given, place, got, int(found["before"]), n, target)
+        return offset_error(given, place, got, int(found["before"]), n, target)
     if fault == records.CHANGED:
         return changed_meanwhile(target)
     if fault == records.TOO_MANY_BITS:
@@ -58,15 +60,34 @@ def _place_of(given: Given, place: int) -> int:
     return place if given.kept is None else int(given.kept[place])
 
 
-def _id_error(what: str, place: int, got: int, upper: int, of: str, target: Target) -> GradientError:
+def _in_part(given: Given, fault: int, place: int, target: Target) -> tuple[Given, int, int, Target]:
+    """Say in which gradient of a list a fault is, and where there."""
+    of_values = fault == records.NOT_FINITE
+    dim = target.dim if of_values and not given.entries else 1
+    unit, column = divmod(place, dim)  # a row of values, an id or an entry
+    at = 0
+    for part in given.parts:
+        length = part.values.shape[0] if of_values else part.ids.shape[0]
+        if unit < length:
+            break
+        unit, at = unit - length, at + 1
+    if fault == records.COLUMN and part.form == records.CSR:  # whose ids are columns
+        fault = records.ID
+    return part, fault, unit if part.entries else unit * dim + column, target._replace(at=at)
+
+
+def id_error(
+    given: Given, what: str, place: int, got: int, upper: int, of: str, target: Target
+) -> GradientError:
+    """Say which id is out of range; ``what`` is its array's name, and ``of`` what it names."""
     return target.refuse(
         GradientIndexError,
-        f"{what}[{place}] is {got}, expected 0 <= {of} < {upper}"
+        f"{what}[{_place_of(given, place)}] is {got}, expected 0 <= {of} < {upper}"
         + ("; negative ids do not count from the end" if got < 0 else ""),
     )
 
 
-def _offset_error(given: Given, place: int, got: int, before: int, n: int, target: Target) -> GradientError:
+def offset_error(given: Given, place: int, got: int, before: int, n: int, target: Target) -> GradientError:
     """Say why an offset cannot be: they start at 0, never decrease, and end at n, the last one exactly."""
     what = given.names.offsets
     kind: type[GradientError] = GradientIndexError

@@ -34,6 +34,11 @@ class Located(NamedTuple):
     kept: NDArray[np.intp] | slice | None = None  # which of these there are; None: all
 
 
+def is_of_framework(given: Any) -> bool:
+    """Whether something has the attributes of a gradient of TensorFlow's or JAX's."""
+    return any(all(hasattr(given, name) for name in names) for names in (_INDEXED_SLICES, _BCOO))
+
+
 def located(gradient: Any, target: Target) -> Located | None:
     """Read a gradient of TensorFlow's or JAX's; None if it is none."""
     if all(hasattr(gradient, name) for name in _INDEXED_SLICES):

@@ -25,7 +25,7 @@ from nb_sparse_adam._src.annotations import (
     IndexedSlices,
 )
 from nb_sparse_adam._src.engine.records import BAGS, COO, CSC, CSR, ROWS
-from nb_sparse_adam._src.frameworks import located
+from nb_sparse_adam._src.frameworks import is_of_framework, located
 from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.options import BAG_MODES
 from nb_sparse_adam._src.public import public
@@ -189,6 +189,7 @@ class Given(NamedTuple):
     mean: bool = False
     columns: Any = None  # of COO, (n,)
     kept: Any = None  # (n,): where ids were in the user's array, if that is elsewhere
+    parts: tuple[Given, ...] = ()  # of a list of gradients: these, whose ids and values follow each other
 
     @property
     def entries(self) -> bool:
@@ -224,10 +225,12 @@ class Target(NamedTuple):
     ndim: int  # of the user's table: 1-D tables have rows of dim 1
     dtype: np.dtype[Any]
     reader: Reader
+    at: int | None = None  # the gradient's place in a list of them
 
     def refuse(self, kind: type[GradientError], message: str) -> GradientError:
         """Make an error of a gradient for this table."""
-        return kind(f"gradient of table {self.name!r}: {message}")
+        place = "" if self.at is None else f"[{self.at}]"
+        return kind(f"gradient{place} of table {self.name!r}: {message}")
 
     def check_shape(self, what: str, shape: Sequence[int]) -> None:
         """Raise if a gradient that says its shape is of another table: of (n,), that may be (n, 1)."""
@@ -251,8 +254,7 @@ def read(gradient: object, target: Target) -> Given:
         return _read_compressed(
             CSR, "CSRGradient.", gradient.indptr, gradient.indices, gradient.data, target, exact=True
         )
-    looks_like_scipys = isinstance(getattr(gradient, "format", None), str) and hasattr(gradient, "shape")
-    if looks_like_scipys and not isinstance(gradient, memoryview):
+    if _looks_like_scipys(gradient):
         return _read_scipy(gradient, target)
     found = located(gradient, target)
     if found is not None:
@@ -265,6 +267,18 @@ def read(gradient: object, target: Target) -> Given:
         return given if found.kept is None else _without_padding(given, found.kept)
     got, remedy = for_no_gradient(gradient, target.reader.layouts == ("csr",))
     raise target.refuse(GradientTypeError, f"got {got}, expected {target.reader.forms}{remedy}")
+
+
+def _looks_like_scipys(given: object) -> bool:
+    has_layout = isinstance(getattr(given, "format", None), str) and hasattr(given, "shape")
+    return has_layout and not isinstance(given, memoryview)
+
+
+def is_gradient(given: object) -> bool:
+    """Whether something is of one of the forms of a gradient, right or wrong."""
+    return isinstance(given, (RowGradient, BagGradient, CSRGradient)) or (
+        _looks_like_scipys(given) or is_of_framework(given)
+    )
 
 
 def _without_padding(given: Given, kept: slice | NDArray[np.intp]) -> Given:

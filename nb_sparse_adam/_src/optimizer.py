@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -218,17 +218,21 @@ class SparseAdam(Tables):
     # --- steps --------------------------------------------------------------------------------------------
 
     def step(
-        self, gradient: Gradient | Mapping[str, Gradient], *others: NoReturn, stream: Any = None
+        self,
+        gradient: Gradient | Sequence[Gradient] | Mapping[str, Gradient | Sequence[Gradient]],
+        *others: NoReturn,
+        stream: Any = None,
     ) -> None:
         """Update the tables with one gradient, or with one for each of several tables.
 
         Parameters
         ----------
-        gradient : gradient or mapping of str to gradient
+        gradient : gradient, list of them, or mapping of str to either
             A `RowGradient`, `BagGradient`, `CSRGradient`, or scipy.sparse CSR, CSC or COO array or matrix of
             the table's shape; TensorFlow's ``IndexedSlices``, or JAX's ``BCOO`` with ``n_batch`` 0, whose
-            padding is left out (both on the host only). With a mapping, the tables named in it are updated
-            and the others are not touched, their counts included.
+            padding is left out (both on the host only). Of a list (on the host only) the sum is taken, as if
+            it were one gradient. With a mapping, the tables named in it are updated and the others are not
+            touched, their counts included.
         *others
             Refused: arrays are passed as the gradient that they make up.
         stream : optional

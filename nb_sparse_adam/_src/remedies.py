@@ -125,7 +125,7 @@ def for_no_gradient(gradient: object, is_on_gpu: bool) -> tuple[str, str]:
             else "; pass CSRGradient(g.crow_indices(), g.col_indices(), g.values()) of a CSR tensor g"
         )
     if isinstance(gradient, (tuple, list)):
-        return got, _for_sequence(_items(gradient) or ())
+        return got, _for_sequence(_items(gradient) or (), is_on_gpu)
     if shape is None or not any(
         hasattr(gradient, f"__{name}__") for name in ("array", "cuda_array_interface", "dlpack")
     ):
@@ -152,11 +152,13 @@ def _shape_of(given: Any) -> tuple[Any, ...] | None:
         return None
 
 
-def _for_sequence(given: Sequence[object]) -> str:
+def _for_sequence(given: Sequence[object], is_on_gpu: bool) -> str:
     if given and all(map(_is_of_numbers, given)):
         return f"{_DENSE}(np.arange(len(g)), np.array(g, float))"
     if any(is_of("nb_sparse_adam", part) for part in given):
-        return "; a step takes one gradient of a table: join their arrays, or call step for each"
+        if is_on_gpu:
+            return "; a list of gradients is not offered on a GPU: join their arrays, or call step for each"
+        return "; in a list of gradients there are no others: join them to one list"
     return for_several_arguments(len(given))
 
 

@@ -128,7 +128,8 @@ class Kind(NamedTuple):
 
     form: int
     names: Names
-    kept: Any = None  # nothing is left out on a GPU
+    kept: Any = None  # nothing is left out on a GPU, and there are no lists
+    parts: Any = ()
 
     @property
     def entries(self) -> bool:

@@ -41,7 +41,8 @@ from nb_sparse_adam._src.engine.state import Described, TableState
 from nb_sparse_adam._src.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam._src.engine.workspace import Workspace, of_thread
 from nb_sparse_adam._src.faults import fault_error, shares_memory
-from nb_sparse_adam._src.gradients import Given, read
+from nb_sparse_adam._src.gradients import Given
+from nb_sparse_adam._src.joining import read_all
 from nb_sparse_adam._src.options import Options
 from nb_sparse_adam._src.stepping import finish
 from nb_sparse_adam.errors import GradientError
@@ -136,7 +137,7 @@ def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _read(request: Request) -> Given:
     request.table.check_writeable()
-    return read(request.gradient, request.table.target)
+    return read_all(request.gradient, request.table.target)
 
 
 class _Entry(NamedTuple):
