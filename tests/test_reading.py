@@ -2,7 +2,6 @@
 """Which columns and which lines of a file are interactions: found out, told, or asked for."""
 
 import gzip
-import io
 import itertools
 import json
 import os
@@ -203,7 +202,7 @@ UNKNOWN = [
 @pytest.mark.parametrize("text", UNKNOWN)
 def test_what_cannot_be_told_is_asked_for(text, write):
     path = write(text)
-    with pytest.raises(InteractionsError, match="line 1: cannot tell .*--header or --no-header"):
+    with pytest.raises(InteractionsError, match=r"line 1: cannot tell .*--header or --no-header"):
         read_interactions(path)
     n = text.count("\n")
     assert len(read_interactions(path, header=False).pairs) == n
@@ -218,10 +217,9 @@ def test_no_interaction_is_taken_for_a_header_nor_the_other_way_round(data):
     alphabet = st.sampled_from(["digits", "letters", "both"])
     kinds = {"digits": "0123456789", "letters": "kqwxyzßΩ", "both": "kq01Ω"}
     users, items = (
-        data.draw(st.lists(st.text(kinds[data.draw(alphabet)], min_size=3, max_size=6), min_size=5, max_size=9,
-                           unique=True))
-        for _ in range(2)
-    )  # fmt: skip
+        data.draw(st.lists(text, min_size=5, max_size=9, unique=True))
+        for text in (st.text(kinds[data.draw(alphabet)], min_size=3, max_size=6) for _ in range(2))
+    )
     pairs = data.draw(st.permutations(list(itertools.product(users, items))))
     header = data.draw(st.sampled_from(["", "wer,was\n", "buyer,sku\n", "käufer,Produkt\n"]))
     with tempfile.TemporaryDirectory() as folder:
@@ -279,16 +277,17 @@ def test_one_column_told_and_the_other_found(write):
     assert pairs_of(read_interactions(path, user_column="WHO")) == INTEGERS
     assert pairs_of(read_interactions(write("1,10,x\n1,30,x\n2,10,x\n12,7,x\n"), item_column=2)) == INTEGERS
     assert pairs_of(read_interactions(write("10,1\n30,1\n10,2\n7,12\n"), user_column=2)) == INTEGERS
-    with pytest.raises(InteractionsError, match="3 columns; cannot tell .* --item-column"):
+    with pytest.raises(InteractionsError, match=r"3 columns; cannot tell .* --item-column"):
         read_interactions(write("1,2,3\n4,5,6\n"), user_column=3)
+    path = write("sku,when,who\n10,x,1\n", "y")
     with pytest.raises(OptionError, match="same column"):
         read_interactions(path, user_column="who", item_column=3)
 
 
 @pytest.mark.parametrize(
     ("separator", "character"),
-    [("comma", ","), ("tab", "\t"), (r"\t", "\t"), ("space", " "), ("pipe", "|"), ("|", "|"), ("||", "||"), ("::", "::")],
-)  # fmt: skip
+    [("comma", ","), ("tab", "\t"), (r"\t", "\t"), ("space", " "), ("pipe", "|"), ("||", "||"), ("::", "::")],
+)
 def test_a_separator_is_obeyed(separator, character, write):
     got = read_interactions(write(lines_of(INTEGERS, character)), separator=separator)
     assert pairs_of(got) == INTEGERS
@@ -304,7 +303,7 @@ def test_low_ratings_are_left_out(kind, tmp_path):
     columns = {"user_column": "who", "item_column": "what"}
     if kind == "no header":
         columns = {"user_column": 3, "item_column": 2}
-        with pytest.raises(OptionError, match="min_rating: .*x has 4 columns, none .* --rating-column"):
+        with pytest.raises(OptionError, match=r"min_rating: .*x has 4 columns, none .* --rating-column"):
             read_interactions(path, **columns, min_rating=3.5)
         columns["rating_column"] = 4
     got = read_interactions(path, **columns, min_rating=3.5)
@@ -331,7 +330,7 @@ def test_ratings_that_are_no_numbers_elsewhere(tmp_path, write):
         with pytest.raises(InteractionsError, match=words):
             read_interactions(tmp_path / "x", min_rating=1)
     for value in ("null", "true", "[1]", '"x"', "NaN"):
-        path = write('{"user":1,"item":2,"rating":1}\n{"user":1,"item":2,"rating":%s}\n' % value)
+        path = write('{"user":1,"item":2,"rating":1}\n{"user":1,"item":2,"rating":' + value + "}\n")
         with pytest.raises(InteractionsError, match="line 2: "):
             read_interactions(path, min_rating=1)
 
@@ -371,7 +370,7 @@ def test_an_option_that_cannot_work_is_refused(kind, content, options, words, de
         path.write_bytes(content)
     if detect and kind == "adjacency":  # what has columns is no adjacency
         with pytest.raises((OptionError, InteractionsError)):
-            read_interactions(path, **options, user_column="nowhere")
+            read_interactions(path, **{**options, "user_column": "nowhere"})
         return
     with pytest.raises(OptionError, match=words):
         read_interactions(path, "auto" if detect else kind, **options)
@@ -382,8 +381,9 @@ def test_an_option_that_cannot_work_is_refused(kind, content, options, words, de
     [
         ({"user_column": 0}, OptionError), ({"user_column": True}, OptionTypeError),
         ({"item_column": 1.5}, OptionTypeError), ({"separator": ""}, OptionError),
-        ({"separator": "a"}, OptionError), ({"separator": '"'}, OptionError), ({"separator": "\n"}, OptionError),
-        ({"separator": 3}, OptionTypeError), ({"header": "yes"}, OptionTypeError), ({"header": 1}, OptionTypeError),
+        ({"separator": "a"}, OptionError), ({"separator": '"'}, OptionError),
+        ({"separator": "\n"}, OptionError), ({"separator": 3}, OptionTypeError),
+        ({"header": "yes"}, OptionTypeError), ({"header": 1}, OptionTypeError),
         ({"min_rating": float("nan")}, OptionError), ({"min_rating": float("inf")}, OptionError),
         ({"min_rating": "x"}, OptionTypeError), ({"file_format": "csv"}, OptionError),
     ],
@@ -394,7 +394,7 @@ def test_options_out_of_their_domain(options, error, write):
 
 
 def test_options_of_a_split(write):
-    train, test = write("a|b|5\nc|d|1\na|d|3\n", "train"), write("a|b|5\nc|b|4\na|d|1\nc|d|5\n", "test")
+    train, test = write("a|b|5\nc|d|1\na|d|3\n", "train"), write("a|b|5\nc|b|4\na|e|1\na|f|5\n", "test")
     split = read_split(
         [train],
         test,
@@ -405,7 +405,7 @@ def test_options_of_a_split(write):
         user_column=1,
         item_column=2,
     )
-    assert len(split.train) == 2
+    assert (len(split.train), len(split.test)) == (2, 1)
     assert "test interactions left out: they are in the training file" in split.notes[0]
 
 
@@ -467,7 +467,7 @@ def test_bad_json_lines(line, words, far, write):
 
 def test_keys_that_are_not_found_are_asked_for(write):
     path = write('{"who": "a", "what": "b"}\n')
-    with pytest.raises(InteractionsError, match="columns 'who', 'what'; cannot tell .*--user-column"):
+    with pytest.raises(InteractionsError, match=r"columns 'who', 'what'; cannot tell .*--user-column"):
         read_interactions(path)
     assert pairs_of(read_interactions(path, user_column="who", item_column="what")) == [("a", "b")]
     assert pairs_of(read_interactions(path, user_column="who")) == [("a", "b")]  # there is one other
@@ -555,9 +555,9 @@ def test_standard_input_and_files_together(write):
     assert b"; standard input, " in done.stdout
     done = child([sys.executable, "-c", PROGRAM + "; print(sys.stdin.buffer.read())", "-"], input=TEXT)
     assert done.stdout.endswith(b"\nb''\n"), done.stderr  # it was read, and is not closed
-    for given in (["-", "-"], ["-", write(TEXT), "-"]):
+    for files in (["-", "-"], ["-", write(TEXT), "-"]):
         with pytest.raises(OptionError, match="can be read once"):
-            read_interactions(given)
+            read_interactions(files)
     with pytest.raises(OptionError, match="can be read once"):
         read_split("-", "-")
 
@@ -622,7 +622,7 @@ LIBFM = [
 def test_libfm_is_noticed(text, write):
     path = write(text)
     with pytest.raises(
-        InteractionsError, match="line 1: is in the format of libfm or libsvm.*user and an item"
+        InteractionsError, match=r"line 1: is in the format of libfm or libsvm.*user and an item"
     ):
         read_interactions(path)
     if "\n-1\n" not in text:
@@ -652,7 +652,7 @@ def test_a_matrix_of_ratings_is_noticed(kind, labels, separator, write):
     if labels == "names":
         rows = [["user", *(f"Film{at}" for at in range(12))], *rows]
     with pytest.raises(
-        InteractionsError, match="looks like a matrix of ratings.*a user and an item on each line"
+        InteractionsError, match=r"looks like a matrix of ratings.*a user and an item on each line"
     ):
         read_interactions(write(lines_of(rows, separator)))
 
@@ -715,7 +715,7 @@ def test_train_reads_as_told_and_says_how(write, tmp_path, capsys):
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]
     assert written["description"] in said
     assert written["generated"] is False
-    test = write("5|0\n6|1\n", "test")
+    test = write("0|0\n6|0\n", "test")  # 0 has neither in the first file
     assert train(one, "--test", test, *told[:6], "--no-header", out=tmp_path / "run") == 0
     assert capsys.readouterr().out.count("users in column 2, items in column 1") == 2
 

@@ -248,9 +248,10 @@ def _refuse_matrix(name: str, rows: Rows, separator: str) -> None:
         len({cell for cell in column if cell}) > 1 or len(below) < 8 for column in zip(*below, strict=True)
     )
     firsts = [fields[0] for *_, fields in rows[1:]]
-    of_each = len(set(firsts)) == len(firsts) or all(
-        _NUMBER.fullmatch(one) and float(one) in values for one in firsts
-    )
+    of_each = len(set(firsts)) == len(firsts)  # else the first column is one of ratings, too
+    if not of_each and all(not one or _NUMBER.fullmatch(one) for one in firsts):
+        none = np.mean([not one or float(one) == 0 for one in firsts])
+        of_each = none >= 0.1 or all(float(one) in values for one in firsts if one)
     if of_each and (sparse or alike):
         other = ", or choose --format adjacency" if separator == " " else ""
         raise InteractionsError(
