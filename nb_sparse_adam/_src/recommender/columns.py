@@ -27,7 +27,7 @@ _USER_WORDS = """
 """
 _ITEM_WORDS = """
     item iid movie film product prod sku asin isbn upc ean gtin book track song artist album business article
-    anime game good listing recipe restaurant venue poi place hotel course video show series episode podcast
+    anime game goods listing recipe restaurant venue poi place hotel course video show series episode podcast
     news story post app repo beer joke document doc paper offer
     produkt artikel ware gegenstand buch lied titel kunstler kuenstler spiel
     produit livre chanson jeu producto articulo libro pelicula cancion prodotto articolo produto livro filme
@@ -276,7 +276,8 @@ def resolve(
     number = given if isinstance(given, int) else int(given) if re.fullmatch("[0-9]{1,9}", given) else 0
     if ordered and 1 <= number <= width:
         return number - 1
-    remedy = "" if names is not None else "; it has no header, so give a number"
+    remedy = "; it has no header, so give a number" if names is None else ""
+    remedy = remedy if ordered else "; keys are given by name"
     raise OptionError(f"{option}: {file} has {_listed(names, width)}, but not {given!r}{remedy}")
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nb_sparse_adam._src.recommender.codes import Codes, Ids
-from nb_sparse_adam._src.recommender.columns import Columns, ReadOptions, find_columns, shown, what_was_taken
+from nb_sparse_adam._src.recommender.columns import ReadOptions, find_columns, shown, what_was_taken
 from nb_sparse_adam._src.recommender.lines import CARRIAGE_RETURN, Lines
 from nb_sparse_adam._src.recommender.ratings import AtLeast
-from nb_sparse_adam.errors import InteractionsError, OptionError
+from nb_sparse_adam.errors import InteractionsError
 
 
 class JsonLines:
@@ -57,10 +57,8 @@ class JsonLines:
 
     def _keys(self, number: int, found: dict[str, Any]) -> list[str]:
         names = list(found)
-        try:
-            columns: Columns = find_columns(self._name, self._options, names, len(names), ordered=False)
-        except OptionError as error:
-            raise InteractionsError(f"{error} (line {number}; keys of JSON are given by name)") from error
+        where = f"{self._name}, line {number}"
+        columns = find_columns(where, self._options, names, len(names), ordered=False)
         self.taken = what_was_taken(columns, names)
         return [names[column] for column in columns.all()]
 

@@ -27,6 +27,7 @@ from nb_sparse_adam.errors import InteractionsError, OptionError
 _COMMENTS = ("# ", "% ")  # so begin the files of SNAP and of KONECT
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?")
 _DATE = re.compile(r"[0-9]{1,4}([-/.])[0-9]{1,2}\1[0-9]{1,4}(?:[T ].*)?")
+_NO_NUMBERS = frozenset(r"na n/a nan inf -inf null none \n - ?".split())  # and yet stand where numbers do
 _LIBFM = re.compile(r"(?:[0-9]+:){1,2}[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
 
 _WIDE = 5  # columns that a matrix has at least
@@ -107,7 +108,7 @@ def _is_header(rows: list[list[str]], options: ReadOptions) -> bool | None:
     """Say whether the first row names the columns, as far as the rows that are looked at show."""
     first, others = rows[0], rows[1:]
     given = (options.user_column, options.item_column, options.rating_column)
-    if named_columns(first) or any(isinstance(one, str) and one.strip() in first for one in given):
+    if named_columns(first) or any(isinstance(one, str) and not _NUMBER.fullmatch(one) for one in given):
         return True
     at = [0, 1]
     for place, one in enumerate(given[:2]):
@@ -125,7 +126,7 @@ def _is_header(rows: list[list[str]], options: ReadOptions) -> bool | None:
 
 
 def _is_value(field: str) -> bool:
-    return bool(_NUMBER.fullmatch(field) or _DATE.fullmatch(field))
+    return bool(_NUMBER.fullmatch(field) or _DATE.fullmatch(field) or field.lower() in _NO_NUMBERS)
 
 
 def _fields(column: int, rows: list[list[str]]) -> list[str]:
@@ -157,16 +158,15 @@ def header_from_ids(cells: tuple[str, str], ids: tuple[Ids, Ids], pairs: tuple[C
     cells : tuple of str
         What the line has in the columns of users and items.
     ids : tuple of Ids
-        The ids of users and of items.
+        The ids of users and of items, those of files that were read before as well.
     pairs : tuple of arrays, int64, shapes (n,)
         The distinct pairs below the line, in codes of `ids`.
     """
     counts = [np.bincount(codes, minlength=1) for codes in pairs]
-    if not len(pairs[0]) or any(
-        cell in known and known[cell] < len(count) and count[known[cell]]
-        for cell, known, count in zip(cells, ids, counts, strict=True)
-    ):
-        return False if len(pairs[0]) else None
+    if any(cell in known for cell, known in zip(cells, ids, strict=True)):
+        return False
+    if not len(pairs[0]):
+        return None
     columns: list[list[str]] = []
     for known, count in zip(ids, counts, strict=True):
         names = list(known)
@@ -248,9 +248,10 @@ def _refuse_matrix(name: str, rows: Rows, separator: str) -> None:
         len({cell for cell in column if cell}) > 1 or len(below) < 8 for column in zip(*below, strict=True)
     )
     firsts = [fields[0] for *_, fields in rows[1:]]
-    of_each = len(set(firsts)) == len(firsts) or all(
-        _NUMBER.fullmatch(one) and float(one) in values for one in firsts
-    )
+    of_each = len(set(firsts)) == len(firsts)  # else the first column is one of ratings, too
+    if not of_each and all(not one or _NUMBER.fullmatch(one) for one in firsts):
+        none = np.mean([not one or float(one) == 0 for one in firsts])
+        of_each = none >= 0.1 or all(float(one) in values for one in firsts if one)
     if of_each and (sparse or alike):
         other = ", or choose --format adjacency" if separator == " " else ""
         raise InteractionsError(
