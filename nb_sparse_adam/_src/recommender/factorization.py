@@ -209,7 +209,7 @@ class MatrixFactorization(Serving):
             split = validation_split(data, validation, options.seed)
         trainer = BPRModel(split, options)
         self._users, self._items = Ids(split.user_ids), Ids(split.item_ids)
-        self._trained, self._held_out = split.train, split.test
+        self._trained, self._held_out, self._test = split.train, split.test, None
         self.optimizer_ = trainer.optimizer
         self.history_: list[EpochRecord] = []
         self.n_epochs_ = 0
@@ -271,6 +271,9 @@ class MatrixFactorization(Serving):
         if old is None or held is None:
             raise OptionError("partial_fit: the interactions were not saved with this model; fit it again")
         held = UserItems.from_pairs(held.users(), held.indices, len(users), len(items))
+        test = self._test
+        if test is not None:
+            test = UserItems.from_pairs(test.users(), test.indices, len(users), len(items))
         every = UserItems.from_pairs(
             np.concatenate([old.users(), rows]),
             np.concatenate([old.indices, columns_]),
@@ -292,7 +295,7 @@ class MatrixFactorization(Serving):
             before = len(self.optimizer_.tables[name])
             source = np.concatenate([np.arange(before), np.full(len(table) - before, -1)])
             self.optimizer_.rearrange(table, source, name)
-        self._users, self._items, self._trained, self._held_out = users, items, train, held
+        self._users, self._items, self._trained, self._held_out, self._test = users, items, train, held, test
         for name in ("lr", "betas", "eps", "eps_hat"):
             setattr(self.optimizer_, name, getattr(options, name))
         trainer = BPRModel(Split(train, held, users.ids, items.ids, "all"), options, self.optimizer_)
@@ -343,7 +346,7 @@ class MatrixFactorization(Serving):
             As `nb_sparse_adam.checkpoint.save` does.
         """
         self._check_fitted("save")
-        kept = (self._trained, self._held_out) if interactions else (None, None)
+        kept = (self._trained, self._held_out, self._test) if interactions else (None, None, None)
         write_model(
             folder,
             Saved(
@@ -366,7 +369,7 @@ class MatrixFactorization(Serving):
         model.optimizer_ = saved.optimizer
         model.history_, model.n_epochs_ = saved.history, saved.epochs
         model._users, model._items = Ids(saved.user_ids), Ids(saved.item_ids)
-        model._trained, model._held_out = saved.trained, saved.held_out
+        model._trained, model._held_out, model._test = saved.trained, saved.held_out, saved.test
         return model
 
 

@@ -29,6 +29,7 @@ from nb_sparse_adam.errors import CheckpointError, OptionError
 
 FORMAT, VERSION = "nb_sparse_adam.MatrixFactorization", 1
 _PREFIX = "interactions-"
+_PAIRS = ("trained", "held_out", "test")
 
 
 class Saved(NamedTuple):
@@ -41,7 +42,9 @@ class Saved(NamedTuple):
     user_ids: npt.NDArray[Any]
     item_ids: npt.NDArray[Any]
     trained: UserItems | None
-    held_out: UserItems | None
+    held_out: UserItems | None  # for validation
+    test: UserItems | None = None
+    more: dict[str, Any] = {}  # noqa: RUF012 (read only) what the command line goes on with
 
 
 def write_model(folder: str | os.PathLike[str], model: Saved) -> None:
@@ -52,7 +55,7 @@ def write_model(folder: str | os.PathLike[str], model: Saved) -> None:
         **_packed("user", model.user_ids),
         **_packed("item", model.item_ids),
     }
-    for name, pairs in (("trained", model.trained), ("held_out", model.held_out)):
+    for name, pairs in zip(_PAIRS, (model.trained, model.held_out, model.test), strict=True):
         if pairs is not None:
             arrays |= {f"{name}_indptr": pairs.indptr, f"{name}_indices": pairs.indices}
     content = io.BytesIO()
@@ -64,6 +67,7 @@ def write_model(folder: str | os.PathLike[str], model: Saved) -> None:
         "params": {key: list(x) if isinstance(x, tuple) else x for key, x in model.params.items()},
         "history": [_finite(asdict(record)) for record in model.history],
         "epochs": model.epochs,
+        "more": model.more,
         "file": name,
         "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
     }
@@ -105,14 +109,25 @@ def read_model(folder: str | os.PathLike[str]) -> Saved:
             UserItems(arrays[f"{name}_indptr"], arrays[f"{name}_indices"], n_items)
             if f"{name}_indptr" in arrays
             else None
-            for name in ("trained", "held_out")
+            for name in _PAIRS
         ]
     params = {key: tuple(x) if isinstance(x, list) else x for key, x in extra["params"].items()}
     history = [
         EpochRecord(**{**one, "quality": None if one["quality"] is None else Quality(**_nan(one["quality"]))})
         for one in extra["history"]
     ]
-    return Saved(optimizer, params, history, extra["epochs"], ids[0], ids[1], pairs[0], pairs[1])
+    return Saved(
+        optimizer,
+        params,
+        history,
+        extra["epochs"],
+        ids[0],
+        ids[1],
+        pairs[0],
+        pairs[1],
+        pairs[2],
+        extra["more"],
+    )
 
 
 def _packed(name: str, ids: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:

@@ -35,6 +35,7 @@ class Serving:
     _items: Ids
     _trained: UserItems | None
     _held_out: UserItems | None
+    _test: UserItems | None
 
     def _options(self, epochs: int) -> BPROptions:
         raise NotImplementedError
@@ -294,7 +295,7 @@ class Serving:
         place = np.full(len(self._items), -1, dtype=np.int64)
         place[candidates] = np.arange(len(candidates))
         asked = np.flatnonzero(users >= 0)
-        for seen in (self._trained, self._held_out):
+        for seen in (self._trained, self._held_out, self._test):
             if seen is None or not len(asked) or not len(seen):
                 continue
             lengths = seen.counts()[users[asked]]

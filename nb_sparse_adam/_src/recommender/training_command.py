@@ -4,29 +4,38 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import inspect
 import math
+import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nb_sparse_adam._src.engine.compilations import LOGGER
-from nb_sparse_adam._src.extras import require
+import numpy as np
+
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
 from nb_sparse_adam._src.recommender.columns import FORMATS
-from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
+from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
+from nb_sparse_adam._src.recommender.following import Best
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.options import LOSS_NAMES
-from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
+from nb_sparse_adam._src.recommender.progress import Progress, describe
+from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
+from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
+from nb_sparse_adam._src.recommender.signals import Signals
+from nb_sparse_adam._src.recommender.training import Unfinished
+from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
 
 _READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 
 
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+INTERRUPTED, TERMINATED = 130, 143  # what a shell reports for a command that Ctrl-C, or SIGTERM, ended
+_OF_A_RESUMED = ("epochs", "top", "eval_every", "threads")  # options that may be others
 
 _HELP = {
     "dim": "length of the vectors",
@@ -89,17 +98,40 @@ def add_train(commands: Any) -> None:
         help="part of every user's items to hold out (default: 0.2)",
     )
 
+    data.add_argument(
+        "--validation",
+        type=_fraction,
+        metavar="X",
+        help="part of every user's other items to hold out too: evaluations are of these, so that options "
+        "can be chosen without a look at the test",
+    )
+
     model = train.add_argument_group("model and training")
     for option in fields(BPROptions):
         _add_option(model, option.name, option.default)
+
+    model.add_argument(
+        "--patience",
+        type=_number(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1"),
+        metavar="N",
+        help="stop when so many evaluations of the validation have brought no better recall, and go back to "
+        "the best one (needs --validation)",
+    )
 
     output = train.add_argument_group("output")
     output.add_argument(
         "--out",
         type=Path,
-        default=Path("nb-sparse-adam-run"),
         metavar="DIR",
-        help="folder for the results (default: %(default)s)",
+        help="folder for the results (default: nb-sparse-adam-run, or with --resume its RUN)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace the run that is in the folder")
+    output.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with a run, to its number of epochs or another, with its interactions and options, and "
+        "the bits of training that never stopped",
     )
     output.add_argument(
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
@@ -176,53 +208,181 @@ def _number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
 _fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    if not arguments.interactions:
-        given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
-        given |= {name: getattr(arguments, name) for name in _READING}
-        for name, value in given.items():
-            if value is not None:
-                arguments.parser.error(
-                    f"--{name.replace('_', '-')} needs INTERACTIONS: without, data are generated and held out"
-                )
-    values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
-    options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
-    folder = report.prepare_output(arguments.out)
-    split, data = _load(arguments, options)
-    popularity = popularity_quality(split, options.top)
-    model = BPRModel(split, options)
-    data["trained_on"] = model.interactions
-    if model.interactions < len(split.train):
-        print(
-            f"{len(split.train) - model.interactions:,} interactions are not trained on: "
-            "their users have every item"
-        )
-    print(f"popularity ranking: {_describe(popularity, options.top)}", flush=True)
+class _Run(NamedTuple):
+    """What is trained, and on what."""
 
-    interrupted = False
-    with _Progress(model, not arguments.no_progress) as progress:
+    model: BPRModel  # its split is what evaluations during training are of
+    split: Split  # with all that is not test, for the last evaluation
+    data: dict[str, Any]  # for people
+
+
+class _EnoughError(Exception):
+    """The validation gets no better."""
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _check_together(arguments)
+    out = arguments.out or arguments.resume or Path("nb-sparse-adam-run")
+    folder = report.prepare_output(out)
+    _refuse_run(arguments, folder)
+    run = _new_run(arguments) if arguments.resume is None else _resumed(arguments)
+    model, top = run.model, run.model.options.top
+    popularity = popularity_quality(run.split, top)
+    print(f"popularity ranking: {describe(popularity, top)}", flush=True)
+
+    interrupted, signals = False, Signals()
+    best = Best(model.optimizer) if arguments.patience is not None else None
+    with signals, Progress(model, not arguments.no_progress) as progress:
+
+        def on_batch(interactions: int, loss: float) -> None:
+            progress.on_batch(interactions, loss)
+            signals.check()
+
+        def on_epoch(record: EpochRecord) -> None:
+            progress.on_epoch(record)
+            if best is not None and record.quality is not None:
+                evaluations = len([one for one in model.history if one.quality is not None])
+                if best.is_over(evaluations, record.quality.recall, arguments.patience):
+                    raise _EnoughError
+
         try:
-            model.fit(progress.on_batch, progress.on_epoch)
+            model.fit(on_batch, on_epoch)
         except KeyboardInterrupt:
             interrupted = True
+        except _EnoughError:
+            pass
+    history = model.history
     if interrupted:
         print(
-            f"interrupted after {len(model.history)} of {options.epochs} epochs: saving what there is",
+            f"interrupted after {len(history)} of {model.options.epochs} epochs: saving what there is; "
+            f"--resume {folder} goes on",
             flush=True,
         )
+    elif best is not None and best.epoch:
+        best.restore()
+        evaluated = [record for record in history if record.quality is not None]
+        history = history[: evaluated[best.epoch - 1].epoch]
+        print(f"the best evaluation was after epoch {len(history)}: back to it", flush=True)
     try:
         report.save_model(folder, model)
-        quality = None if interrupted else model.history[-1].quality
-        quality = quality or model.evaluate()
-        report.save_metrics(folder, model, quality, popularity, data, interrupted)
+        write_model(folder, _saved(run, history))
+        last = model.history[-1].quality if model.history else None
+        known = (
+            not interrupted and best is None and arguments.validation is None and not run.data["validation"]
+        )
+        quality = last if known and last else evaluate(model.user_table, model.item_table, run.split, top)
+        report.save_metrics(folder, model, quality, popularity, run.data, interrupted)
     except KeyboardInterrupt:
         print(f"interrupted again: what was saved is whole, but not complete, in {folder}", file=sys.stderr)
         return INTERRUPTED
-    _summarize(quality, popularity, options.top)
+    _summarize(quality, popularity, top)
     print(f"saved in {folder.resolve()}:")
     for name, content in report.FILES.items():
         print(f"  {name:24} {content}")
-    return INTERRUPTED if interrupted else 0
+    if interrupted:
+        return TERMINATED if signals.arrived == signal.SIGTERM else INTERRUPTED
+    return 0
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Refuse options that mean nothing beside others."""
+    error = arguments.parser.error
+    of_files = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
+    of_files |= {name: getattr(arguments, name) for name in _READING}
+    if not arguments.interactions:
+        for name, value in of_files.items():
+            if value is not None:
+                error(
+                    f"--{name.replace('_', '-')} needs INTERACTIONS: without, data are generated and held out"
+                )
+    if arguments.patience is not None and arguments.validation is None:
+        error("--patience needs --validation X: it is that which tells when to stop")
+    if arguments.resume is None:
+        return
+    if arguments.interactions or arguments.validation is not None:
+        error("--resume goes on with the interactions of the run: leave out INTERACTIONS and --validation")
+    for option in fields(BPROptions):
+        value = getattr(arguments, option.name)
+        value = tuple(value) if isinstance(value, list) else value
+        if option.name not in _OF_A_RESUMED and value != option.default:
+            error(f"--{option.name.replace('_', '-')} is the run's own with --resume: leave it out")
+
+
+def _refuse_run(arguments: argparse.Namespace, folder: Path) -> None:
+    """Refuse to write over a run that is not the one to go on with."""
+    if arguments.overwrite or (
+        arguments.resume is not None and arguments.resume.resolve() == folder.resolve()
+    ):
+        return
+    for name in ("metrics.json", "manifest.json"):
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder}: holds a run already; --overwrite replaces it, --resume {folder} goes on "
+                f"with it, and --out DIR chooses another folder"
+            )
+
+
+def _new_run(arguments: argparse.Namespace) -> _Run:
+    values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
+    options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
+    split, data = _load(arguments, options)
+    inner = split
+    if arguments.validation is not None:
+        pairs = Interactions(split.train, split.user_ids, split.item_ids)
+        inner = hold_out(pairs, arguments.validation, options.seed)
+        print(f"{len(inner.test):,} of these are for validation: {inner.description}")
+    model = BPRModel(inner, options)
+    data |= {"trained_on": model.interactions, "validation": len(inner.test) if inner is not split else 0}
+    if model.interactions < len(inner.train):
+        print(
+            f"{len(inner.train) - model.interactions:,} interactions are not trained on: "
+            "their users have every item"
+        )
+    return _Run(model, split, data)
+
+
+def _resumed(arguments: argparse.Namespace) -> _Run:
+    saved = read_model(arguments.resume)
+    if saved.trained is None or saved.test is None or saved.held_out is None:
+        raise CheckpointError(f"{arguments.resume}: is no run of train, with its interactions: train anew")
+    names = {option.name: option.default for option in fields(BPROptions)}
+    values = {**saved.params, "top": saved.more["top"], "eval_every": saved.more["eval_every"]}
+    for name in _OF_A_RESUMED:
+        if getattr(arguments, name) != names[name]:
+            values[name] = getattr(arguments, name)
+    options, ids = BPROptions(**values), (saved.user_ids, saved.item_ids)
+    train, held = saved.trained, saved.held_out
+    whole = UserItems.from_pairs(
+        np.concatenate([train.users(), held.users()]),
+        np.concatenate([train.indices, held.indices]),
+        train.n_users,
+        train.n_items,
+    )
+    split = Split(whole, saved.test, *ids, "resumed")
+    inner = Split(train, held, *ids, "resumed") if len(held) else split
+    model = BPRModel(inner, options, saved.optimizer)
+    model.history, model.unfinished = saved.history, Unfinished(*saved.more["unfinished"])
+    print(f"{arguments.resume}: going on after epoch {len(model.history)} of {options.epochs}", flush=True)
+    return _Run(model, split, saved.more["data"])
+
+
+def _saved(run: _Run, history: list[EpochRecord]) -> Saved:
+    model = run.model
+    names = inspect.signature(MatrixFactorization).parameters
+    options = {name: value for name, value in asdict(model.options).items() if name in names}
+    nothing = run.split.train.select(np.zeros(len(run.split.train), dtype=np.bool_))
+    unfinished = model.unfinished if len(history) == len(model.history) else Unfinished(0, 0.0)
+    more = {
+        "top": model.options.top,
+        "eval_every": model.options.eval_every,
+        "unfinished": list(unfinished),
+        "data": run.data,
+    }
+    return Saved(
+        model.optimizer, options, history, len(history), run.split.user_ids, run.split.item_ids,
+        trained=model.split.train, held_out=model.split.test if model.split is not run.split else nothing,
+        test=run.split.test, more=more,
+    )  # fmt: skip
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
@@ -256,75 +416,6 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
         "test_interactions": len(split.test),
     }
     return split, data
-
-
-class _Progress:
-    """A bar on a terminal; a line on stdout for each evaluation, and on stderr when steps are compiled."""
-
-    def __init__(self, model: BPRModel, wanted: bool) -> None:
-        self._options, self._bar = model.options, None
-        self._handler, self._level = _Handler(self._say), LOGGER.level
-        if wanted and sys.stderr.isatty():
-            self._bar = require("tqdm", "train", "the progress bar (see --no-progress)").tqdm(
-                total=model.interactions * model.options.epochs,
-                unit=" interactions",
-                unit_scale=True,
-                desc=f"epoch 1/{model.options.epochs}",
-                dynamic_ncols=True,
-            )
-
-    def __enter__(self) -> _Progress:
-        LOGGER.addHandler(self._handler)
-        LOGGER.setLevel(logging.INFO)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        LOGGER.setLevel(self._level)
-        LOGGER.removeHandler(self._handler)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, line: str, file: Any) -> None:
-        if self._bar is None:
-            print(line, file=file, flush=True)
-        else:
-            self._bar.write(line, file=file)
-
-    def on_batch(self, interactions: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self._bar.update(interactions)
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        if self._bar is not None:
-            self._bar.set_description(
-                f"epoch {min(record.epoch + 1, self._options.epochs)}/{self._options.epochs}"
-            )
-        if record.quality is None:
-            return
-        line = (
-            f"epoch {record.epoch:3}  loss {record.loss:.4f}  {_describe(record.quality, self._options.top)}"
-            f"  {record.interactions / record.seconds:,.0f} interactions/s"
-        )
-        self._say(line, sys.stdout)
-
-
-class _Handler(logging.Handler):
-    """Says what the library logs on stderr."""
-
-    def __init__(self, say: Callable[[str, Any], None]) -> None:
-        super().__init__(logging.INFO)
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Say it in a line."""
-        self._say(record.getMessage(), sys.stderr)
-
-
-def _describe(quality: Quality, top: int) -> str:
-    if not quality.users:
-        return f"recall@{top} unknown: no user has both training and held-out items"
-    return f"recall@{top} {quality.recall:.4f}  ndcg@{top} {quality.ndcg:.4f}"
 
 
 def _summarize(quality: Quality, popularity: Quality, top: int) -> None:
