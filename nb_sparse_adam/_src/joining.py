@@ -24,10 +24,13 @@ _NAMES = Names("ids", "values")  # never told: faults are those of a part
 
 def read_all(gradient: object, target: Target) -> Given:
     """Read a gradient, or a list or tuple of them, which becomes one; or raise a `GradientError`."""
-    if not isinstance(gradient, (list, tuple)) or not any(map(is_gradient, gradient)):
+    several: tuple[object, ...] = ()
+    if type(gradient) in (list, tuple):  # what derives from them may do anything when it is read
+        several = tuple(gradient)  # type: ignore[arg-type]
+    if not any(map(is_gradient, several)):
         return read(gradient, target)
-    targets = [target._replace(at=at) for at in range(len(gradient))]
-    parts = tuple(map(read, gradient, targets))
+    targets = [target._replace(at=at) for at in range(len(several))]
+    parts = tuple(map(read, several, targets))
     forms = {part.form for part in parts}
     if forms == {ROWS}:
         ids = np.concatenate([part.ids for part in parts])
