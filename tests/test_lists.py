@@ -171,6 +171,7 @@ def one_alone(rng):
     return [one], one
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 @pytest.mark.parametrize(
     "make",
