@@ -92,7 +92,7 @@ def hostile_gradient(rng, table):
     """A gradient of one of the forms of which at least one part is wrong, most of the time."""
     n, bags = int(rng.integers(1, 8)), int(rng.integers(1, 4))
     ids = rng.integers(0, ROWS, n)
-    form = rng.integers(5)
+    form = rng.integers(6)
 
     def spoil(integers, values):
         """Spoil one part or two."""
@@ -130,6 +130,11 @@ def hostile_gradient(rng, table):
         else:
             return sparse.csr_array((ROWS + 1, DIM))
         return matrix
+    if form == 4:
+        good = RowGradient(ids, rng.normal(size=(n, DIM)))
+        several = [hostile_gradient(rng, table) for _ in range(rng.integers(1, 4))]
+        several.insert(rng.integers(len(several) + 1), good)
+        return several if rng.integers(4) else tuple(several)
     return [None, 3, "rows", [1, 2], np.ones((ROWS, DIM)), {"tables": None}, {3: 4}, object()][
         rng.integers(8)
     ]

@@ -171,6 +171,7 @@ def one_alone(rng):
     return [one], one
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 @pytest.mark.parametrize(
     "make",
@@ -200,6 +201,24 @@ def test_a_total_of_zero_is_not_active_and_a_step_counts_once(step_counts):
     expected = {"element": [[0, 0], [0, 1], [1, 1], [0, 0]], "row": [0, 1, 1, 0], "global": 1}[step_counts]
     assert opt.state["table"].steps.tolist() == expected
     assert opt.state["table"].exp_avg[1].tolist() == pytest.approx([0.0, 0.2])
+
+
+@pytest.mark.parametrize("step_counts", STEP_COUNTS)
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0,), (4, 2)])
+def test_lists_of_nothing_are_a_step(shape, step_counts):
+    table = np.ones(shape, np.float32)
+    opt = SparseAdam(table, step_counts=step_counts)
+    no_ids, dims = np.zeros(0, np.int64), shape[1:]
+    nothing = [
+        RowGradient(no_ids, np.zeros((0, *dims))),
+        BagGradient(no_ids, [0], np.zeros((0, *dims)), mode="mean"),
+        BagGradient(no_ids, [0, 0, 0], np.zeros((2, *dims)), weights=np.zeros(0)),
+        CSRGradient(np.zeros(shape[0] + 1, int), no_ids, np.zeros(0)),
+    ]
+    for several in (nothing, nothing[:1] * 2, nothing[1:2] * 2, nothing[3:] * 2):
+        opt.step(several)
+    assert (opt.state["table"].steps == (4 if step_counts == "global" else 0)).all()
+    assert (table == 1).all()
 
 
 def test_lists_stand_beside_gradients_of_other_tables_and_optimizers():

@@ -24,10 +24,16 @@ _NAMES = Names("ids", "values")  # never told: faults are those of a part
 
 def read_all(gradient: object, target: Target) -> Given:
     """Read a gradient, or a list or tuple of them, which becomes one; or raise a `GradientError`."""
-    if not isinstance(gradient, (list, tuple)) or not any(map(is_gradient, gradient)):
-        return read(gradient, target)
-    targets = [target._replace(at=at) for at in range(len(gradient))]
-    parts = tuple(map(read, gradient, targets))
+    if type(gradient) in (list, tuple):  # what derives from them may do anything when it is read
+        several: tuple[object, ...] = tuple(gradient)  # type: ignore[arg-type]
+        if any(map(is_gradient, several)):
+            return _read_several(several, target)
+    return read(gradient, target)
+
+
+def _read_several(several: Sequence[object], target: Target) -> Given:
+    targets = [target._replace(at=at) for at in range(len(several))]
+    parts = tuple(map(read, several, targets))
     forms = {part.form for part in parts}
     if forms == {ROWS}:
         ids = np.concatenate([part.ids for part in parts])
@@ -50,6 +56,7 @@ def _join_bags(parts: Sequence[Given], targets: Sequence[Target]) -> Given:
             offsets = _pointer(part, target)[:bags]
         elif part.entries:
             ids, columns, data = _entries(part, target)
+            columns = columns.copy()  # the user's may be changed meanwhile
             wrong = np.flatnonzero((columns < 0) | (columns >= target.dim))
             if len(wrong):
                 what, at = part.names.ids if part.form == CSR else part.names.columns, int(wrong[0])
