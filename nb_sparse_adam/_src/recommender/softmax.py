@@ -122,7 +122,7 @@ def groups_of(n: Any, longest: Any) -> Any:
 def turn_group(
     begin: Any, end: Any, item_table: Any, items: Any, log_q: Any, turned: Any, corrections: Any
 ) -> None:
-    """Copy what `in_batch` needs of the items begin:end: vectors, ``turned`` (dim, end - begin), and log Q."""
+    """Copy what `in_batch` needs of the items begin:end: vectors to ``turned`` (dim, end - begin), log Q."""
     for j in range(begin, end):
         item = items[j]
         corrections[j] = log_q[item]
