@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -109,9 +108,7 @@ def test_an_interrupt_within_an_epoch_is_no_difference(train, tmp_path, monkeypa
     monkeypatch.setattr(training_command.Signals, "check", interrupt)
     status, said = train(out="short")
     assert status == 130
-    assert re.search(
-        "interrupted after [12] of 4 epochs: saving what there is; --resume .* goes on", said.out
-    )
+    assert re.search("interrupted after [12] of 4 epochs: saving what there is; --resume", said.out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     status, said = train("--resume", str(tmp_path / "short"), source=(), epochs=None, out=None)
     assert status == 0, said.err
@@ -163,9 +160,8 @@ def test_training_stops_when_the_validation_gets_no_better(train, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     model = MatrixFactorization.load(tmp_path / "run")
     assert f"the best evaluation was after epoch {model.n_epochs_}: back to it" in said.out
-    recalls = [
-        float(line.split(",")[4]) for line in (tmp_path / "run" / "history.csv").read_text().splitlines()[1:]
-    ]
+    lines = (tmp_path / "run" / "history.csv").read_text().splitlines()[1:]
+    recalls = [float(line.split(",")[4]) for line in lines]
     assert len(recalls) == model.n_epochs_ + 2 < 80
     assert int(np.argmax(recalls)) + 1 == model.n_epochs_
     assert metrics["data"]["validation"] > 0
@@ -209,4 +205,3 @@ def test_without_a_terminal_there_is_a_line_now_and_then(train, monkeypatch):
     _, said = train("--eval-every", "0", epochs=9)
     lines = [line for line in said.out.splitlines() if line.startswith("epoch")]
     assert [int(line.split()[1]) for line in lines] == [3, 6, 9]
-    assert time.monotonic is not None

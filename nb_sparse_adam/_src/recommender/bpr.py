@@ -17,7 +17,11 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
+from nb_sparse_adam._src.engine.intrinsics import load_sum, load_value, store_sum
+from nb_sparse_adam._src.engine.prefetching import prefetch
 from nb_sparse_adam._src.recommender.sampling import BLOCK, kind_of
+
+AHEAD = 4  # interactions between the one that is worked on and the one whose vectors are prefetched
 
 
 class Pair(NamedTuple):
@@ -55,16 +59,21 @@ def gradients_worker(
     decay_all = dtype(reg / n)
     loss = 0.0
     for t in range(begin, end):
+        if t + AHEAD < end:
+            prefetch(user_table, np.int64(users[t + AHEAD]) * dim, dim)
+            prefetch(item_table, np.int64(items[t + AHEAD]) * dim, dim)
+            for k in range(n + (t + AHEAD) * negatives, n + (t + AHEAD + 1) * negatives):
+                prefetch(item_table, np.int64(items[k]) * dim, dim)
         u, i = users[t], items[t]
-        for c in range(dim):
-            user_grad[t, c] = decay_all * user_table[u, c]
-            item_grad[t, c] = decay_all * item_table[i, c]
+        u_at, i_at, t_at = np.int64(u) * dim, np.int64(i) * dim, t * dim
         positive = dot(user_table, u, item_table, i)
         norm = 0.0
         if reg > 0:
             norm = np.float64(dot(user_table, u, user_table, u) + dot(item_table, i, item_table, i))
-        for k in range(n + t * negatives, n + (t + 1) * negatives):
+        first = n + t * negatives
+        for k in range(first, first + negatives):
             j = items[k]
+            j_at, k_at = np.int64(j) * dim, k * dim
             difference = np.float64(positive - dot(user_table, u, item_table, j))
             # softplus(−d) and its derivative −1 / (1 + exp(d)), with exp() of what is not positive only.
             small = math.exp(-abs(difference))
@@ -73,10 +82,20 @@ def gradients_worker(
             if reg > 0:
                 loss += 0.5 * reg * (norm + dot(item_table, j, item_table, j))
             g = dtype(slope * share)
-            for c in range(dim):
-                user_grad[t, c] += g * (item_table[i, c] - item_table[j, c])
-                item_grad[t, c] += g * user_table[u, c]
-                item_grad[k, c] = decay * item_table[j, c] - g * user_table[u, c]
+            if k == first:
+                for c in range(dim):
+                    of_user, of_item = load_value(user_table, u_at + c), load_value(item_table, i_at + c)
+                    other = load_value(item_table, j_at + c)
+                    store_sum(user_grad, t_at + c, decay_all * of_user + g * (of_item - other))
+                    store_sum(item_grad, t_at + c, decay_all * of_item + g * of_user)
+                    store_sum(item_grad, k_at + c, decay * other - g * of_user)
+            else:
+                for c in range(dim):
+                    of_user, of_item = load_value(user_table, u_at + c), load_value(item_table, i_at + c)
+                    other = load_value(item_table, j_at + c)
+                    store_sum(user_grad, t_at + c, load_sum(user_grad, t_at + c) + g * (of_item - other))
+                    store_sum(item_grad, t_at + c, load_sum(item_grad, t_at + c) + g * of_user)
+                    store_sum(item_grad, k_at + c, decay * other - g * of_user)
     return loss
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
+from nb_sparse_adam._src.engine.intrinsics import address, prefetch_line
 from nb_sparse_adam._src.engine.threads import Partition, run, usable_threads
 
 BLOCK = 64  # interactions that a thread takes at a time; the losses of each block are summed on their own
@@ -22,6 +23,7 @@ BLOCK = 64  # interactions that a thread takes at a time; the losses of each blo
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_AHEAD = 8  # interactions between the one that is looked up and the one that is prefetched
 _MASS = 0.99 * 2**52  # of all items, about; below 2⁵², so that float64 holds every mass
 _PER_BIT = 2.0**-53
 
@@ -124,6 +126,9 @@ def place_interaction(
 ) -> Any:
     """Write user and item of interaction t of ``order``; return the user and the place of its samples."""
     n = len(order)
+    if t + _AHEAD < n:
+        prefetch_line(address(source.users, order[t + _AHEAD]))
+        prefetch_line(address(source.indices, order[t + _AHEAD]))
     interaction = order[t]
     user = source.users[interaction]
     batch = t // size * size  # the place of the batch's first interaction

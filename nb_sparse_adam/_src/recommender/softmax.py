@@ -15,6 +15,7 @@ import numpy as np
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.intrinsics import load_sum, load_value, store_sum
+from nb_sparse_adam._src.engine.prefetching import prefetch
 from nb_sparse_adam._src.recommender.bpr import Pair, dot
 from nb_sparse_adam._src.recommender.sampling import BLOCK, kind_of
 
@@ -54,6 +55,12 @@ def sampled_worker(
     for t in range(begin, end):
         u, i = users[t], items[t]
         first = n + t * negatives
+        u_at, i_at, t_at = np.int64(u) * dim, np.int64(i) * dim, t * dim
+        if t + 1 < end:
+            prefetch(user_table, np.int64(users[t + 1]) * dim, dim)
+            prefetch(item_table, np.int64(items[t + 1]) * dim, dim)
+            for k in range(first + negatives, first + 2 * negatives):
+                prefetch(item_table, np.int64(items[k]) * dim, dim)
         positive = sharpness * np.float64(dot(user_table, u, item_table, i)) - log_q[i]
         largest = positive
         norms = 0.0
@@ -74,14 +81,16 @@ def sampled_worker(
             loss += 0.5 * reg * (norm + norms / negatives)
         g = dtype(sharpness * (own / total - 1.0) / n)
         for c in range(dim):
-            user_grad[t, c] = decay_all * user_table[u, c] + g * item_table[i, c]
-            item_grad[t, c] = decay_all * item_table[i, c] + g * user_table[u, c]
+            of_user, of_item = load_value(user_table, u_at + c), load_value(item_table, i_at + c)
+            store_sum(user_grad, t_at + c, decay_all * of_user + g * of_item)
+            store_sum(item_grad, t_at + c, decay_all * of_item + g * of_user)
         for k in range(negatives):
-            j = items[first + k]
+            j_at, k_at = np.int64(items[first + k]) * dim, (first + k) * dim
             g = dtype(sharpness * (shares[t, k] / total) / n)
             for c in range(dim):
-                user_grad[t, c] += g * item_table[j, c]
-                item_grad[first + k, c] = decay * item_table[j, c] + g * user_table[u, c]
+                of_user, other = load_value(user_table, u_at + c), load_value(item_table, j_at + c)
+                store_sum(user_grad, t_at + c, load_sum(user_grad, t_at + c) + g * other)
+                store_sum(item_grad, k_at + c, decay * other + g * of_user)
     return loss
 
 
@@ -122,7 +131,7 @@ def groups_of(n: Any, longest: Any) -> Any:
 def turn_group(
     begin: Any, end: Any, item_table: Any, items: Any, log_q: Any, turned: Any, corrections: Any
 ) -> None:
-    """Copy what `in_batch` needs of the items begin:end: vectors, ``turned`` (dim, end - begin), log Q."""
+    """Copy what `in_batch` needs of the items begin:end: vectors to ``turned`` (dim, end - begin), log Q."""
     for j in range(begin, end):
         item = items[j]
         corrections[j] = log_q[item]
