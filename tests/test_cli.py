@@ -28,7 +28,10 @@ from nb_sparse_adam.recommender import BPRModel
 
 ROOT = Path(__file__).parents[1]
 FILES = {"embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"}
-FILES |= {"manifest.json"}  # of a checkpoint, whose other files have numbers of their own
+FILES |= {
+    "recommendations.html",
+    "manifest.json",
+}  # of a checkpoint; its others are numbered
 NUMBERED = re.compile(r"(table-\d-|interactions-)[0-9a-f]{16}\.")
 
 

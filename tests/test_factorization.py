@@ -244,6 +244,20 @@ def test_where_items_run_out_there_is_padding(trained):
     assert set(ids[:2]) == set(trained.item_ids_[:2])
 
 
+def test_recommendations_come_as_a_frame(trained):
+    need("polars")
+    ids, scores = trained.recommend([3, 5], k=4)
+    frame = trained.recommend([3, 5], k=4, frame=True)
+    assert frame.columns == ["user", "place", "item", "score"]
+    assert frame["user"].to_list() == [3] * 4 + [5] * 4
+    assert frame["place"].to_list() == [1, 2, 3, 4] * 2
+    assert frame["item"].to_list() == ids.ravel().tolist()
+    assert frame["score"].to_list() == scores.ravel().tolist()
+    few = trained.recommend(3, k=4, items=trained.item_ids_[:2], exclude_seen=False, frame=True)
+    assert len(few) == 2
+    assert trained.recommend(vectors=trained.user_factors_[:2], k=1, frame=True)["vector"].to_list() == [0, 1]
+
+
 def test_ids_of_strings_are_padded_with_none():
     model = MatrixFactorization(**SMALL).fit((["ä", "b", "b"], ["x", "x", "y"]))
     ids, _ = model.recommend(["b", "ä"], k=2)

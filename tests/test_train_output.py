@@ -19,7 +19,10 @@ for _package in extras.EXTRAS["train"]:
     need(_package)
 
 NAMES = ["embeddings.safetensors", "users.csv", "items.csv", "metrics.json", "history.csv", "training.png"]
-NAMES.append("manifest.json")  # of a checkpoint, whose other files have numbers of their own
+NAMES += [
+    "recommendations.html",
+    "manifest.json",
+]  # of a checkpoint; its others are numbered
 NUMBERED = re.compile(r"(table-\d-|interactions-)[0-9a-f]{16}\.")
 
 
@@ -41,6 +44,7 @@ OTHERS = {
     "items.csv": b"row;id\n",
     "metrics.json": b'{"accuracy": 0.9}\n',
     "manifest.json": b'{"name": "an app"}\n',
+    "recommendations.html": b"<html><body>a page of mine",
     "history.csv": b"epoch,loss\n1,0.5\n",
     "training.png": b"\x89PNG\r\n\x1a\n of another program",
 }

@@ -205,3 +205,61 @@ def test_without_a_terminal_there_is_a_line_now_and_then(train, monkeypatch):
     _, said = train("--eval-every", "0", epochs=9)
     lines = [line for line in said.out.splitlines() if line.startswith("epoch")]
     assert [int(line.split()[1]) for line in lines] == [3, 6, 9]
+
+
+def test_a_page_shows_what_users_had_and_would_see_next(train, tmp_path):
+    titles = tmp_path / "titles.csv"
+    titles.write_text("movieId,title,genres\n" + "".join(f'{i},"<b>Film, {i}</b>",x\n' for i in range(60)))
+    assert train("--titles", str(titles))[0] == 0
+    page = (tmp_path / "run" / "recommendations.html").read_text(encoding="utf-8")
+    model = MatrixFactorization.load(tmp_path / "run")
+    users = [int(user) for user in re.findall(r"<h2>User (\d+)</h2>", page)]
+    assert len(users) == 6
+    counts = model._trained.counts()
+    rows = [model.user_ids_.tolist().index(user) for user in users]
+    assert counts[rows[0]] == counts.max()
+    assert counts[rows[-1]] == counts[counts > 0].min()
+    ids, _ = model.recommend(users, k=10)
+    for part, found in zip(page.split("<section>")[1:], ids, strict=True):
+        listed = re.findall(r"&lt;b&gt;Film, (\d+)&lt;/b&gt;", part.partition("would see next")[2])
+        assert [int(i) for i in listed] == [i for i in found if i >= 0]
+    assert "<b>" not in page
+    titles.write_text("only one column\n")
+    status, said = train("--titles", str(titles), "--overwrite")
+    assert status == 1
+    assert "expected a header, and columns of ids and of titles" in said.err
+
+
+@pytest.mark.parametrize("header", ["movieId,title", "name,item_id", "a,b"])
+def test_titles_are_found_by_the_names_of_columns(header, tmp_path):
+    from nb_sparse_adam._src.recommender.page import read_titles
+
+    row = "Alien,7" if header.startswith("name") else "7,Alien"
+    path = tmp_path / "titles.csv"
+    path.write_text(f"\ufeff{header}\n{row}\nshort\n", encoding="utf-8")
+    assert read_titles(path) == {"7": "Alien"}
+
+
+def test_the_chart_of_one_epoch_has_one_tick(ratings, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from nb_sparse_adam._src.recommender import report
+    from nb_sparse_adam._src.recommender.ranking import popularity_quality
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for epochs, stopped in ((1, False), (3, False), (2, True)):
+        split = hold_out(generate(80, 50, 9.0))
+        model = BPRModel(split, BPROptions(dim=4, batch_size=64, epochs=epochs, eval_every=1))
+        model.fit()
+        if stopped:
+            model.unfinished = model.unfinished._replace(batches=3)
+        quality = model.evaluate()
+        report._chart(model, popularity_quality(split), {}, quality if stopped else None)
+        below = drawn[-1].axes[1]
+        ticks = [tick for tick in below.get_xticks() if below.get_xlim()[0] <= tick <= below.get_xlim()[1]]
+        assert ticks == ([1] if epochs == 1 else ticks)
+        assert all(float(tick).is_integer() for tick in ticks)
+        x, y = below.lines[0].get_data()
+        assert (2 < x[-1] < 3) if stopped else (x[-1] == epochs)
+        assert y[-1] == quality.recall

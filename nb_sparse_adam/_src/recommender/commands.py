@@ -98,8 +98,8 @@ def _recommend(arguments: argparse.Namespace) -> int:
     model = MatrixFactorization.load(arguments.folder)
     users = _as_given(model.user_ids_, arguments.user, "--user")
     items = arguments.item and _as_given(model.item_ids_, arguments.item, "--item")
-    found = model.recommend(users, arguments.top, exclude_seen=not arguments.include_seen, items=items)
-    _print_lists("user", users, *found, "score", arguments.json)
+    ids, scores = model.recommend(users, arguments.top, exclude_seen=not arguments.include_seen, items=items)
+    _print_lists("user", users, ids, scores, "score", arguments.json)
     return 0
 
 

@@ -364,7 +364,11 @@ class MatrixFactorization(Serving):
         CheckpointError
             If something is missing, damaged, or not such a model; it names the file.
         """
-        saved = read_model(folder)
+        return cls._of(read_model(folder))
+
+    @classmethod
+    def _of(cls, saved: Saved) -> MatrixFactorization:
+        """Make a model of what was kept of one."""
         model = cls(**saved.params)
         model.optimizer_ = saved.optimizer
         model.history_, model.n_epochs_ = saved.history, saved.epochs

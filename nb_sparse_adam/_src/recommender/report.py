@@ -32,8 +32,11 @@ FILES = {
     "metrics.json": "quality, times, options, versions",
     "history.csv": "loss, speed and quality by epoch",
     "training.png": "the history as a chart",
+    "recommendations.html": "what a few users had, and would see next",
 }
 """Name -> content of the files of a run."""
+
+LOSSES = {"bpr": "BPR", "softmax": "softmax"}
 
 _BEGINNINGS = {
     "embeddings.safetensors": rb'.{8}\{"(item|user)":\{"dtype":"F32"',
@@ -43,6 +46,7 @@ _BEGINNINGS = {
     "metrics.json": rb'\{\n  "recall@\d+": ',
     "history.csv": b"epoch,loss,seconds,interactions_per_second,",
     "training.png": None,
+    "recommendations.html": rb'<!doctype html>\n<html lang="en">\n<head>\n',
 }
 
 
@@ -193,7 +197,8 @@ def save_metrics(
             for record in history
         ],
     )
-    write_whole(folder / "training.png", _chart(model, popularity, str(data.get("description", ""))))
+    stopped = quality if interrupted and not data.get("validation") else None
+    write_whole(folder / "training.png", _chart(model, popularity, data, stopped))
     return metrics
 
 
@@ -201,8 +206,12 @@ def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _chart(model: BPRModel, popularity: Quality, title: str) -> bytes:
-    """Draw loss and recall over the epochs, one above the other; return a PNG."""
+def _chart(model: BPRModel, popularity: Quality, data: dict[str, Any], stopped: Quality | None) -> bytes:
+    """Draw loss and recall over the epochs, one above the other; return a PNG.
+
+    ``stopped`` is the quality where training was interrupted.
+    """
+    title = str(data.get("description", ""))
     # The object interface: pyplot would keep the figure, and choose a backend for the whole process.
     figures = require("matplotlib.figure", "train", "drawing the chart")
     ticker = require("matplotlib.ticker", "train", "drawing the chart")
@@ -213,16 +222,22 @@ def _chart(model: BPRModel, popularity: Quality, title: str) -> bytes:
     figure.suptitle(title, fontsize=10, parse_math=False)  # names of files may have dollars in them
     marker = "o" if len(history) <= 50 else None
     above.plot([r.epoch for r in history], [r.loss for r in history], marker=marker, markersize=3.5)
-    above.set_ylabel("training loss (BPR)")
-    evaluated = [(r.epoch, r.quality.recall) for r in history if r.quality and r.quality.users]
+    above.set_ylabel(f"training loss ({LOSSES[model.options.loss]})")
+    evaluated = [(float(r.epoch), r.quality.recall) for r in history if r.quality and r.quality.users]
+    if stopped is not None and stopped.users:
+        batches = -(-model.interactions // model.options.batch_size)
+        evaluated.append((len(history) + model.unfinished.batches / batches, stopped.recall))
+    validated = bool(data.get("validation"))
     if evaluated:
         below.plot(*zip(*evaluated, strict=True), marker="o", markersize=4, label="this model")
-    if popularity.users:
+    if popularity.users and not validated:  # it is of the test
         below.axhline(popularity.recall, linestyle="--", color="0.35", label="popularity ranking")
-    below.set_ylabel(f"recall@{top} on held-out items")
+    below.set_ylabel(f"recall@{top} on {'the validation' if validated else 'held-out items'}")
     below.set_xlabel("epoch")
     below.set_ylim(bottom=0)
-    below.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    epochs = {math.ceil(x) for x, _ in evaluated} | {r.epoch for r in history}
+    one = ticker.FixedLocator(list(epochs)) if len(epochs) == 1 else ticker.MaxNLocator(integer=True)
+    below.xaxis.set_major_locator(one)
     if below.get_legend_handles_labels()[0]:
         below.legend(loc="lower right")
     for axes in (above, below):

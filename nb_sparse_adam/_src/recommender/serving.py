@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.optimizer import SparseAdam
 from nb_sparse_adam._src.recommender.folding import fold_in
 from nb_sparse_adam._src.recommender.given import Columns, given
@@ -83,7 +84,8 @@ class Serving:
         items: Any = None,
         vectors: Any = None,
         exclude: Any = (),
-    ) -> tuple[Array, Array]:
+        frame: bool = False,
+    ) -> Any:
         """Return the items with the highest scores for each user.
 
         Parameters
@@ -100,6 +102,9 @@ class Serving:
             Instead of users: what `fold_in` returned.
         exclude : array_like of ids, optional
             Items to leave out, for everybody.
+        frame : bool, default False
+            Return a polars frame instead, with the columns user (or, of vectors, the row: vector), place
+            (from 1), item and score, without padding.
 
         Returns
         -------
@@ -144,6 +149,9 @@ class Serving:
         chosen = self.item_factors_ if len(candidates) == len(self._items) else self.item_factors_[candidates]
         best, scores = best_items(found, chosen, *taken, k, self.threads)
         named = self._named(self._items, np.where(best < 0, -1, candidates[best] if len(candidates) else -1))
+        if frame:
+            who = np.arange(len(found)) if vectors is not None else self._users.ids[users]
+            return _frame("user" if vectors is None else "vector", who, named, scores)
         return (named[0], scores[0]) if single else (named, scores)
 
     def similar_items(self, item_ids: Any, k: int = 10) -> tuple[Array, Array]:
@@ -327,6 +335,14 @@ class Serving:
         named: Array = ids.ids[rows]
         named[rows < 0] = -1 if ids.ids.dtype.kind == "i" else None
         return named
+
+
+def _frame(name: str, who: Array, named: Array, scores: Array) -> Any:
+    """Return a polars frame of lists of items, one row an item."""
+    polars = require("polars", "train", "a frame of recommendations")
+    row, place = np.nonzero(scores > -np.inf)
+    columns = {name: who[row], "place": place + 1, "item": named[row, place], "score": scores[row, place]}
+    return polars.DataFrame({key: column.tolist() for key, column in columns.items()})
 
 
 def _check_k(k: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nb_sparse_adam._src.files import write_whole
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
 from nb_sparse_adam._src.recommender.columns import FORMATS
@@ -22,6 +23,7 @@ from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.following import Best
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
 from nb_sparse_adam._src.recommender.options import LOSS_NAMES
+from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
@@ -134,6 +136,11 @@ def add_train(commands: Any) -> None:
         "the bits of training that never stopped",
     )
     output.add_argument(
+        "--titles",
+        metavar="FILE",
+        help="CSV with the ids of items and their titles, for recommendations.html",
+    )
+    output.add_argument(
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
     train.set_defaults(run=_train, parser=train)
@@ -225,6 +232,7 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.resume or Path("nb-sparse-adam-run")
     folder = report.prepare_output(out)
     _refuse_run(arguments, folder)
+    titles = None if arguments.titles is None else read_titles(arguments.titles)
     run = _new_run(arguments) if arguments.resume is None else _resumed(arguments)
     model, top = run.model, run.model.options.top
     popularity = popularity_quality(run.split, top)
@@ -262,10 +270,14 @@ def _train(arguments: argparse.Namespace) -> int:
         best.restore()
         evaluated = [record for record in history if record.quality is not None]
         history = history[: evaluated[best.epoch - 1].epoch]
-        print(f"the best evaluation was after epoch {len(history)}: back to it", flush=True)
+        if len(history) < len(model.history):
+            print(f"the best evaluation was after epoch {len(history)}: back to it", flush=True)
     try:
         report.save_model(folder, model)
-        write_model(folder, _saved(run, history))
+        saved = _saved(run, history)
+        write_model(folder, saved)
+        shown = recommendations_page(MatrixFactorization._of(saved), run.data["description"], titles)
+        write_whole(folder / "recommendations.html", shown)
         last = model.history[-1].quality if model.history else None
         known = (
             not interrupted and best is None and arguments.validation is None and not run.data["validation"]
