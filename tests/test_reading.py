@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,15 @@ def test_no_interaction_is_taken_for_a_header_nor_the_other_way_round(data):
         got = read_interactions(path)
     assert len(got.pairs) == len(pairs)
     assert ("with header" if header else "no header") in got.description
+
+
+def test_ids_that_were_met_before_are_no_header(write):
+    train = write("foo,bar\n" + lines_of(strings()), "train")
+    for test in ("uaa,new\n", "uaa,old\nuab,new\n", "new,iaa\nuab,new\n"):
+        split = read_split(train, write(test, "test"))
+        assert "tested on test, delimited text (comma, no header" in split.description
+    with pytest.raises(InteractionsError, match="test, line 1: cannot tell"):
+        read_split(train, write("foo,bar\nuaa,iaa\n", "test"))
 
 
 def test_headers_of_files_one_below_the_other(write):
@@ -517,6 +527,34 @@ def test_damaged_zstandard(write):
         read_interactions(write(frames(TEXT) + b"rubbish"))
 
 
+def test_a_line_of_zstandard_without_end_is_refused(write):
+    with pytest.raises(InteractionsError, match="line 2: is longer than 16,777,216 characters"):
+        read_interactions(write(zstandard.compress(b"1,2\n" + b"3" * (100 << 20))))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB there")
+@pytest.mark.parametrize("kind", ["delimited", "json"])
+def test_memory_follows_what_is_distinct(kind, write, tmp_path):
+    line = {"delimited": "a{},b{},{}\n", "json": '{{"user":"a{}","item":"b{}","x":"{}"}}\n'}[kind]
+    block = "".join(line.format(at % 100, at % 70, "x" * 5000) for at in range(700)).encode()
+    write(block, "small")
+    packer = zstandard.ZstdCompressor().compressobj()
+    with open(tmp_path / "large", "wb") as file:
+        for _ in range(30):
+            file.write(packer.compress(block))  # 105 MB in all
+        file.write(packer.flush())
+    program = (
+        "import resource; from nb_sparse_adam._src.recommender.reading import read_interactions as read; "
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; import zstandard; "
+        "read('small'); before = used(); large = read('large'); "
+        "print(len(large.pairs), large.repeated, used() - before)"
+    )
+    done = child([sys.executable, "-c", program], cwd=tmp_path)
+    distinct, repeated, kilobytes = map(int, done.stdout.split())
+    assert (distinct, repeated) == (700, 29 * 700)
+    assert kilobytes < 50_000
+
+
 def test_zstandard_without_its_package(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     path = write(frames(TEXT))
@@ -676,6 +714,40 @@ def test_matrix_market_is_noticed(write):
         read_interactions(write("%%MatrixMarket matrix coordinate real general\n% x\n3 3 1\n1 1 5\n"))
 
 
+PIECES = [
+    b"1", b"2", b"a", b"user", b"sku", b"rating", b",", b";", b"\t", b" ", b"::", b"|", b"\n", b"\n", b"\r", b'"', b"{", b"}",
+    b'"user":', b'"item":', b'{"user":1,"item":2}\n', b"[", b"null", b"\xff", b"\0", b"# ", b"1:1", b"0", b"PAR1", b"4.5", "ä".encode(),
+    b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"%%MatrixMarket", b"nan", b"-",
+]  # fmt: skip
+OPTIONS = {
+    "file_format": st.sampled_from(["auto", "delimited", "adjacency", "json", "parquet"]),
+    "user_column": st.sampled_from([1, 2, 9, "2", "user", "a"]),
+    "item_column": st.sampled_from([1, 2, 9, "1", "sku", "item"]),
+    "separator": st.sampled_from([",", "tab", "|", " "]),
+    "header": st.booleans(),
+    "min_rating": st.sampled_from([0, 2.5]),
+    "rating_column": st.sampled_from([1, 3, "rating"]),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=40), st.fixed_dictionaries({}, optional=OPTIONS))
+def test_whatever_a_file_has_in_it_and_whatever_is_told(pieces, options):
+    """It is read, or is an error of ours that names the file or the option."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "interactions"
+        path.write_bytes(b"".join(pieces))
+        try:
+            got = read_interactions(path, **options)
+        except InteractionsError as error:
+            assert str(path) in str(error)
+        except OptionError as error:
+            assert any(name in str(error) for name in options)
+        else:
+            assert len(got.pairs) > 0
+            assert re.search(r"adjacency lines|users in .*, items in ", got.description)
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -737,3 +809,20 @@ def test_a_wrong_column_is_a_usage_error(write, tmp_path, capsys):
         train(write("user,item\n1,2\n"), "--user-column", "nobody", out=tmp_path / "run")
     assert caught.value.code == 2
     assert "'user', 'item', but not 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["first", "last", "between"])
+def test_files_may_stand_before_and_after_options(order, write, tmp_path, capsys):
+    path = str(write(lines_of((user, item) for user in range(5) for item in range(6) if user != item)))
+    rest = ["--dim", "2", "--epochs", "1", "--out", str(tmp_path / "run")]
+    arguments = {"first": [path, *rest], "last": [*rest, path], "between": [*rest[:2], path, *rest[2:]]}
+    assert main(["train", *arguments[order]]) == 0
+    assert "25 interactions, 5 users" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["user-column", "item-column", "rating-column", "separator", "min-rating"])
+def test_options_of_reading_need_something_to_read(option, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", f"--{option}", "1"])
+    assert caught.value.code == 2
+    assert f"--{option} needs INTERACTIONS" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def _json_or_matrix_market(name: str, number: int, line: str, options: ReadOptio
     """Say whether a file, of which this is the first line, is JSON lines; refuse what is like it."""
     if options.file_format == "json" or re.match(r'\s*\{\s*(?:"|\}|$)', line):
         return True
-    if re.match(r"\s*\[\s*(?:[\[{]|$)", line):
+    if re.match(r"\s*\[\s*(?:[\[{\]]|$)", line):
         raise InteractionsError(
             f"{name}: is a JSON array; expected an object on each line: convert it, for example with: "
             f"jq -c '.[]'"
@@ -251,7 +251,7 @@ def _refuse_matrix(name: str, rows: Rows, separator: str) -> None:
     of_each = len(set(firsts)) == len(firsts)  # else the first column is one of ratings, too
     if not of_each and all(not one or _NUMBER.fullmatch(one) for one in firsts):
         none = np.mean([not one or float(one) == 0 for one in firsts])
-        of_each = none >= 0.1 or all(float(one) in values for one in firsts if one)
+        of_each = bool(none >= 0.1) or all(float(one) in values for one in firsts if one)
     if of_each and (sparse or alike):
         other = ", or choose --format adjacency" if separator == " " else ""
         raise InteractionsError(
