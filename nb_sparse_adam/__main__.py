@@ -22,6 +22,7 @@ from nb_sparse_adam._src.engine.compilations import LOGGER
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.arguments import READING, add_reading, refuse_what_needs_files
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.ranking import Quality, popularity_quality
@@ -33,7 +34,6 @@ from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecor
 __all__ = ["main"]
 
 _BENCH_FOLDER = "nb-sparse-adam-bench"
-_READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 _INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 _HELP = {
@@ -152,7 +152,7 @@ def _add_train(commands: Any) -> None:
         help="of the files; auto takes lines separated by spaces for adjacency lines if they differ in "
         "length and no first field comes twice, else for delimited text (default: auto)",
     )
-    _add_reading(data)
+    add_reading(data)
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
     held_out.add_argument(
@@ -179,36 +179,6 @@ def _add_train(commands: Any) -> None:
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
     train.set_defaults(run=_train, parser=train)
-
-
-def _add_reading(data: argparse._ArgumentGroup) -> None:
-    for what, text in (
-        ("user", "(default: by its name in the header, else the first)"),
-        ("item", "(default: by its name in the header, else the second)"),
-        ("rating", "for --min-rating (default: by its name in the header)"),
-    ):
-        data.add_argument(
-            f"--{what}-column",
-            metavar="COLUMN",
-            help=f"name of the column of {what}s, or its number from 1 {text}",
-        )
-    data.add_argument(
-        "--separator",
-        metavar="S",
-        help="between columns: comma, tab, semicolon, space, pipe, or characters (default: found out)",
-    )
-    data.add_argument(
-        "--header",
-        action=argparse.BooleanOptionalAction,
-        help="the first line names the columns, or is an interaction (default: found out, and asked for "
-        "where it cannot be told)",
-    )
-    data.add_argument(
-        "--min-rating",
-        type=_number(math.isfinite, "a finite number"),
-        metavar="X",
-        help="leave out interactions with a rating below it (default: take all)",
-    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -353,13 +323,7 @@ def _warm_up(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if not arguments.interactions:
-        given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
-        given |= {name: getattr(arguments, name) for name in _READING}
-        for name, value in given.items():
-            if value is not None:
-                arguments.parser.error(
-                    f"--{name.replace('_', '-')} needs INTERACTIONS: without, data are generated and held out"
-                )
+        refuse_what_needs_files(arguments)
     values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
     options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
     folder = report.prepare_output(arguments.out)
@@ -419,7 +383,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
     repeated = 0
-    reading = {name: getattr(arguments, name) for name in _READING}
+    reading = {name: getattr(arguments, name) for name in READING}
     if arguments.test is not None:
         split = read_split(arguments.interactions, arguments.test, arguments.format, **reading)
         description = split.description
