@@ -16,7 +16,6 @@ from nb_sparse_adam._src.recommender.reading import read_interactions, read_spli
 from nb_sparse_adam.errors import InteractionsError
 
 pl = need("polars")
-zstandard = need("zstandard")
 
 ROOT = Path(__file__).parents[1]
 INTEGERS = [(1, 10), (1, 30), (2, 10), (12, 7)]
