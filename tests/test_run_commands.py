@@ -87,6 +87,11 @@ def test_evaluate_prints_the_quality(model, run, named, tmp_path, capsys):
     users = [u for u in range(50) for _ in (1, 2)]
     expected = model.evaluate((users, [1, 2] * 50), k=5)
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+    swapped = tmp_path / "swapped.txt"
+    swapped.write_text("".join(f"{i}|{u}\n" for u in range(50) for i in (1, 2)))
+    read = ["--item-column", "1", "--user-column", "2", "--separator", "|", "--no-header"]
+    assert main(["evaluate", run, str(swapped), "--top", "5", "--json", *read]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
     assert main(["evaluate", run, str(test)]) == 0
     out = capsys.readouterr().out
     assert "50 of 51 users were there in training" in out

@@ -236,7 +236,9 @@ def test_utf_16_is_recognised(encoding, write):
         read_interactions(write(f"{mark}user,item\n1,2\n".encode(encoding)))
 
 
-@pytest.mark.parametrize("content", [b'[{"u":"a","i":"b"},\n{"u":"c"}]\n', b"[\n  {\n", b"[[1,2],[3,4]]\n"])
+@pytest.mark.parametrize(
+    "content", [b'[{"u":"a","i":"b"},\n{"u":"c"}]\n', b"[\n  {\n", b"[[1,2],[3,4]]\n", b"[]\n"]
+)
 def test_json_that_is_no_json_lines_is_recognised(content, write):
     with pytest.raises(InteractionsError, match="is a JSON array; expected an object on each line"):
         read_interactions(write(content))

@@ -282,7 +282,7 @@ def resolve(
 
 
 def _listed(names: Sequence[str] | None, width: int) -> str:
-    if names is None:
+    if not names:
         return f"{width} columns"
     return "the columns " + ", ".join(map(shown, names[:30])) + (", ..." if len(names) > 30 else "")
 

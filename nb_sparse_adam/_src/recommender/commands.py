@@ -14,6 +14,8 @@ import numpy as np
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.files import write_whole
+from nb_sparse_adam._src.recommender.arguments import READING, add_reading
+from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.index import KINDS
@@ -53,6 +55,8 @@ def add_commands(commands: Any) -> None:
         "Rank all items that each user has not had, and compare with TEST: recall, NDCG, MAP and coverage.",
     )  # fmt: skip
     evaluate.add_argument("test", metavar="TEST", help="interactions, as `train` reads them")
+    add_reading(evaluate.add_argument_group("how TEST is read"))
+    evaluate.add_argument("--format", choices=FORMATS, default="auto", help="of TEST (default: auto)")
     evaluate.add_argument("--top", type=_count, default=20, metavar="N", help="k (default: 20)")
     evaluate.add_argument("--json", action="store_true", help="a JSON object")
     export = _command(
@@ -112,7 +116,8 @@ def _similar(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     model = MatrixFactorization.load(arguments.folder)
-    test = read_interactions(arguments.test)
+    reading = {name: getattr(arguments, name) for name in READING}
+    test = read_interactions(arguments.test, arguments.format, **reading)
     for name, ids, ours in (
         ("users", test.user_ids, model.user_ids_),
         ("items", test.item_ids, model.item_ids_),

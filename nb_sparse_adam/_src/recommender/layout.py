@@ -200,7 +200,7 @@ def _json_or_matrix_market(name: str, number: int, line: str, options: ReadOptio
     """Say whether a file, of which this is the first line, is JSON lines; refuse what is like it."""
     if options.file_format == "json" or re.match(r'\s*\{\s*(?:"|\}|$)', line):
         return True
-    if re.match(r"\s*\[\s*(?:[\[{]|$)", line):
+    if re.match(r"\s*\[\s*(?:[\[{\]]|$)", line):
         raise InteractionsError(
             f"{name}: is a JSON array; expected an object on each line: convert it, for example with: "
             f"jq -c '.[]'"

@@ -18,6 +18,7 @@ import numpy as np
 from nb_sparse_adam._src.files import write_whole
 from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
+from nb_sparse_adam._src.recommender.arguments import READING, add_reading, refuse_what_needs_files
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.following import Best
@@ -32,9 +33,6 @@ from nb_sparse_adam._src.recommender.signals import Signals
 from nb_sparse_adam._src.recommender.training import Unfinished
 from nb_sparse_adam.errors import CheckpointError
 from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
-
-_READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
-
 
 INTERRUPTED, TERMINATED = 130, 143  # what a shell reports for a command that Ctrl-C, or SIGTERM, ended
 _OF_A_RESUMED = ("epochs", "top", "eval_every", "threads")  # options that may be others
@@ -89,7 +87,7 @@ def add_train(commands: Any) -> None:
         help="of the files; auto takes lines separated by spaces for adjacency lines if they differ in "
         "length and no first field comes twice, else for delimited text (default: auto)",
     )
-    _add_reading(data)
+    add_reading(data)
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
     held_out.add_argument(
@@ -144,36 +142,6 @@ def add_train(commands: Any) -> None:
         "--no-progress", action="store_true", help="no progress bar (nor where stderr is no terminal)"
     )
     train.set_defaults(run=_train, parser=train)
-
-
-def _add_reading(data: argparse._ArgumentGroup) -> None:
-    for what, text in (
-        ("user", "(default: by its name in the header, else the first)"),
-        ("item", "(default: by its name in the header, else the second)"),
-        ("rating", "for --min-rating (default: by its name in the header)"),
-    ):
-        data.add_argument(
-            f"--{what}-column",
-            metavar="COLUMN",
-            help=f"name of the column of {what}s, or its number from 1 {text}",
-        )
-    data.add_argument(
-        "--separator",
-        metavar="S",
-        help="between columns: comma, tab, semicolon, space, pipe, or characters (default: found out)",
-    )
-    data.add_argument(
-        "--header",
-        action=argparse.BooleanOptionalAction,
-        help="the first line names the columns, or is an interaction (default: found out, and asked for "
-        "where it cannot be told)",
-    )
-    data.add_argument(
-        "--min-rating",
-        type=_number(math.isfinite, "a finite number"),
-        metavar="X",
-        help="leave out interactions with a rating below it (default: take all)",
-    )
 
 
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
@@ -299,14 +267,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _check_together(arguments: argparse.Namespace) -> None:
     """Refuse options that mean nothing beside others."""
     error = arguments.parser.error
-    of_files = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
-    of_files |= {name: getattr(arguments, name) for name in _READING}
     if not arguments.interactions:
-        for name, value in of_files.items():
-            if value is not None:
-                error(
-                    f"--{name.replace('_', '-')} needs INTERACTIONS: without, data are generated and held out"
-                )
+        refuse_what_needs_files(arguments)
     if arguments.patience is not None and arguments.validation is None:
         error("--patience needs --validation X: it is that which tells when to stop")
     if arguments.resume is None:
@@ -399,7 +361,7 @@ def _saved(run: _Run, history: list[EpochRecord]) -> Saved:
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
     repeated = 0
-    reading = {name: getattr(arguments, name) for name in _READING}
+    reading = {name: getattr(arguments, name) for name in READING}
     if arguments.test is not None:
         split = read_split(arguments.interactions, arguments.test, arguments.format, **reading)
         description = split.description
