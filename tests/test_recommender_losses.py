@@ -188,6 +188,7 @@ def test_same_seed_same_bits_on_any_number_of_threads(options):
         assert [record.loss for record in one.history] == [record.loss for record in other.history]
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("options", LOSSES)
 def test_a_step_lowers_the_loss_of_its_batch(options):
     model = BPRModel(SMALL, BPROptions(dim=4, lr=0.05, reg=0.0, **options))
@@ -231,6 +232,7 @@ def test_with_more_popularity_the_rest_of_an_epoch_stays_the_same():
     assert not np.array_equal(uniform.negatives, popular.negatives)
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
 def test_samples_are_by_popularity_among_what_the_user_does_not_have(power):
     rng = np.random.default_rng(0)

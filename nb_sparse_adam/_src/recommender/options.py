@@ -70,7 +70,9 @@ class BPROptions:
     reg : float
         Weight of the squared norms in the loss.
     loss : {"bpr", "softmax"}
-        Which loss: see :ref:`The model <the-model>`.
+        BPR (Rendle et al. 2009), or the sampled softmax with the correction by log Q: over sampled negatives
+        (Bengio & Senécal 2008; Jean et al. 2015), or ``in_batch`` (Yi et al. 2019). The formulas are on the
+        page "The recommender", section "The model".
     temperature : float
         What the softmax loss divides scores by. It spreads them: the vectors grow until differences of scores
         are some multiples of it. Of ``loss="softmax"`` only.
