@@ -502,3 +502,31 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(trained, interactions
         other.save(tmp_path)
     assert bits(MatrixFactorization.load(tmp_path)) == bits(trained)
     assert len(list(tmp_path.glob("interactions-*"))) == 1
+
+
+def test_what_does_not_fit_together_is_refused(trained, interactions, tmp_path):
+    """Kernels take it that there is a row for each id."""
+    from nb_sparse_adam import SparseAdam
+    from nb_sparse_adam._src.recommender.saved import Saved, write_model
+
+    optimizer = SparseAdam({"user": np.zeros((5, 8), np.float32), "item": np.zeros((60, 8), np.float32)})
+    split = hold_out(interactions)
+    with pytest.raises(OptionError, match=r"got \(5, 8\) float32 for table 'user', expected \(120, 8\)"):
+        BPRModel(split, BPROptions(**SMALL), optimizer)
+    users, items = trained.user_ids_, trained.item_ids_
+    for number, (one, names, pairs) in enumerate(
+        [(optimizer, users, trained._trained), (trained.optimizer_, users[1:], trained._trained),
+         (trained.optimizer_, users, generate(7, 60, 9.0).pairs)]
+    ):  # fmt: skip
+        folder = tmp_path / str(number)
+        write_model(folder, Saved(one, trained.get_params(), [], 0, names, items, pairs, None))
+        with pytest.raises(CheckpointError, match="not fit"):
+            MatrixFactorization.load(folder)
+
+
+def test_ids_beyond_int64_are_unknown_and_large_ones_exact():
+    big = 2**62 + 1
+    model = MatrixFactorization(**SMALL).fit(([big, big - 1, 3], [1, 2, 2]))
+    assert model.recommend(np.array([big], np.uint64), k=1, exclude_seen=False)[0].shape == (1, 1)
+    found = model._users.find(np.array([big, big - 1, big + 1, 2**64 - 1, 2**63], np.uint64), "users")
+    assert found.tolist() == [2, 1, -1, -1, -1]

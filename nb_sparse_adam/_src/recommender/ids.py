@@ -62,10 +62,14 @@ class Ids:
                 raise InteractionsError(
                     f"{what}: got {others[0]!r}, expected strings, as the ids in training"
                 )
+        too_large = np.zeros(len(array), dtype=np.bool_)
+        if array.dtype.kind == "u":  # which NumPy would compare with int64 as float64
+            too_large, array = array > np.iinfo(np.int64).max, array.astype(np.int64)
         if not len(self.ids):
             return np.full(len(array), -1, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._sorted, array), len(self.ids) - 1)
-        return np.where(self._sorted[places] == array, self._order[places], -1).astype(np.int64)
+        found = (self._sorted[places] == array) & ~too_large
+        return np.where(found, self._order[places], -1).astype(np.int64)
 
     def rows(self, ids: npt.ArrayLike, what: str, remedy: str) -> Rows:
         """Return the row of each id.

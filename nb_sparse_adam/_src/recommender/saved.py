@@ -111,6 +111,13 @@ def read_model(folder: str | os.PathLike[str]) -> Saved:
             else None
             for name in _PAIRS
         ]
+    for name, one in zip(("user", "item"), ids, strict=True):
+        table = optimizer.tables.get(name)
+        shape = len(one), extra["params"]["dim"]
+        if table is None or table.shape != shape or table.dtype != np.float32:
+            raise CheckpointError(f"{path}: table {name!r} does not fit the {len(one):,} ids in {file.name}")
+    if any(one is not None and (one.n_users, one.n_items) != (len(ids[0]), n_items) for one in pairs):
+        raise CheckpointError(f"{file}: its interactions do not fit its ids")
     params = {key: tuple(x) if isinstance(x, list) else x for key, x in extra["params"].items()}
     history = [
         EpochRecord(**{**one, "quality": None if one["quality"] is None else Quality(**_nan(one["quality"]))})

@@ -30,7 +30,7 @@ from nb_sparse_adam._src.recommender.interactions import Interactions, Split, ho
 from nb_sparse_adam._src.recommender.losses import loss_of
 from nb_sparse_adam._src.recommender.options import BPROptions
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate
-from nb_sparse_adam.errors import InteractionsError
+from nb_sparse_adam.errors import InteractionsError, OptionError
 
 
 @public("nb_sparse_adam.recommender")
@@ -85,6 +85,16 @@ def _optimizer(split: Split, options: BPROptions) -> SparseAdam:
         eps_hat=options.eps_hat,
         num_threads=options.threads,
     )
+
+
+def _checked(optimizer: SparseAdam, name: str, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Return a table of an optimizer, of which kernels take it that it has this shape."""
+    table = optimizer.tables.get(name)
+    if table is None or table.shape != shape or table.dtype != np.float32:
+        got = "none" if table is None else f"{table.shape} {table.dtype}"
+        raise OptionError(f"optimizer: got {got} for table {name!r}, expected {shape} float32")
+    fitting: npt.NDArray[np.float32] = table
+    return fitting
 
 
 @public("nb_sparse_adam.recommender")
@@ -145,7 +155,10 @@ class BPRModel:
             )
         self.interactions = trainable
         self.optimizer = _optimizer(split, options) if optimizer is None else optimizer
-        self.user_table, self.item_table = (self.optimizer.tables[name] for name in ("user", "item"))
+        self.user_table, self.item_table = (
+            _checked(self.optimizer, name, (rows, options.dim))
+            for name, rows in (("user", split.train.n_users), ("item", split.train.n_items))
+        )
         threads = options.threads
         self._pace = Pace(choices_up_to(usable_threads(None)) if threads is None else [threads])
         self.history: list[EpochRecord] = []
