@@ -22,13 +22,10 @@ from nb_sparse_adam._src.gradients import Given, Names, Target, is_gradient, rea
 _NAMES = Names("ids", "values")  # never told: faults are those of a part
 
 
-def read_all(gradient: object, target: Target) -> Given:
-    """Read a gradient, or a list or tuple of them, which becomes one; or raise a `GradientError`."""
-    if type(gradient) in (list, tuple):  # what derives from them may do anything when it is read
-        several: tuple[object, ...] = tuple(gradient)  # type: ignore[arg-type]
-        if any(map(is_gradient, several)):
-            return _read_several(several, target)
-    return read(gradient, target)
+def read_several(gradients: Any, target: Target) -> Given:
+    """Read a list or tuple of gradients, which become one; or raise a `GradientError`."""
+    several: tuple[object, ...] = tuple(gradients)
+    return _read_several(several, target) if any(map(is_gradient, several)) else read(gradients, target)
 
 
 def _read_several(several: Sequence[object], target: Target) -> Given:

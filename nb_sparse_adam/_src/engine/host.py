@@ -41,8 +41,8 @@ from nb_sparse_adam._src.engine.state import Described, TableState
 from nb_sparse_adam._src.engine.threads import Partition, run, usable_threads
 from nb_sparse_adam._src.engine.workspace import Workspace, of_thread
 from nb_sparse_adam._src.faults import fault_error, shares_memory
-from nb_sparse_adam._src.gradients import Given
-from nb_sparse_adam._src.joining import read_all
+from nb_sparse_adam._src.gradients import Given, read
+from nb_sparse_adam._src.joining import read_several
 from nb_sparse_adam._src.options import Options
 from nb_sparse_adam._src.stepping import finish
 from nb_sparse_adam.errors import GradientError
@@ -137,7 +137,9 @@ def _zeros(length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _read(request: Request) -> Given:
     request.table.check_writeable()
-    return read_all(request.gradient, request.table.target)
+    gradient, target = request.gradient, request.table.target
+    # Here, for a call is felt in a small step. What derives from lists may do anything when it is read.
+    return read_several(gradient, target) if type(gradient) in (list, tuple) else read(gradient, target)
 
 
 class _Entry(NamedTuple):
