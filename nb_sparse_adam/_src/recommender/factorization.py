@@ -40,12 +40,16 @@ class MatrixFactorization(Serving):
         Bayesian personalized ranking, or a sampled softmax.
     epochs : int, default 40
         Passes over the interactions, at most.
+    batch_size, lr, reg
+        Of the training and of its `SparseAdam`.
     negatives, popularity, temperature, in_batch
         What interactions are compared with, and how.
-    batch_size, lr, reg, init_std, step_counts, eps_hat, betas, eps
-        Of the training and of its `SparseAdam`.
+    init_std : float, default 0.1
+        Standard deviation of the initial vectors.
     seed : int, default 0
         Same seed, same interactions: the same bits, with any number of threads.
+    step_counts, eps_hat, betas, eps
+        Of `SparseAdam`.
     threads : int, optional
         None for as many as are fastest.
 
