@@ -110,3 +110,15 @@ def _numbas_threads_are_left_alone():
     after = numba.get_num_threads()
     numba.set_num_threads(before)
     assert after == before
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file of interactions."""
+
+    def write(content, name="interactions.txt"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interaction_files import INTEGERS, TEXT, pairs_of
 from needs import need
 
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
@@ -20,24 +21,6 @@ from nb_sparse_adam.errors import InteractionsError
 pl = need("polars")
 
 ROOT = Path(__file__).parents[1]
-INTEGERS = [(1, 10), (1, 30), (2, 10), (12, 7)]
-TEXT = b"1,10\n1,30\n2,10\n12,7\n"
-
-
-def pairs_of(interactions):
-    """The interactions as a sorted list of (user id, item id)."""
-    users = interactions.user_ids[interactions.pairs.users()].tolist()
-    return sorted(zip(users, interactions.item_ids[interactions.pairs.indices].tolist(), strict=True))
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content, name="interactions.txt"):
-        path = tmp_path / name
-        path.write_bytes(content)
-        return path
-
-    return write
 
 
 def parquet(path):

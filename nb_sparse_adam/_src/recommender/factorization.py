@@ -270,20 +270,14 @@ class MatrixFactorization(Serving):
         users = self._users.with_new(new.interactions.user_ids)
         items = self._items.with_new(new.interactions.item_ids)
         rows = users.find(new.interactions.user_ids, "users")[new.interactions.pairs.users()]
-        columns_ = items.find(new.interactions.item_ids, "items")[new.interactions.pairs.indices]
+        columns = items.find(new.interactions.item_ids, "items")[new.interactions.pairs.indices]
         old, held = self._trained, self._held_out
         if old is None or held is None:
             raise OptionError("partial_fit: the interactions were not saved with this model; fit it again")
-        held = UserItems.from_pairs(held.users(), held.indices, len(users), len(items))
-        test = self._test
-        if test is not None:
-            test = UserItems.from_pairs(test.users(), test.indices, len(users), len(items))
-        every = UserItems.from_pairs(
-            np.concatenate([old.users(), rows]),
-            np.concatenate([old.indices, columns_]),
-            len(users),
-            len(items),
-        )
+        size = len(users), len(items)
+        held = held.resized(*size)
+        test = None if self._test is None else self._test.resized(*size)
+        every = old.resized(*size).union(UserItems.from_pairs(rows, columns, *size))
         train = every.select(~held.contains(every))
         random = random_stream(options.seed, "init", self.n_epochs_)
         grown = {

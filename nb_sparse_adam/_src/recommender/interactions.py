@@ -124,6 +124,16 @@ class UserItems:
         kept = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
         return UserItems(kept[self.indptr], self.indices[mask], self.n_items)
 
+    def resized(self, n_users: int, n_items: int) -> UserItems:
+        """Return the same interactions among more users and items, whose rows come behind the others."""
+        return UserItems.from_pairs(self.users(), self.indices, n_users, n_items)
+
+    def union(self, other: UserItems) -> UserItems:
+        """Return the interactions of these and of `other`, which has as many users and items."""
+        users = np.concatenate([self.users(), other.users()])
+        items = np.concatenate([self.indices, other.indices])
+        return UserItems.from_pairs(users, items, self.n_users, self.n_items)
+
     def contains(self, other: UserItems) -> npt.NDArray[np.bool_]:
         """Say for each interaction of `other` whether it is one of these too, shape (len(other),)."""
         return np.isin(other._keys(), self._keys(), assume_unique=True)

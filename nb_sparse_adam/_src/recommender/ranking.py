@@ -14,7 +14,6 @@ LightGCN (He et al. 2020, SIGIR, and its code) and of most that was published si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.recommender.interactions import Split
-from nb_sparse_adam._src.recommender.topk import best_items, block_of, rank_rows
+from nb_sparse_adam._src.recommender.topk import best_items, rank_rows
 from nb_sparse_adam.errors import OptionError
 
 
@@ -73,8 +72,7 @@ def evaluate(
             f"expected tables of the shapes ({expected[0]}, dim) and ({expected[1]}, dim), "
             f"got shapes {user_table.shape} and {item_table.shape}"
         )
-    items = np.ascontiguousarray(item_table.T)
-    return _quality(lambda users: user_table[users] @ items, split, top)
+    return measure(user_table, item_table, split, top).quality
 
 
 class Measured(NamedTuple):
@@ -109,7 +107,14 @@ def measure(
         As for `evaluate`.
     threads : int, optional
         None for all that numba would use.
+
+    Raises
+    ------
+    OptionError
+        If ``top < 1``.
     """
+    if top < 1:
+        raise OptionError(f"top: expected an integer of at least 1, got {top}")
     train, test = split.train, split.test
     users = np.flatnonzero((test.counts() > 0) & (train.counts() > 0))
     if not len(users):
@@ -138,7 +143,10 @@ def popularity_quality(split: Split, top: int = 20) -> Quality:
     Parameters and errors are those of `evaluate`; equally popular items come in the order of their rows.
     """
     popularity = np.bincount(split.train.indices, minlength=split.train.n_items).astype(np.float32)
-    return _quality(lambda users: np.tile(popularity, (len(users), 1)), split, top)
+    alike = np.ones(
+        (split.train.n_users, 1), dtype=np.float32
+    )  # vectors of dim 1: scores are what items have
+    return measure(alike, popularity[:, None], split, top).quality
 
 
 def rank_items(
@@ -180,25 +188,6 @@ def rank_items(
     if scores.shape != (len(users), train.n_items):
         raise OptionError(f"scores: got shape {scores.shape}, expected {(len(users), train.n_items)}")
     return rank_rows(scores, users.astype(np.int64), train.indptr, train.indices, top)[0]
-
-
-def _quality(score: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], split: Split, top: int) -> Quality:
-    """Average over users, in blocks that bound the memory; `score` returns (len(users), n_items)."""
-    users = np.flatnonzero((split.test.counts() > 0) & (split.train.counts() > 0))
-    recall, ndcg = np.empty(len(users)), np.empty(len(users))
-    discounts = np.array([1 / math.log2(place + 1) for place in range(1, top + 1)])
-    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
-    block = block_of(split.train.n_items)
-    for start in range(0, len(users), block):
-        some = users[start : start + block]
-        best = rank_items(score(some), some, split, top)
-        found = _hits(best, some, split.test.indptr, split.test.indices)
-        wanted = split.test.counts()[some]
-        recall[start : start + block] = found.sum(axis=1) / wanted
-        ndcg[start : start + block] = found @ discounts / ideal[np.minimum(wanted, top)]
-    if not len(users):
-        return Quality(math.nan, math.nan, 0)
-    return Quality(float(recall.mean()), float(ndcg.mean()), len(users))
 
 
 @jit(entry=True, allocates=True)

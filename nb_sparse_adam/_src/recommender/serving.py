@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Array = npt.NDArray[Any]
 _TRAINED = "train again with it, or add it by partial_fit"
 
 
-class Serving:
+class Serving(ABC):
     """What `MatrixFactorization` does once it is trained."""
 
     # Of the estimator:
@@ -38,8 +39,9 @@ class Serving:
     _held_out: UserItems | None
     _test: UserItems | None
 
+    @abstractmethod
     def _options(self, epochs: int) -> BPROptions:
-        raise NotImplementedError
+        """Check the parameters."""
 
     def _check_fitted(self, what: str) -> None:
         if not hasattr(self, "optimizer_"):

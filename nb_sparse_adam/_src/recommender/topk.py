@@ -104,11 +104,6 @@ def rank_rows(
     return best, best_scores
 
 
-def block_of(n_items: int, itemsize: int = 4) -> int:
-    """How many users' scores are held at a time."""
-    return max(1, BLOCK_BYTES // (itemsize * max(1, n_items)))
-
-
 def best_items(
     vectors: npt.NDArray[Any],
     items: npt.NDArray[Any],
@@ -135,7 +130,7 @@ def best_items(
     columns = np.ascontiguousarray(items.T)
     best = np.empty((len(vectors), top), dtype=np.int32)
     best_scores = np.empty(best.shape, dtype=np.result_type(vectors, items))
-    block = block_of(len(items), best_scores.itemsize)
+    block = max(1, BLOCK_BYTES // (best_scores.itemsize * max(1, len(items))))
     for start in range(0, len(vectors), block):
         some = slice(start, start + block)
         scores = vectors[some] @ columns

@@ -22,7 +22,7 @@ from nb_sparse_adam._src.recommender.arguments import READING, add_reading, refu
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.following import Best
-from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
+from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.options import LOSS_NAMES
 from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
@@ -326,13 +326,7 @@ def _resumed(arguments: argparse.Namespace) -> _Run:
             values[name] = getattr(arguments, name)
     options, ids = BPROptions(**values), (saved.user_ids, saved.item_ids)
     train, held = saved.trained, saved.held_out
-    whole = UserItems.from_pairs(
-        np.concatenate([train.users(), held.users()]),
-        np.concatenate([train.indices, held.indices]),
-        train.n_users,
-        train.n_items,
-    )
-    split = Split(whole, saved.test, *ids, "resumed")
+    split = Split(train.union(held), saved.test, *ids, "resumed")
     inner = Split(train, held, *ids, "resumed") if len(held) else split
     model = BPRModel(inner, options, saved.optimizer)
     model.history, model.unfinished = saved.history, Unfinished(*saved.more["unfinished"])
