@@ -17,6 +17,7 @@ pytestmark = pytest.mark.jit
 ROWS, DIM = 40_000, 16
 THREADS = sorted({1, max_threads()})
 ONCE = 100_000  # bytes that do not depend on the gradient: the sort's counters, a row or two for each thread
+OBJECTS = 10_000  # bytes of the interpreter's own objects, which come and go; less than one bit an id, or a row
 
 
 def gradient(form, ids, dim=DIM):
@@ -61,7 +62,7 @@ def test_a_step_takes_sixteen_bytes_an_id(dim, form, num_threads):
     )
     assert whole >= 15 * len(ids)  # it is what has been counted
     assert whole <= 16 * len(ids) + ONCE
-    assert whole - half <= 16.01 * 150_000
+    assert whole - half <= 16 * 150_000 + OBJECTS
 
 
 @pytest.mark.parametrize("form", ["rows", "csr"])
@@ -75,7 +76,7 @@ def test_nothing_that_a_step_takes_grows_with_the_table(form):
         return CSRGradient(indptr, np.zeros(len(ids), np.int64), np.ones(len(ids), np.float32))
 
     small, large = (peak_of_a_step(given(rows), 1, rows) for rows in (ROWS, 10 * ROWS))
-    assert large < small + 1000
+    assert large < small + OBJECTS
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
