@@ -17,7 +17,9 @@ pytestmark = pytest.mark.jit
 ROWS, DIM = 40_000, 16
 THREADS = sorted({1, max_threads()})
 ONCE = 100_000  # bytes that do not depend on the gradient: the sort's counters, a row or two for each thread
-OBJECTS = 10_000  # bytes of the interpreter's own objects, which come and go; less than one bit an id, or a row
+OBJECTS = (
+    10_000  # bytes of the interpreter's own objects, which come and go; less than one bit an id, or a row
+)
 
 
 def gradient(form, ids, dim=DIM):

@@ -173,6 +173,7 @@ def test_training_stops_when_the_validation_gets_no_better(train, tmp_path):
         (["--patience", "2"], "--patience needs --validation"),
         (["--resume", "RUN"], "leave out INTERACTIONS"),
         (["--resume", "RUN", "--lr", "0.3"], "--lr is the run's own"),
+        (["--resume", "RUN", "--seed", "0"], "--seed is the run's own"),  # though it may be what the run has
         (["--resume", "RUN", "--validation", "0.1"], "leave out INTERACTIONS and --validation"),
     ],
 )

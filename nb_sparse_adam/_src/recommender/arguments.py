@@ -1,10 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the command line that say how files of interactions are to be read."""
+"""Options of the command line: how files of interactions are to be read, and how a model is trained."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from nb_sparse_adam._src.options import STEP_COUNTS
+from nb_sparse_adam._src.recommender.options import DOMAINS, LOSS_NAMES, BPROptions
+
+_HELP = {
+    "dim": "length of the vectors",
+    "epochs": "passes over the training interactions",
+    "batch_size": "interactions in a batch",
+    "lr": "learning rate",
+    "reg": "weight of the squared norms in the loss",
+    "loss": "bpr (Rendle et al. 2009) or softmax (of the item and its negatives, corrected by log Q)",
+    "temperature": "what softmax divides scores by",
+    "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
+    "--in-batch, at most so many others of the batch",
+    "popularity": "sample negatives in proportion to their training interactions to this power; 0: uniformly",
+    "in_batch": "softmax over the items of a part of the batch, none sampled",
+    "init_std": "standard deviation of the initial vectors",
+    "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
+    "top": "k of recall@k and NDCG@k",
+    "eval_every": "epochs between evaluations; 0: after the last epoch only",
+    "step_counts": "what Adam's step counts count: active steps of an element, of a row, or all steps",
+    "eps_hat": "add eps before the bias correction of the second moment, as torch does",
+    "betas": "Adam's decay rates",
+    "eps": "Adam's epsilon",
+    "threads": "threads to use (default: as many, of those that numba would use, as are fastest at the time)",
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {"step_counts": STEP_COUNTS, "loss": LOSS_NAMES}
 
 READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 """Names of the arguments, which are those of `read_interactions`, too."""
@@ -35,7 +66,7 @@ def add_reading(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument(
         "--min-rating",
-        type=_finite,
+        type=number(math.isfinite, "a finite number"),
         metavar="X",
         help="leave out interactions with a rating below it (default: take all)",
     )
@@ -52,11 +83,59 @@ def refuse_what_needs_files(arguments: argparse.Namespace) -> None:
             )
 
 
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return value
+def add_options(group: argparse._ArgumentGroup) -> None:
+    """Add an argument to a group for each of `BPROptions`; None is what was not given."""
+    for option in fields(BPROptions):
+        name = option.name
+        default: Any = option.default
+        flag, text = f"--{name.replace('_', '-')}", _HELP[name]
+        passes, domain = DOMAINS[name]
+        if isinstance(default, bool):
+            text += f" (default: {'on' if default else 'off'})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif name in _CHOICES:
+            group.add_argument(flag, choices=_CHOICES[name], help=f"{text} (default: {default})")
+        elif name == "betas":
+            one, shown = number(_betas, "a number from 0 to below 1"), " ".join(map(str, default))
+            text += f" (default: {shown})"
+            group.add_argument(flag, type=one, nargs=2, metavar=("BETA1", "BETA2"), help=text)
+        else:
+            text += "" if default is None else f" (default: {default})"
+            metavar = "N" if default is None or isinstance(default, int) else "X"
+            group.add_argument(flag, type=number(passes, domain), metavar=metavar, help=text)
+
+
+def _betas(x: Any) -> bool:
+    return DOMAINS["betas"][0]((x, 0.0))
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of the options that `add_options` has added."""
+    values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
+    """Return a converter for argparse that takes the numbers that pass."""
+
+    def convert(text: str) -> Any:
+        value: Any = math.nan
+        for kind in (int, float):
+            try:
+                value = kind(text)
+                break
+            except ValueError:
+                continue
+        if not passes(value):
+            raise argparse.ArgumentTypeError(f"expected {domain}, got {text!r}")
+        return value
+
+    return convert
+
+
+fraction = number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+count = number(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1")

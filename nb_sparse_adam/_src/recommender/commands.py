@@ -14,23 +14,13 @@ import numpy as np
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.files import write_whole
-from nb_sparse_adam._src.recommender.arguments import READING, add_reading
+from nb_sparse_adam._src.recommender.arguments import READING, add_reading, count
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.index import KINDS
 from nb_sparse_adam._src.recommender.reading import read_interactions
 from nb_sparse_adam.errors import InteractionsError
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return number
 
 
 def add_commands(commands: Any) -> None:
@@ -48,7 +38,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     similar.add_argument("--item", nargs="+", required=True, metavar="ID", help="items, as in training")
     for command in (recommend, similar):
-        command.add_argument("--top", type=_count, default=10, metavar="N", help="how many (default: 10)")
+        command.add_argument("--top", type=count, default=10, metavar="N", help="how many (default: 10)")
         command.add_argument("--json", action="store_true", help="a JSON object on a line for each")
     evaluate = _command(
         commands, "evaluate", _evaluate, "how well a run predicts interactions",
@@ -57,7 +47,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("test", metavar="TEST", help="interactions, as `train` reads them")
     add_reading(evaluate.add_argument_group("how TEST is read"))
     evaluate.add_argument("--format", choices=FORMATS, default="auto", help="of TEST (default: auto)")
-    evaluate.add_argument("--top", type=_count, default=20, metavar="N", help="k (default: 20)")
+    evaluate.add_argument("--top", type=count, default=20, metavar="N", help="k (default: 20)")
     evaluate.add_argument("--json", action="store_true", help="a JSON object")
     export = _command(
         commands, "export", _export, "vectors for other programs",

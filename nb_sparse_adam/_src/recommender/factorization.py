@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from nb_sparse_adam._src.annotations import StepCounts
 from nb_sparse_adam._src.public import public
-from nb_sparse_adam._src.recommender.following import Best, progress_bar
 from nb_sparse_adam._src.recommender.given import Columns, given, validation_split
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.interactions import Split, UserItems, random_stream
 from nb_sparse_adam._src.recommender.options import BPROptions, LossName
-from nb_sparse_adam._src.recommender.ranking import Quality, measure
+from nb_sparse_adam._src.recommender.progress import Progress
 from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
-from nb_sparse_adam._src.recommender.serving import Serving
+from nb_sparse_adam._src.recommender.serving import Serving, check_k
 from nb_sparse_adam._src.recommender.training import BPRModel, EpochRecord, initial_vectors
 from nb_sparse_adam.errors import OptionError
 
@@ -204,6 +202,7 @@ class MatrixFactorization(Serving):
         """
         options = self._options(self.epochs)
         _check_patience(patience, validation)
+        check_k(k)
         data = given(interactions, Columns(user_column, item_column, time_column), validation == "latest")
         pairs = data.interactions.pairs
         if validation is None:
@@ -211,13 +210,13 @@ class MatrixFactorization(Serving):
             split = Split(pairs, none, data.interactions.user_ids, data.interactions.item_ids, "all")
         else:
             split = validation_split(data, validation, options.seed)
-        trainer = BPRModel(split, options)
+        trainer = BPRModel(split, replace(options, top=k, eval_every=int(validation is not None)))
         self._users, self._items = Ids(split.user_ids), Ids(split.item_ids)
         self._trained, self._held_out, self._test = split.train, split.test, None
         self.optimizer_ = trainer.optimizer
         self.history_: list[EpochRecord] = []
         self.n_epochs_ = 0
-        self._run(trainer, self.epochs, patience, k, progress)
+        self._run(trainer, progress, patience)
         return self
 
     def partial_fit(
@@ -296,33 +295,19 @@ class MatrixFactorization(Serving):
         self._users, self._items, self._trained, self._held_out, self._test = users, items, train, held, test
         for name in ("lr", "betas", "eps", "eps_hat"):
             setattr(self.optimizer_, name, getattr(options, name))
+        options = replace(options, epochs=self.n_epochs_ + epochs, eval_every=int(len(held) > 0))
         trainer = BPRModel(Split(train, held, users.ids, items.ids, "all"), options, self.optimizer_)
-        self._run(trainer, epochs, None, 20, progress)
+        self._run(trainer, progress)
         return self
 
-    def _run(self, trainer: BPRModel, epochs: int, patience: int | None, k: int, progress: bool) -> None:
-        """Train for some epochs more, and note what came of each."""
-        watched = len(trainer.split.test) > 0
-        best = Best(self.optimizer_) if patience is not None else None
-        with progress_bar(trainer.interactions * epochs, progress) as tell:
-            for epoch in range(self.n_epochs_ + 1, self.n_epochs_ + epochs + 1):
-                start = time.perf_counter()
-                loss = trainer.run_epoch(epoch, tell.batch)
-                seconds = time.perf_counter() - start
-                quality: Quality | None = None
-                if watched:
-                    quality = measure(
-                        trainer.user_table, trainer.item_table, trainer.split, k, trainer.options.threads
-                    ).quality
-                record = EpochRecord(epoch, loss, seconds, trainer.interactions, quality)
-                self.history_.append(record)
-                self.n_epochs_ = epoch
-                tell.epoch(record, k)
-                if best is not None and quality is not None and best.is_over(epoch, quality.recall, patience):
-                    break
-        if best is not None and best.epoch:
-            best.restore()
-            self.n_epochs_ = best.epoch
+    def _run(self, trainer: BPRModel, progress: bool, patience: int | None = None) -> None:
+        """Train on, and note what came of each epoch."""
+        trainer.history, trainer.n_epochs = self.history_, self.n_epochs_
+        try:
+            with Progress(trainer, bar=progress) as shown:
+                trainer.fit(shown.on_batch, shown.on_epoch, patience)
+        finally:
+            self.n_epochs_ = trainer.n_epochs
 
     # --- keeping it ----------------------------------------------------------------------------------------
 

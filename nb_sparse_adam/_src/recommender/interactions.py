@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
-_PURPOSES = ("hold-out", "data", "init", "order", "fold-in")
+_PURPOSES = ("hold-out", "data", "init", "order", "fold-in", "search")
 
 
 def random_stream(seed: int, purpose: str, epoch: int = 0) -> np.random.Generator:
@@ -25,7 +25,7 @@ def random_stream(seed: int, purpose: str, epoch: int = 0) -> np.random.Generato
     ----------
     seed : int
         Not negative.
-    purpose : {"hold-out", "data", "init", "order", "fold-in"}
+    purpose : {"hold-out", "data", "init", "order", "fold-in", "search"}
     epoch : int
         Which epoch of training, for ``"order"``.
 

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from nb_sparse_adam._src.engine.compilations import LOGGER
 from nb_sparse_adam._src.extras import require
@@ -15,33 +15,49 @@ from nb_sparse_adam._src.recommender.ranking import Quality
 from nb_sparse_adam._src.recommender.training import BPRModel, EpochRecord
 
 _QUIET = 10.0  # seconds between lines on epochs that are not evaluated
+Lines = Literal["none", "seldom", "evaluations"]
 _LARGE = 1e3  # a loss that says that training has diverged: at first it is near ln(1 + negatives)
 
 
 class Progress:
-    """A bar on a terminal; a line on stdout for each evaluation, and on stderr when steps are compiled."""
+    """Shows a training: a bar on stderr, and lines on stdout; on stderr, that steps are compiled.
 
-    def __init__(self, model: BPRModel, wanted: bool) -> None:
-        self._options, self._bar = model.options, None
+    Parameters
+    ----------
+    model : BPRModel
+        What is trained.
+    bar : bool
+        Whether to show a bar.
+    lines : {"none", "seldom", "evaluations"}
+        Lines to print: none; without a bar one at least every ten seconds; also one for each evaluation.
+    """
+
+    def __init__(self, model: BPRModel, *, bar: bool, lines: Lines = "none") -> None:
+        self._options, self._bar, self._lines = model.options, None, lines
         self._said, self._warned = time.monotonic(), False
         self._handler, self._level = _Handler(self._say), LOGGER.level
-        if wanted and sys.stderr.isatty():
-            self._bar = require("tqdm", "train", "the progress bar (see --no-progress)").tqdm(
-                total=model.interactions * model.options.epochs,
+        if bar:
+            self._bar = require("tqdm", "train", "the progress bar (pass False for none)").tqdm(
+                total=model.interactions * (model.options.epochs - model.n_epochs),
                 unit=" interactions",
                 unit_scale=True,
-                desc=f"epoch 1/{model.options.epochs}",
+                desc=self._position(model.n_epochs),
                 dynamic_ncols=True,
             )
 
+    def _position(self, done: int) -> str:
+        return f"epoch {min(done + 1, self._options.epochs)}/{self._options.epochs}"
+
     def __enter__(self) -> Progress:
-        LOGGER.addHandler(self._handler)
-        LOGGER.setLevel(logging.INFO)
+        if self._lines != "none":
+            LOGGER.addHandler(self._handler)
+            LOGGER.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *error: object) -> None:
-        LOGGER.setLevel(self._level)
-        LOGGER.removeHandler(self._handler)
+        if self._lines != "none":
+            LOGGER.setLevel(self._level)
+            LOGGER.removeHandler(self._handler)
         if self._bar is not None:
             self._bar.close()
 
@@ -57,18 +73,19 @@ class Progress:
             self._bar.update(interactions)
 
     def on_epoch(self, record: EpochRecord) -> None:
+        reached = "" if record.quality is None else f"  {describe(record.quality, self._options.top)}"
         if self._bar is not None:
-            self._bar.set_description(
-                f"epoch {min(record.epoch + 1, self._options.epochs)}/{self._options.epochs}"
-            )
+            self._bar.set_description(self._position(record.epoch) + reached)
+        if self._lines == "none":
+            return
         if record.loss > _LARGE and not self._warned:
             self._warned = True
             self._say(f"the loss is {record.loss:.3g}: training has diverged; try a smaller --lr", sys.stderr)
         now = time.monotonic()
-        if record.quality is None and (self._bar is not None or now - self._said < _QUIET):
+        wanted = record.quality is not None and self._lines == "evaluations"
+        if not wanted and (self._bar is not None or now - self._said < _QUIET):
             return
         self._said = now
-        reached = "" if record.quality is None else f"  {describe(record.quality, self._options.top)}"
         line = (
             f"epoch {record.epoch:3}  loss {record.loss:.4f}{reached}"
             f"  {record.interactions / record.seconds:,.0f} interactions/s"

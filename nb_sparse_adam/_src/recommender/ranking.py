@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.recommender.interactions import Split
-from nb_sparse_adam._src.recommender.topk import best_items, rank_rows
+from nb_sparse_adam._src.recommender.topk import best_items
 from nb_sparse_adam.errors import OptionError
 
 
@@ -147,47 +147,6 @@ def popularity_quality(split: Split, top: int = 20) -> Quality:
         (split.train.n_users, 1), dtype=np.float32
     )  # vectors of dim 1: scores are what items have
     return measure(alike, popularity[:, None], split, top).quality
-
-
-def rank_items(
-    scores: npt.NDArray[Any], users: npt.NDArray[Any], split: Split, top: int = 20
-) -> npt.NDArray[np.int32]:
-    """Return the best items of some users, without those that they were trained with.
-
-    Parameters
-    ----------
-    scores : float array, shape (n, n_items)
-        Scores of all items for n users; entries of training items are overwritten with -inf.
-    users : int array, shape (n,)
-        The users, as rows of ``split.train``.
-    split : Split
-    top : int, default 20
-        How many items.
-
-    Returns
-    -------
-    int32 array, shape (n, top)
-        Item rows, best first. If scores are equal, the lower row comes first; an item whose score is NaN is
-        left out.
-        Places for which there is no item hold -1.
-
-    Raises
-    ------
-    OptionError
-        If ``top < 1``, a user is not of ``split.train``, or scores have another shape.
-    """
-    if top < 1:
-        raise OptionError(f"top: expected an integer of at least 1, got {top}")
-    train, users = split.train, np.asarray(users)
-    if users.ndim != 1 or users.dtype.kind not in "iu":
-        raise OptionError(f"users: got {users.ndim}-D {users.dtype}, expected 1-D integers")
-    if len(users) and not 0 <= users.min() <= users.max() < train.n_users:
-        raise OptionError(
-            f"users: got rows {users.min()} to {users.max()}, expected 0 <= user < {train.n_users}"
-        )
-    if scores.shape != (len(users), train.n_items):
-        raise OptionError(f"scores: got shape {scores.shape}, expected {(len(users), train.n_items)}")
-    return rank_rows(scores, users.astype(np.int64), train.indptr, train.indices, top)[0]
 
 
 @jit(entry=True, allocates=True)

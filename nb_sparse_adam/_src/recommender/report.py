@@ -32,6 +32,7 @@ FILES = {
     "metrics.json": "quality, times, options, versions",
     "history.csv": "loss, speed and quality by epoch",
     "training.png": "the history as a chart",
+    "search.csv": "the settings that were tried, best first",
     "recommendations.html": "what a few users had, and would see next",
 }
 """Name -> content of the files of a run."""
@@ -46,6 +47,7 @@ _BEGINNINGS = {
     "metrics.json": rb'\{\n  "recall@\d+": ',
     "history.csv": b"epoch,loss,seconds,interactions_per_second,",
     "training.png": None,
+    "search.csv": rb"trial,recall@\d+,ndcg@\d+,",
     "recommendations.html": rb'<!doctype html>\n<html lang="en">\n<head>\n',
 }
 
@@ -172,8 +174,8 @@ def save_metrics(
             f"ndcg@{top}": _number(popularity.ndcg),
         },
         "users_evaluated": popularity.users,
-        "loss": _number(history[-1].loss if history else None),
-        "epochs": len(history),
+        "loss": _number(history[model.n_epochs - 1].loss if history else None),
+        "epochs": model.n_epochs,
         "seconds_per_epoch": _number(median(record.seconds for record in history) if history else None),
         "interrupted": interrupted,
         "data": data,
@@ -200,6 +202,14 @@ def save_metrics(
     stopped = quality if interrupted and not data.get("validation") else None
     write_whole(folder / "training.png", _chart(model, popularity, data, stopped))
     return metrics
+
+
+def save_search(folder: Path, table: tuple[list[str], list[list[Any]]] | None) -> None:
+    """Write ``search.csv``, header and rows, or remove an earlier run's."""
+    if table is None:
+        (folder / "search.csv").unlink(missing_ok=True)
+    else:
+        _write_csv(folder / "search.csv", *table)
 
 
 def _number(value: float | None) -> float | None:

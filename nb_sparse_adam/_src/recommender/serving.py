@@ -126,7 +126,7 @@ class Serving(ABC):
             not saved with the model.
         """
         self._check_fitted("recommend")
-        _check_k(k)
+        check_k(k)
         if (user_ids is None) == (vectors is None):
             raise OptionError("recommend: expected either user_ids or vectors")
         if vectors is not None:
@@ -239,7 +239,7 @@ class Serving(ABC):
             As `fit` and `recommend` do.
         """
         self._check_fitted("evaluate")
-        _check_k(k)
+        check_k(k)
         if self._trained is None:
             raise OptionError(
                 "evaluate: what users had was not saved with this model; save it with interactions"
@@ -319,7 +319,7 @@ class Serving(ABC):
         return owners.astype(np.int64), indptr, what[order].astype(np.int32)
 
     def _similar(self, ids: Ids, factors: Array, asked: Any, k: int, what: str) -> tuple[Array, Array]:
-        _check_k(k)
+        check_k(k)
         single = np.ndim(asked) == 0
         rows = ids.rows(np.atleast_1d(np.asarray(asked)), what, _TRAINED)
         norms = np.linalg.norm(factors, axis=1, keepdims=True)
@@ -347,6 +347,7 @@ def _frame(name: str, who: Array, named: Array, scores: Array) -> Any:
     return polars.DataFrame({key: column.tolist() for key, column in columns.items()})
 
 
-def _check_k(k: object) -> None:
+def check_k(k: object) -> None:
+    """Refuse what is no length of a list."""
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise OptionError(f"k: got {k!r}, expected an integer of at least 1")

@@ -26,10 +26,11 @@ from nb_sparse_adam._src.optimizer import SparseAdam
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam._src.recommender import bpr
 from nb_sparse_adam._src.recommender.batches import Batch, Batches
+from nb_sparse_adam._src.recommender.early_stopping import Best
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, hold_out, random_stream
 from nb_sparse_adam._src.recommender.losses import loss_of
 from nb_sparse_adam._src.recommender.options import BPROptions
-from nb_sparse_adam._src.recommender.ranking import Quality, evaluate
+from nb_sparse_adam._src.recommender.ranking import Quality, measure
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
 
@@ -122,6 +123,9 @@ class BPRModel:
         It has the tables ``"user"`` and ``"item"``.
     history : list of EpochRecord
         One of each epoch that was finished.
+    n_epochs : int
+        Epochs whose work the tables hold: those of the history or, after early stopping, those up to the
+        best one.
     unfinished : Unfinished
         How far the epoch after those is.
 
@@ -162,6 +166,7 @@ class BPRModel:
         threads = options.threads
         self._pace = Pace(choices_up_to(usable_threads(None)) if threads is None else [threads])
         self.history: list[EpochRecord] = []
+        self.n_epochs = 0
         self.unfinished = Unfinished(0, 0.0)
         size = min(options.batch_size, trainable)
         self._gradients = bpr.Pair(
@@ -174,8 +179,9 @@ class BPRModel:
         self,
         on_batch: Callable[[int, float], None] | None = None,
         on_epoch: Callable[[EpochRecord], None] | None = None,
+        patience: int | None = None,
     ) -> None:
-        """Train until ``options.epochs`` epochs are in the history.
+        """Train until ``options.epochs`` epochs are done.
 
         An exception, `KeyboardInterrupt` among them, leaves tables and optimizer as they were after some
         batch, and the history without the epoch that was not finished. If it came from `on_batch`, the next
@@ -187,24 +193,35 @@ class BPRModel:
             Called after each batch with its number of interactions and its loss.
         on_epoch : callable, optional
             Called after each epoch with its record.
+        patience : int, optional
+            Stop when so many evaluations have found no better recall, and go back to the best one, whether
+            or not it came to that. It takes memory for one more copy of vectors and state.
 
         Raises
         ------
         NonFiniteGradientError
             If the training diverges.
         """
-        options = self.options
-        for epoch in range(len(self.history) + 1, options.epochs + 1):
+        options, best = self.options, None if patience is None else Best(self.optimizer, patience)
+        del self.history[self.n_epochs :]
+        for epoch in range(self.n_epochs + 1, options.epochs + 1):
             start = time.perf_counter()
-            loss = self.run_epoch(epoch, on_batch)
+            loss = self._run_epoch(epoch, on_batch)
             seconds = time.perf_counter() - start
             due = epoch == options.epochs or (options.eval_every > 0 and epoch % options.eval_every == 0)
-            quality = self.evaluate() if due else None
-            self.history.append(EpochRecord(epoch, loss, seconds, self.interactions, quality))
+            quality = self.evaluate() if due and len(self.split.test) else None
+            record = EpochRecord(epoch, loss, seconds, self.interactions, quality)
+            self.history.append(record)
+            self.n_epochs = epoch
             if on_epoch is not None:
-                on_epoch(self.history[-1])
+                on_epoch(record)
+            if best is not None and quality is not None and best.is_over(epoch, quality.recall):
+                break
+        if best is not None and best.epoch:
+            best.restore()
+            self.n_epochs = best.epoch
 
-    def run_epoch(self, epoch: int, on_batch: Callable[[int, float], None] | None = None) -> float:
+    def _run_epoch(self, epoch: int, on_batch: Callable[[int, float], None] | None) -> float:
         """Train on the batches of one epoch, counted from 1, and return its loss, as in `EpochRecord`.
 
         Those that `unfinished` counts are left out.
@@ -244,7 +261,8 @@ class BPRModel:
 
     def evaluate(self) -> Quality:
         """Return recall@k and NDCG@k, k = ``options.top``, of the tables as they are."""
-        return evaluate(self.user_table, self.item_table, self.split, self.options.top)
+        options = self.options
+        return measure(self.user_table, self.item_table, self.split, options.top, options.threads).quality
 
 
 @public("nb_sparse_adam.recommender")

@@ -5,62 +5,43 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nb_sparse_adam._src.files import write_whole
-from nb_sparse_adam._src.options import STEP_COUNTS
 from nb_sparse_adam._src.recommender import report
-from nb_sparse_adam._src.recommender.arguments import READING, add_reading, refuse_what_needs_files
+from nb_sparse_adam._src.recommender.arguments import (
+    READING,
+    add_options,
+    add_reading,
+    count,
+    fraction,
+    given_options,
+    refuse_what_needs_files,
+)
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
-from nb_sparse_adam._src.recommender.following import Best
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
-from nb_sparse_adam._src.recommender.options import LOSS_NAMES
 from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
 from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
 from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
+from nb_sparse_adam._src.recommender.search import Search, describe_trial, searched, table
 from nb_sparse_adam._src.recommender.signals import Signals
 from nb_sparse_adam._src.recommender.training import Unfinished
-from nb_sparse_adam.errors import CheckpointError
-from nb_sparse_adam.recommender import DOMAINS, BPRModel, BPROptions, EpochRecord
+from nb_sparse_adam.errors import CheckpointError, OptionError
+from nb_sparse_adam.recommender import BPRModel, BPROptions
 
 INTERRUPTED, TERMINATED = 130, 143  # what a shell reports for a command that Ctrl-C, or SIGTERM, ended
 _OF_A_RESUMED = ("epochs", "top", "eval_every", "threads")  # options that may be others
-
-_HELP = {
-    "dim": "length of the vectors",
-    "epochs": "passes over the training interactions",
-    "batch_size": "interactions in a batch",
-    "lr": "learning rate",
-    "reg": "weight of the squared norms in the loss",
-    "loss": "bpr (Rendle et al. 2009) or softmax (of the item and its negatives, corrected by log Q)",
-    "temperature": "what softmax divides scores by",
-    "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
-    "--in-batch, at most so many others of the batch",
-    "popularity": "sample negatives in proportion to their training interactions to this power; 0: uniformly",
-    "in_batch": "softmax over the items of a part of the batch, none sampled",
-    "init_std": "standard deviation of the initial vectors",
-    "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
-    "top": "k of recall@k and NDCG@k",
-    "eval_every": "epochs between evaluations; 0: after the last epoch only",
-    "step_counts": "what Adam's step counts count: active steps of an element, of a row, or all steps",
-    "eps_hat": "add eps before the bias correction of the second moment, as torch does",
-    "betas": "Adam's decay rates",
-    "eps": "Adam's epsilon",
-    "threads": "threads to use (default: as many, of those that numba would use, as are fastest at the time)",
-}
-
-_CHOICES: dict[str, tuple[str, ...]] = {"step_counts": STEP_COUNTS, "loss": LOSS_NAMES}
+_PATIENCE, _VALIDATION = 3, 0.1  # of a search, if they are not given
 
 
 def add_train(commands: Any) -> None:
@@ -92,7 +73,7 @@ def add_train(commands: Any) -> None:
     held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
     held_out.add_argument(
         "--test-fraction",
-        type=_fraction,
+        type=fraction,
         default=0.2,
         metavar="X",
         help="part of every user's items to hold out (default: 0.2)",
@@ -100,22 +81,28 @@ def add_train(commands: Any) -> None:
 
     data.add_argument(
         "--validation",
-        type=_fraction,
+        type=fraction,
         metavar="X",
         help="part of every user's other items to hold out too: evaluations are of these, so that options "
         "can be chosen without a look at the test",
     )
 
     model = train.add_argument_group("model and training")
-    for option in fields(BPROptions):
-        _add_option(model, option.name, option.default)
-
+    add_options(model)
     model.add_argument(
         "--patience",
-        type=_number(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1"),
+        type=count,
         metavar="N",
         help="stop when so many evaluations of the validation have brought no better recall, and go back to "
         "the best one (needs --validation)",
+    )
+    model.add_argument(
+        "--search",
+        type=count,
+        metavar="N",
+        help="try N settings of the options that are not given, the first by default, the others at random; "
+        "the one with the best recall on the validation is the run (with --validation 0.1 and --patience 3 "
+        "if they are not given)",
     )
 
     output = train.add_argument_group("output")
@@ -144,142 +131,137 @@ def add_train(commands: Any) -> None:
     train.set_defaults(run=_train, parser=train)
 
 
-def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
-    flag, text = f"--{name.replace('_', '-')}", _HELP[name]
-    passes, domain = DOMAINS[name]
-    if isinstance(default, bool):
-        group.add_argument(flag, action="store_true", help=f"{text} (default: off)")
-        return
-    text += "" if default is None else " (default: %(default)s)"
-    if name in _CHOICES:
-        group.add_argument(flag, choices=_CHOICES[name], default=default, help=text)
-    elif name == "betas":
-        one = _number(lambda x: passes((x, 0.0)), "a number from 0 to below 1")
-        text = text.replace("%(default)s", " ".join(map(str, default)))
-        group.add_argument(flag, type=one, nargs=2, default=default, metavar=("BETA1", "BETA2"), help=text)
-    else:
-        metavar = "N" if default is None or isinstance(default, int) else "X"
-        group.add_argument(flag, type=_number(passes, domain), default=default, metavar=metavar, help=text)
+class _Data(NamedTuple):
+    """What is trained on and evaluated."""
 
-
-def _number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
-    """Return a converter for argparse that takes the numbers that pass."""
-
-    def convert(text: str) -> Any:
-        value: Any = math.nan
-        for kind in (int, float):
-            try:
-                value = kind(text)
-                break
-            except ValueError:
-                continue
-        if not passes(value):
-            raise argparse.ArgumentTypeError(f"expected {domain}, got {text!r}")
-        return value
-
-    return convert
-
-
-_fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+    inner: Split  # what evaluations during training are of
+    split: Split  # with all that is not test, for the last evaluation
+    description: dict[str, Any]  # for people
 
 
 class _Run(NamedTuple):
     """What is trained, and on what."""
 
-    model: BPRModel  # its split is what evaluations during training are of
-    split: Split  # with all that is not test, for the last evaluation
-    data: dict[str, Any]  # for people
-
-
-class _EnoughError(Exception):
-    """The validation gets no better."""
+    model: BPRModel
+    data: _Data
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    _check_together(arguments)
+    given = given_options(arguments)
+    _check_together(arguments, given)
     out = arguments.out or arguments.resume or Path("nb-sparse-adam-run")
     folder = report.prepare_output(out)
     _refuse_run(arguments, folder)
     titles = None if arguments.titles is None else read_titles(arguments.titles)
-    run = _new_run(arguments) if arguments.resume is None else _resumed(arguments)
-    model, top = run.model, run.model.options.top
-    popularity = popularity_quality(run.split, top)
+    if arguments.resume is not None:
+        run = _resumed(arguments, given)
+    else:
+        options = BPROptions(**given)
+        data = _load(arguments, options)
+        run = _Run(BPRModel(data.inner, options), data)
+        _describe(run)
+    top = run.model.options.top
+    popularity = popularity_quality(run.data.split, top)
     print(f"popularity ranking: {describe(popularity, top)}", flush=True)
 
     interrupted, signals = False, Signals()
-    best = Best(model.optimizer) if arguments.patience is not None else None
-    with signals, Progress(model, not arguments.no_progress) as progress:
-
-        def on_batch(interactions: int, loss: float) -> None:
-            progress.on_batch(interactions, loss)
-            signals.check()
-
-        def on_epoch(record: EpochRecord) -> None:
-            progress.on_epoch(record)
-            if best is not None and record.quality is not None:
-                evaluations = len([one for one in model.history if one.quality is not None])
-                if best.is_over(evaluations, record.quality.recall, arguments.patience):
-                    raise _EnoughError
-
+    bar = not arguments.no_progress and sys.stderr.isatty()
+    search = Search(run.data.inner, given, arguments.patience) if arguments.search is not None else None
+    with signals:
         try:
-            model.fit(on_batch, on_epoch)
+            if search is not None:
+                _search(search, arguments.search, bar, signals)
+            else:
+                with Progress(run.model, bar=bar, lines="evaluations") as progress:
+
+                    def on_batch(interactions: int, loss: float) -> None:
+                        progress.on_batch(interactions, loss)
+                        signals.check()
+
+                    run.model.fit(on_batch, progress.on_epoch, arguments.patience)
         except KeyboardInterrupt:
             interrupted = True
-        except _EnoughError:
-            pass
-    history = model.history
+    if search is not None:
+        if search.best is None and interrupted:
+            print("interrupted before a trial was done: there is nothing to save", flush=True)
+            return _status(signals)
+        if search.best is None:
+            raise OptionError("--search: every trial has diverged, or there is nothing to evaluate")
+        run = run._replace(model=search.best)
+    model = run.model
     if interrupted:
+        done = f"{model.n_epochs} of {model.options.epochs} epochs"
+        if search is not None:
+            done = f"{len(search.trials)} of {arguments.search} trials"
         print(
-            f"interrupted after {len(history)} of {model.options.epochs} epochs: saving what there is; "
-            f"--resume {folder} goes on",
+            f"interrupted after {done}: saving what there is"
+            + ("" if search is not None else f"; --resume {folder} goes on"),
             flush=True,
         )
-    elif best is not None and best.epoch:
-        best.restore()
-        evaluated = [record for record in history if record.quality is not None]
-        history = history[: evaluated[best.epoch - 1].epoch]
-        if len(history) < len(model.history):
-            print(f"the best evaluation was after epoch {len(history)}: back to it", flush=True)
+    elif model.n_epochs < len(model.history):
+        print(f"the best evaluation was after epoch {model.n_epochs}: back to it", flush=True)
     try:
         report.save_model(folder, model)
-        saved = _saved(run, history)
+        saved = _saved(run)
         write_model(folder, saved)
-        shown = recommendations_page(MatrixFactorization._of(saved), run.data["description"], titles)
-        write_whole(folder / "recommendations.html", shown)
-        last = model.history[-1].quality if model.history else None
-        known = (
-            not interrupted and best is None and arguments.validation is None and not run.data["validation"]
-        )
-        quality = last if known and last else evaluate(model.user_table, model.item_table, run.split, top)
-        report.save_metrics(folder, model, quality, popularity, run.data, interrupted)
+        source = run.data.description["description"]
+        page = recommendations_page(MatrixFactorization._of(saved), source, titles)
+        write_whole(folder / "recommendations.html", page)
+        report.save_search(folder, None if search is None else table(search.trials))
+        quality = _last_quality(run, interrupted)
+        report.save_metrics(folder, model, quality, popularity, run.data.description, interrupted)
     except KeyboardInterrupt:
         print(f"interrupted again: what was saved is whole, but not complete, in {folder}", file=sys.stderr)
         return INTERRUPTED
     _summarize(quality, popularity, top)
     print(f"saved in {folder.resolve()}:")
     for name, content in report.FILES.items():
-        print(f"  {name:24} {content}")
-    if interrupted:
-        return TERMINATED if signals.arrived == signal.SIGTERM else INTERRUPTED
-    return 0
+        if (folder / name).exists():
+            print(f"  {name:24} {content}")
+    return _status(signals) if interrupted else 0
 
 
-def _check_together(arguments: argparse.Namespace) -> None:
+def _status(signals: Signals) -> int:
+    return TERMINATED if signals.arrived == signal.SIGTERM else INTERRUPTED
+
+
+def _search(search: Search, trials: int, bar: bool, signals: Signals) -> None:
+    """Try settings, and print a line on each."""
+    names = searched(search.given)
+    for _ in range(trials):
+        trial = search.next(bar, signals.check)
+        print(describe_trial(trial, trials, names), flush=True)
+
+
+def _last_quality(run: _Run, interrupted: bool) -> Quality:
+    """Return the quality of the tables as they are on the test, measured if it was not yet."""
+    model = run.model
+    if run.data.inner is run.data.split and not interrupted and model.n_epochs == len(model.history):
+        last = model.history[-1].quality if model.history else None
+        if last is not None:
+            return last
+    return evaluate(model.user_table, model.item_table, run.data.split, model.options.top)
+
+
+def _check_together(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Refuse options that mean nothing beside others."""
     error = arguments.parser.error
     if not arguments.interactions:
         refuse_what_needs_files(arguments)
+    if arguments.search is not None:
+        if arguments.resume is not None:
+            error("--search begins anew: leave out --resume")
+        arguments.patience = arguments.patience or _PATIENCE
+        arguments.validation = arguments.validation or _VALIDATION
     if arguments.patience is not None and arguments.validation is None:
         error("--patience needs --validation X: it is that which tells when to stop")
     if arguments.resume is None:
         return
     if arguments.interactions or arguments.validation is not None:
         error("--resume goes on with the interactions of the run: leave out INTERACTIONS and --validation")
-    for option in fields(BPROptions):
-        value = getattr(arguments, option.name)
-        value = tuple(value) if isinstance(value, list) else value
-        if option.name not in _OF_A_RESUMED and value != option.default:
-            error(f"--{option.name.replace('_', '-')} is the run's own with --resume: leave it out")
+    for name in given:
+        if name not in _OF_A_RESUMED:
+            error(f"--{name.replace('_', '-')} is the run's own with --resume: leave it out")
 
 
 def _refuse_run(arguments: argparse.Namespace, folder: Path) -> None:
@@ -296,64 +278,55 @@ def _refuse_run(arguments: argparse.Namespace, folder: Path) -> None:
             )
 
 
-def _new_run(arguments: argparse.Namespace) -> _Run:
-    values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
-    options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
-    split, data = _load(arguments, options)
-    inner = split
-    if arguments.validation is not None:
-        pairs = Interactions(split.train, split.user_ids, split.item_ids)
-        inner = hold_out(pairs, arguments.validation, options.seed)
+def _describe(run: _Run) -> None:
+    """Say what is trained on, and note it."""
+    inner, split, description = run.data
+    if inner is not split:
         print(f"{len(inner.test):,} of these are for validation: {inner.description}")
-    model = BPRModel(inner, options)
-    data |= {"trained_on": model.interactions, "validation": len(inner.test) if inner is not split else 0}
-    if model.interactions < len(inner.train):
+    description["trained_on"] = run.model.interactions
+    description["validation"] = len(inner.test) if inner is not split else 0
+    if run.model.interactions < len(inner.train):
         print(
-            f"{len(inner.train) - model.interactions:,} interactions are not trained on: "
+            f"{len(inner.train) - run.model.interactions:,} interactions are not trained on: "
             "their users have every item"
         )
-    return _Run(model, split, data)
 
 
-def _resumed(arguments: argparse.Namespace) -> _Run:
+def _resumed(arguments: argparse.Namespace, given: Mapping[str, Any]) -> _Run:
     saved = read_model(arguments.resume)
     if saved.trained is None or saved.test is None or saved.held_out is None:
         raise CheckpointError(f"{arguments.resume}: is no run of train, with its interactions: train anew")
-    names = {option.name: option.default for option in fields(BPROptions)}
-    values = {**saved.params, "top": saved.more["top"], "eval_every": saved.more["eval_every"]}
-    for name in _OF_A_RESUMED:
-        if getattr(arguments, name) != names[name]:
-            values[name] = getattr(arguments, name)
+    values = {**saved.params, "top": saved.more["top"], "eval_every": saved.more["eval_every"], **given}
     options, ids = BPROptions(**values), (saved.user_ids, saved.item_ids)
     train, held = saved.trained, saved.held_out
     split = Split(train.union(held), saved.test, *ids, "resumed")
     inner = Split(train, held, *ids, "resumed") if len(held) else split
     model = BPRModel(inner, options, saved.optimizer)
-    model.history, model.unfinished = saved.history, Unfinished(*saved.more["unfinished"])
-    print(f"{arguments.resume}: going on after epoch {len(model.history)} of {options.epochs}", flush=True)
-    return _Run(model, split, saved.more["data"])
+    model.history, model.n_epochs = saved.history, saved.epochs
+    model.unfinished = Unfinished(*saved.more["unfinished"])
+    print(f"{arguments.resume}: going on after epoch {model.n_epochs} of {options.epochs}", flush=True)
+    return _Run(model, _Data(inner, split, saved.more["data"]))
 
 
-def _saved(run: _Run, history: list[EpochRecord]) -> Saved:
-    model = run.model
+def _saved(run: _Run) -> Saved:
+    model, (inner, split, description) = run
     names = inspect.signature(MatrixFactorization).parameters
     options = {name: value for name, value in asdict(model.options).items() if name in names}
-    nothing = run.split.train.select(np.zeros(len(run.split.train), dtype=np.bool_))
-    unfinished = model.unfinished if len(history) == len(model.history) else Unfinished(0, 0.0)
+    nothing = split.train.select(np.zeros(len(split.train), dtype=np.bool_))
     more = {
         "top": model.options.top,
         "eval_every": model.options.eval_every,
-        "unfinished": list(unfinished),
-        "data": run.data,
+        "unfinished": list(model.unfinished),
+        "data": description,
     }
     return Saved(
-        model.optimizer, options, history, len(history), run.split.user_ids, run.split.item_ids,
-        trained=model.split.train, held_out=model.split.test if model.split is not run.split else nothing,
-        test=run.split.test, more=more,
+        model.optimizer, options, model.history, model.n_epochs, split.user_ids, split.item_ids,
+        trained=inner.train, held_out=inner.test if inner is not split else nothing, test=split.test,
+        more=more,
     )  # fmt: skip
 
 
-def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
+def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
     repeated = 0
     reading = {name: getattr(arguments, name) for name in READING}
     if arguments.test is not None:
@@ -383,7 +356,11 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
         "train_interactions": len(split.train),
         "test_interactions": len(split.test),
     }
-    return split, data
+    inner = split
+    if arguments.validation is not None:
+        rest = Interactions(split.train, split.user_ids, split.item_ids)
+        inner = hold_out(rest, arguments.validation, options.seed)
+    return _Data(inner, split, data)
 
 
 def _summarize(quality: Quality, popularity: Quality, top: int) -> None:
