@@ -190,8 +190,68 @@ def test_a_matrix_has_its_rows_and_columns_as_ids():
         assert data.interactions.user_ids.tolist() == [0, 1, 2]
         assert data.interactions.pairs.indptr.tolist() == [0, 2, 2, 3]
         assert data.interactions.pairs.indices.tolist() == [0, 2, 1]
-    with pytest.raises(InteractionsError, match="weights are not used"):
-        given(sparse.csr_array(dense * 3))
+        assert data.interactions.pairs.weights is None
+    data = given(sparse.csr_array(dense.astype(bool)))
+    assert data.interactions.pairs.weights is None
+
+
+def test_what_a_matrix_holds_are_weights():
+    sparse = need("scipy.sparse")
+    dense = np.array([[2.5, 0, 1], [0, 0, 0], [0, 7, 0]])
+    for dtype, expected in ((np.float64, [2.5, 1, 7]), (np.float32, [2.5, 1, 7]), (np.uint8, [2, 1, 7])):
+        matrix = sparse.csr_array(dense.astype(dtype))
+        assert given(matrix).interactions.pairs.weights.tolist() == expected
+        matrix.data[1] = 0  # is stored, and no interaction
+        pairs = given(matrix).interactions.pairs
+        assert pairs.weights.tolist() == [expected[0], 7]
+        assert pairs.indices.tolist() == [0, 1]
+    again = sparse.csr_array((np.ones(3), [0, 0, 2], [0, 2, 3]), shape=(2, 3))  # (0, 0) is there twice
+    assert given(again).interactions.pairs.weights.tolist() == [2, 1]
+    for bad in (-1.0, np.nan, np.inf, 1e-60):
+        matrix = sparse.csr_array(dense)
+        matrix.data[2] = bad
+        message = "holds .* for user 2 and item 1; .* greater than 0 .*; give"
+        with pytest.raises(InteractionsError, match=message):
+            given(matrix)
+    with pytest.raises(InteractionsError, match=r"holds \(?2"):
+        given(sparse.csr_array(dense.astype(complex)))
+
+
+def test_weights_come_with_columns_and_arrays(interactions):
+    for frame in frames():
+        with pytest.raises(OptionError, match=r"sample_weight: .*weight_column="):
+            given(frame, sample_weight=[1, 2, 3, 4])
+        data = given(frame, Columns(weight="timestamp"))
+        assert data.interactions.pairs.weights.tolist() == [4, 3, 2, 1]
+        assert "weights in 'timestamp'" in data.interactions.description
+        with pytest.raises(InteractionsError, match="no column 'plays'"):
+            given(frame, Columns(weight="plays"))
+    arrays = ([1, 1, 2, 3], [5, 7, 5, 9])
+    assert given(arrays).interactions.pairs.weights is None
+    assert given(arrays, sample_weight=[4, 3, 2, 1]).interactions.pairs.weights.tolist() == [4, 3, 2, 1]
+    timed = given((*arrays, [9, 8, 7, 6]), needs_times=True, sample_weight=[4, 3, 2, 1])
+    assert timed.interactions.pairs.weights.tolist() == [4, 3, 2, 1]
+    assert timed.times.tolist() == [9, 8, 7, 6]
+    for wrong, message in (
+        ([1, 2, 0, 1], r"^sample_weight\[2\] is 0: .* leave"),
+        ([1], "^sample_weight: got"),
+    ):
+        with pytest.raises(InteractionsError, match=message):
+            given(arrays, sample_weight=wrong)
+    matrix = need("scipy.sparse").csr_array(np.eye(3))
+    for data, message in (
+        (matrix, "what a matrix holds are the weights"),
+        (interactions, "give them to Interactions.from_ids"),
+        (3, "leave it out"),
+    ):
+        with pytest.raises(OptionError, match=f"^sample_weight: .*; {message}"):
+            given(data, sample_weight=[1])
+    with pytest.raises(OptionError, match="weight_column: got"):
+        given(arrays, Columns(weight="plays"))
+    polars = need("polars")
+    frame = polars.DataFrame({"user": [1, 2], "item": [3, 4], "plays": [1, None]})
+    with pytest.raises(InteractionsError, match=r"^weight_column='plays'\[1\] is nan"):
+        given(frame, Columns(weight="plays"))
 
 
 def test_what_is_not_understood_is_refused_by_name(interactions):
@@ -434,16 +494,48 @@ def test_partial_fit_of_what_is_not_trained_trains(interactions, trained):
     assert bits(model) == bits(trained)
 
 
+def weights_of(model):
+    pairs = model._trained
+    names = model.user_ids_[pairs.users()].tolist(), model.item_ids_[pairs.indices].tolist()
+    return dict(zip(zip(*names, strict=True), pairs.weights.tolist(), strict=True))
+
+
+def test_weights_of_what_comes_later_are_added():
+    model = MatrixFactorization(**SMALL).fit(([0, 0, 1], [0, 1, 1]), sample_weight=[2.0, 3.0, 1.0])
+    assert weights_of(model) == {(0, 0): 2, (0, 1): 3, (1, 1): 1}
+    model.partial_fit(([1, 2, 2, 0], [1, 0, 0, 0]), sample_weight=[4.0, 1.0, 0.5, 0.25])
+    assert weights_of(model) == {(0, 0): 2.25, (0, 1): 3, (1, 1): 5, (2, 0): 1.5}
+    model.partial_fit(([1, 3, 3], [1, 1, 1]))  # without weights: 1 each
+    assert weights_of(model) == {(0, 0): 2.25, (0, 1): 3, (1, 1): 6, (2, 0): 1.5, (3, 1): 1}
+    model = MatrixFactorization(**SMALL).fit(([0, 1], [0, 1]))
+    model.partial_fit(([0], [1]), sample_weight=[3.0])
+    assert weights_of(model) == {(0, 0): 1, (1, 1): 1, (0, 1): 3}
+
+
+def test_going_on_with_weights_is_training_that_never_stopped(interactions):
+    pairs = interactions.pairs
+    weights = np.random.default_rng(0).uniform(0.5, 5, len(pairs))
+    arrays = pairs.users(), pairs.indices
+    model = MatrixFactorization(**SMALL).partial_fit(arrays, epochs=3, sample_weight=weights)
+    model.partial_fit(arrays, epochs=2, sample_weight=weights)  # all weigh twice as much
+    whole = MatrixFactorization(**{**SMALL, "epochs": 5}).fit(arrays, sample_weight=weights)
+    assert bits(model) == bits(whole)
+    assert bits(whole) != bits(MatrixFactorization(**{**SMALL, "epochs": 5}).fit(arrays))
+
+
 # --- keeping ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("names", ["integers", "strings"])
-def test_a_saved_model_goes_on_with_the_same_bits(interactions, tmp_path, names):
+def test_a_saved_model_goes_on_with_the_same_bits(interactions, tmp_path, names, weighted):
     pairs = interactions.pairs
+    weights = np.random.default_rng(0).uniform(0.5, 5, len(pairs)) if weighted else None
     users, items = pairs.users(), pairs.indices
     if names == "strings":
         users, items = [f"ü{u}" for u in users], [f"{i}\0\n" for i in items]
-    model = MatrixFactorization(**SMALL, betas=(0.8, 0.99)).fit((users, items), validation=0.1)
+    model = MatrixFactorization(**SMALL, betas=(0.8, 0.99))
+    model.fit((users, items), validation=0.1, sample_weight=weights)
     model.save(tmp_path)
     model.save(tmp_path)  # in the place of the first
     loaded = MatrixFactorization.load(tmp_path)
@@ -452,6 +544,8 @@ def test_a_saved_model_goes_on_with_the_same_bits(interactions, tmp_path, names)
     assert loaded.user_ids_.tolist() == model.user_ids_.tolist()
     asked = model.user_ids_[[3, 1]]
     assert loaded.recommend(asked)[0].tolist() == model.recommend(asked)[0].tolist()
+    if weighted:
+        assert loaded._trained.weights.tobytes() == model._trained.weights.tobytes()
     for one in (model, loaded):
         one.partial_fit((users[:5], items[:5]), epochs=2)
     assert bits(loaded) == bits(model)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of interactions, whatever they look like; id maps; the hold-out; generated data."""
 
+import collections
 import gzip
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from needs import need
 
 from nb_sparse_adam._src.recommender.interactions import Interactions, UserItems, generate, hold_out
@@ -257,6 +260,74 @@ def test_csr_of_pairs():
     np.testing.assert_array_equal(half.users(), csr.users()[::2])
     np.testing.assert_array_equal(csr.contains(half), np.ones(len(half), bool))
     np.testing.assert_array_equal(half.contains(csr), np.arange(len(csr)) % 2 == 0)
+
+
+rows = st.integers(0, 4)
+some_pairs = st.lists(st.tuples(rows, rows, st.floats(2**-7, 2**20, width=32)), max_size=30)
+
+
+def as_dict(csr, weights=True):
+    of_each = csr.weights if weights else np.ones(len(csr))
+    return dict(zip(zip(csr.users().tolist(), csr.indices.tolist(), strict=True), of_each, strict=True))
+
+
+def made(pairs, weights=True):
+    users, items, of_each = (
+        (np.array(column) for column in zip(*pairs, strict=True)) if pairs else [np.zeros(0)] * 3
+    )
+    return UserItems.from_pairs(users, items, 5, 5, of_each.astype(np.float32) if weights else None)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(some_pairs, some_pairs, st.booleans(), st.booleans(), st.randoms())
+def test_weights_of_a_pair_are_added_and_carried(one, other, first, second, random):
+    csr, more = made(one, first), made(other, second)
+    expected = collections.Counter()
+    for user, item, weight in one:
+        expected[user, item] = expected[user, item] + weight if first else 1.0
+    if first:
+        assert as_dict(csr) == pytest.approx(expected, rel=1e-6)
+        shuffled = random.sample(one, len(one))
+        assert made(shuffled).weights.tobytes() == csr.weights.tobytes()  # whatever the order of a file
+        mask = np.arange(len(csr)) % 3 > 0
+        np.testing.assert_array_equal(csr.select(mask).weights, csr.weights[mask])
+        assert as_dict(csr.resized(7, 6)) == as_dict(csr)
+    else:
+        assert csr.weights is None
+    both = csr.union(more)
+    if not first and not second:
+        assert both.weights is None
+        return
+    for pair, weight in as_dict(more, second).items():
+        expected[pair] += weight
+    assert as_dict(both) == pytest.approx(expected, rel=1e-6)
+
+
+BAD_WEIGHTS = [0, -1.5, np.nan, np.inf, -np.inf, 1e-60, 1e60]
+
+
+@pytest.mark.parametrize("bad", BAD_WEIGHTS)
+def test_what_can_be_no_weight_is_refused_with_its_place(bad):
+    with pytest.raises(
+        InteractionsError, match=r"weights\[1\] is .*: expected a finite number greater than 0"
+    ):
+        Interactions.from_ids([1, 2], [3, 4], [1, bad])
+    with np.errstate(all="ignore"):
+        weights = np.array([1, bad]).astype(np.float32)
+    with pytest.raises(OptionError, match=r"UserItems.weights: expected finite numbers .* interaction 1"):
+        UserItems(np.array([0, 2]), np.array([0, 1], np.int32), 2, weights)
+
+
+def test_weights_of_another_form_are_refused():
+    for weights in ([1.0], [[1.0, 1.0]], ["1", "2"], 1.0):
+        with pytest.raises(InteractionsError, match=r"^weights: got .*, expected numbers of shape \(2,\)"):
+            Interactions.from_ids([1, 2], [3, 4], weights)
+    for weights in (np.ones(1, np.float32), np.ones(2)):
+        with pytest.raises(OptionError, match=r"UserItems.weights: got .*, expected float32 of shape \(2,\)"):
+            UserItems(np.array([0, 2]), np.array([0, 1], np.int32), 2, weights)
+    got = Interactions.from_ids([2, 1, 2], [4, 4, 4], np.array([1, 2, 3], np.uint8))
+    assert got.pairs.weights.tolist() == [2, 4]
+    assert got.repeated == 1
 
 
 def test_hold_out():

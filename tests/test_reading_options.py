@@ -129,6 +129,7 @@ REFUSED = [
     ("adjacency", b"1 2 3\n2 3\n", {"item_column": 1}, "item_column: adjacency lines have none"),
     ("adjacency", b"1 2 3\n2 3\n", {"min_rating": 1}, "min_rating: adjacency lines have none"),
     ("adjacency", b"1 2 3\n2 3\n", {"header": False}, "header: adjacency lines have none"),
+    ("adjacency", b"1 2 3\n2 3\n", {"sample_weights": True}, "sample_weights: adjacency lines have none"),
     ("adjacency", b"1 2 3\n2 3\n", {"separator": " "}, "separator: adjacency lines have none"),
     ("parquet", None, {"separator": ","}, "separator: Parquet has none"),
     ("parquet", None, {"header": False}, "header: Parquet has none"),
@@ -221,6 +222,7 @@ OPTIONS = {
     "header": st.booleans(),
     "min_rating": st.sampled_from([0, 2.5]),
     "rating_column": st.sampled_from([1, 3, "rating"]),
+    "sample_weights": st.booleans(),
 }
 
 

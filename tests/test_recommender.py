@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numba
 import numpy as np
 import pytest
+from interaction_files import weighted
 
 from nb_sparse_adam._src.recommender import batches, sampling
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, generate, hold_out
@@ -15,6 +16,7 @@ from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, Opt
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train
 
 SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
+WEIGHTED = weighted(SMALL)
 
 
 def copies(split, options, epoch=1):
@@ -117,13 +119,14 @@ def test_the_samples_do_not_depend_on_the_batch_size(monkeypatch):
 # --- loss and gradients -----------------------------------------------------------------------------------
 
 
-def loss_of(users, positives, negatives, user_table, item_table, reg):
+def loss_of(batch, user_table, item_table, reg):
     """The loss, written from its formula."""
+    users, positives, negatives, _, weights = batch
     total = 0.0
-    for user, positive, others in zip(users, positives, negatives, strict=True):
+    for user, positive, others, w in zip(users, positives, negatives, weights.astype(float), strict=True):
         for other in others:
             u, i, j = user_table[user], item_table[positive], item_table[other]
-            total += np.logaddexp(0, -(u @ i - u @ j)) + reg / 2 * (u @ u + i @ i + j @ j)
+            total += w * np.logaddexp(0, -(u @ i - u @ j)) + reg / 2 * (u @ u + i @ i + j @ j)
     return total / negatives.size
 
 
@@ -135,14 +138,15 @@ def dense(gradient, shape):
 
 @pytest.mark.parametrize("reg", [0.0, 0.3])
 @pytest.mark.parametrize(("negatives", "batch_size", "dim"), [(1, 500, 3), (3, 40, 9)])
-def test_gradients_are_those_of_the_loss(negatives, batch_size, dim, reg):
+@pytest.mark.parametrize("split", [SMALL, WEIGHTED], ids=["without weights", "with weights"])
+def test_gradients_are_those_of_the_loss(split, negatives, batch_size, dim, reg):
     model = BPRModel(
-        SMALL, BPROptions(dim=dim, negatives=negatives, batch_size=batch_size, reg=reg, init_std=1.0)
+        split, BPROptions(dim=dim, negatives=negatives, batch_size=batch_size, reg=reg, init_std=1.0)
     )
-    batch = copies(SMALL, model.options)[0]
+    batch = copies(split, model.options)[0]
     loss, *gradients = model._loss_and_gradients(batch)
     tables = [model.user_table.astype(np.float64), model.item_table.astype(np.float64)]
-    assert loss == pytest.approx(loss_of(*batch[:3], *tables, reg), rel=1e-5)
+    assert loss == pytest.approx(loss_of(batch, *tables, reg), rel=1e-5)
     rng = np.random.default_rng(0)
     for which, gradient in enumerate(gradients):
         analytic = dense(gradient, tables[which].shape)
@@ -152,7 +156,7 @@ def test_gradients_are_those_of_the_loss(negatives, batch_size, dim, reg):
                 numeric, step = 0.0, 1e-4
                 for sign in (1, -1):
                     tables[which][row, column] += sign * step
-                    numeric += sign * loss_of(*batch[:3], *tables, reg) / (2 * step)
+                    numeric += sign * loss_of(batch, *tables, reg) / (2 * step)
                     tables[which][row, column] -= sign * step
                 assert analytic[row, column] == pytest.approx(numeric, rel=1e-3, abs=2e-7)
 
@@ -175,6 +179,30 @@ def test_a_step_lowers_the_loss_of_its_batch():
     batch = copies(SMALL, model.options)[0]
     losses = [model._train_batch(batch) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_batch_are_its_interactions_by_their_mean(monkeypatch):
+    monkeypatch.setattr(batches, "_CHUNK", 20)
+    train = WEIGHTED.train
+    expected = train.weights.astype(float) / train.weights.astype(float).mean()
+    theirs = dict(zip(zip(train.users(), train.indices, strict=True), expected, strict=True))
+    seen = 0
+    for batch in epoch_batches(WEIGHTED, BPROptions(batch_size=9, negatives=2), 1):
+        keys = zip(batch.users, batch.positives, strict=True)
+        np.testing.assert_allclose(batch.weights, [theirs[key] for key in keys], rtol=1e-6)
+        seen += len(batch.weights)
+    assert seen == len(train)
+    assert all((batch.weights == 1).all() for batch in epoch_batches(SMALL, BPROptions(batch_size=9), 1))
+
+
+def test_the_mean_is_of_what_is_trained_on():
+    interactions = Interactions.from_ids([0, 0, 0, 1, 2], [0, 1, 2, 1, 2], [1e6, 1e6, 1e6, 1, 3])
+    split = Split(interactions.pairs, interactions.pairs, interactions.user_ids, interactions.item_ids, "")
+    (batch,) = copies(split, BPROptions())
+    assert sorted(zip(batch.users, batch.weights, strict=True)) == [(1, 0.5), (2, 1.5)]
 
 
 # --- training ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interaction_files import weighted
 from needs import need
 
 from nb_sparse_adam._src.recommender import sampling, softmax
@@ -17,6 +18,7 @@ from nb_sparse_adam.errors import InteractionsError, NonFiniteGradientError, Opt
 from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, train
 
 SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
+WEIGHTED = weighted(SMALL)
 
 
 def copies(split, options, epoch=1):
@@ -44,12 +46,13 @@ def sampled_loss(batch, user_table, item_table, popularity, options):
         weights = np.ones(len(popularity))
     q = weights / np.nansum(weights)
     total = 0.0
-    for user, own, others in zip(batch.users, batch.positives, batch.negatives, strict=True):
+    of_each = zip(batch.users, batch.positives, batch.negatives, batch.weights.astype(float), strict=True)
+    for user, own, others, w in of_each:
         candidates = np.array([own, *others])
         z = item_table[candidates] @ user_table[user] / options.temperature - np.log(q[candidates])
         norms = user_table[user] @ user_table[user] + item_table[own] @ item_table[own]
         norms += np.mean([item_table[j] @ item_table[j] for j in others])
-        total += -z[0] + np.log(np.exp(z).sum()) + options.reg / 2 * norms
+        total += w * (-z[0] + np.log(np.exp(z).sum())) + options.reg / 2 * norms
     return total / len(batch.users)
 
 
@@ -66,7 +69,8 @@ def in_batch_loss(batch, user_table, item_table, popularity, options):
             z = item_table[candidates] @ user / options.temperature
             z -= np.log(popularity[candidates] / popularity.sum())
             norms = user @ user + item_table[own] @ item_table[own]
-            total += -z[0] + np.log(np.exp(z).sum()) + options.reg / 2 * norms
+            w = float(batch.weights[t])
+            total += w * (-z[0] + np.log(np.exp(z).sum())) + options.reg / 2 * norms
     return total / n
 
 
@@ -82,11 +86,12 @@ def in_batch_loss(batch, user_table, item_table, popularity, options):
         (in_batch_loss, {"negatives": 69, "batch_size": 500, "dim": 16, "in_batch": True}),
     ],
 )
-def test_gradients_are_those_of_the_loss(formula, options, temperature, reg):
+@pytest.mark.parametrize("split", [SMALL, WEIGHTED], ids=["without weights", "with weights"])
+def test_gradients_are_those_of_the_loss(split, formula, options, temperature, reg):
     model = BPRModel(
-        SMALL, BPROptions(loss="softmax", temperature=temperature, reg=reg, init_std=0.7, **options)
+        split, BPROptions(loss="softmax", temperature=temperature, reg=reg, init_std=0.7, **options)
     )
-    batch = copies(SMALL, model.options)[0]
+    batch = copies(split, model.options)[0]
     loss, *gradients = model._loss_and_gradients(batch)
     tables = [model.user_table.astype(np.float64), model.item_table.astype(np.float64)]
     popularity = np.bincount(SMALL.train.indices, minlength=SMALL.train.n_items)
@@ -111,9 +116,12 @@ def test_gradients_are_those_of_the_loss(formula, options, temperature, reg):
 
 @pytest.mark.jit
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_gradients_are_torchs(in_batch):
+@pytest.mark.parametrize(
+    "weighting", [lambda split: split, weighted], ids=["without weights", "with weights"]
+)
+def test_gradients_are_torchs(in_batch, weighting):
     torch = need("torch")
-    split = hold_out(generate(300, 200, 15.0))
+    split = weighting(hold_out(generate(300, 200, 15.0)))
     options = BPROptions(
         dim=20, batch_size=200, negatives=199, loss="softmax", in_batch=in_batch, temperature=0.5, reg=0.0
     )
@@ -134,7 +142,8 @@ def test_gradients_are_torchs(in_batch):
         candidates = torch.cat([positives[:, None], torch.tensor(batch.negatives).long()], 1)
         scores = (user[users][:, None] * item[candidates]).sum(2) / options.temperature
         wanted = torch.zeros(len(users), dtype=torch.int64)
-    theirs = torch.nn.functional.cross_entropy(scores, wanted)
+    of_each = torch.nn.functional.cross_entropy(scores, wanted, reduction="none")
+    theirs = (of_each * torch.tensor(batch.weights)).mean()
     theirs.backward()
     assert loss == pytest.approx(theirs.item(), rel=1e-6)
     for table, gradient in zip((user, item), gradients, strict=True):
@@ -172,8 +181,11 @@ LOSSES = [
 
 @pytest.mark.jit
 @pytest.mark.parametrize("options", LOSSES)
-def test_same_seed_same_bits_on_any_number_of_threads(options):
-    split = hold_out(generate(400, 150, 12.0))
+@pytest.mark.parametrize(
+    "weighting", [lambda split: split, weighted], ids=["without weights", "with weights"]
+)
+def test_same_seed_same_bits_on_any_number_of_threads(options, weighting):
+    split = weighting(hold_out(generate(400, 150, 12.0)))
     options = {"dim": 16, "epochs": 2, "batch_size": 512, "seed": 4, **options}
 
     def trained(threads):
@@ -186,6 +198,40 @@ def test_same_seed_same_bits_on_any_number_of_threads(options):
         assert one.user_table.tobytes() == other.user_table.tobytes()
         assert one.item_table.tobytes() == other.item_table.tobytes()
         assert [record.loss for record in one.history] == [record.loss for record in other.history]
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("options", [{}, *LOSSES])
+@pytest.mark.parametrize("weight", [1.0, 0.1, 3.0, 1e-30])
+def test_weights_that_are_all_the_same_are_no_difference(options, weight):
+    """To a bit: they are divided by their mean."""
+    options = BPROptions(dim=8, epochs=2, batch_size=50, **options)
+    one, other = train(SMALL, options), train(weighted(SMALL, weight), options)
+    assert one.user_table.tobytes() == other.user_table.tobytes()
+    assert one.item_table.tobytes() == other.item_table.tobytes()
+    assert one.history[-1].loss == other.history[-1].loss
+    assert one.user_table.tobytes() != train(WEIGHTED, options).user_table.tobytes()
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("options", [{}, *LOSSES])
+def test_what_weighs_more_is_learned_first(options):
+    rng = np.random.default_rng(0)
+    heavy = rng.random(len(SMALL.train)) < 0.3
+    options = BPROptions(dim=4, epochs=8, batch_size=50, lr=0.02, reg=0.0, **options)
+    scores = []
+    for split in (SMALL, weighted(SMALL, np.where(heavy, 30, 1))):
+        model = train(split, options)
+        users, items = split.train.users(), split.train.indices
+        score = (model.user_table[users] * model.item_table[items]).sum(1)
+        scores.append(score[heavy].mean() - score[~heavy].mean())
+    assert scores[1] > scores[0] + 0.1
+
+
+def test_negatives_are_sampled_by_the_number_of_interactions_whatever_they_weigh():
+    options = BPROptions(popularity=1.0, negatives=5)
+    for one, other in zip(copies(SMALL, options), copies(WEIGHTED, options), strict=True):
+        np.testing.assert_array_equal(one.items, other.items)
 
 
 @pytest.mark.jit

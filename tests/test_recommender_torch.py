@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from interaction_files import weighted
 from needs import need
 
 from nb_sparse_adam._src.recommender.interactions import generate, hold_out
@@ -29,7 +30,8 @@ def torch_losses(split, options, user_table, item_table):
             negatives = torch.tensor(batch.negatives.ravel(), dtype=torch.int64)
             u, i, j = user(users), item(positives), item(negatives)
             scores = (u * i).sum(1) - (u * j).sum(1)
-            loss = torch.nn.functional.softplus(-scores).mean()
+            weights = torch.tensor(np.repeat(batch.weights, options.negatives))
+            loss = (weights * torch.nn.functional.softplus(-scores)).mean()
             loss = loss + options.reg / 2 * (u**2 + i**2 + j**2).sum() / len(users)
             optimizer.zero_grad()
             loss.backward()
@@ -42,8 +44,11 @@ def torch_losses(split, options, user_table, item_table):
 
 @pytest.mark.jit
 @pytest.mark.parametrize("negatives", [1, 3])
-def test_the_loss_curve_is_torchs(negatives):
-    split = hold_out(generate(400, 200, 15.0))
+@pytest.mark.parametrize(
+    "weighting", [lambda split: split, weighted], ids=["without weights", "with weights"]
+)
+def test_the_loss_curve_is_torchs(negatives, weighting):
+    split = weighting(hold_out(generate(400, 200, 15.0)))
     options = BPROptions(
         dim=16, epochs=EPOCHS, batch_size=256, lr=0.05, reg=0.02, negatives=negatives,
         step_counts="global", eps_hat=True, eval_every=0,

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from nb_sparse_adam._src.options import STEP_COUNTS
+from nb_sparse_adam._src.recommender.columns import ReadOptions
 from nb_sparse_adam._src.recommender.options import DOMAINS, LOSS_NAMES, BPROptions
 
 _HELP = {
@@ -46,7 +47,7 @@ def add_reading(data: argparse._ArgumentGroup) -> None:
     for what, text in (
         ("user", "(default: by its name in the header, else the first)"),
         ("item", "(default: by its name in the header, else the second)"),
-        ("rating", "for --min-rating (default: by its name in the header)"),
+        ("rating", "for what needs ratings (default: by its name in the header)"),
     ):
         data.add_argument(
             f"--{what}-column",
@@ -72,10 +73,17 @@ def add_reading(data: argparse._ArgumentGroup) -> None:
     )
 
 
+def read_options(arguments: argparse.Namespace) -> ReadOptions:
+    """Return what the arguments of `train` say about its files."""
+    reading = {name: getattr(arguments, name) for name in READING}
+    return ReadOptions(arguments.format, **reading, sample_weights=arguments.sample_weights)
+
+
 def refuse_what_needs_files(arguments: argparse.Namespace) -> None:
     """Exit if there is an argument that says something about files, where there are none."""
     given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
     given |= {name: getattr(arguments, name) for name in READING}
+    given["sample_weights"] = arguments.sample_weights or None
     for name, value in given.items():
         if value is not None:
             arguments.parser.error(

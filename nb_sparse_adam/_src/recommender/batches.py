@@ -31,12 +31,16 @@ class Batch(NamedTuple):
         Rows of the items sampled for it; (n, 0) if none are, with ``in_batch``.
     items : int32 array, shape (n + n * negatives,)
         `positives` and `negatives` in one: the same memory.
+    weights : float32 array, shape (n,)
+        What multiplies the loss of each interaction: its weight by the mean of all that are trained on. 1, if
+        the interactions have no weights.
     """
 
     users: npt.NDArray[np.int32]
     positives: npt.NDArray[np.int32]
     negatives: npt.NDArray[np.int32]
     items: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
 
 
 class Batches:
@@ -74,6 +78,11 @@ class Batches:
             self.interactions = np.flatnonzero(train.counts()[self.source.users] < others)
         else:
             self.interactions = np.arange(len(train))
+        self._ones = np.ones(min(options.batch_size, len(train)), dtype=np.float32)
+        self._weights: npt.NDArray[np.float32] | None = None
+        if train.weights is not None and len(self.interactions):
+            mean = train.weights[self.interactions].mean(dtype=np.float64)
+            self._weights = (train.weights / mean).astype(np.float32)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, counted from 1, in arrays that the next batch overwrites."""
@@ -94,11 +103,14 @@ class Batches:
                     key, first, order[first : first + n], *self.source, *self._masses, size, users[:n],
                     items[: n * width],
                 )  # fmt: skip
+            weights = None if self._weights is None else self._weights[order[first : first + n]]
             for start in range(0, n, size):
                 stop = min(start + size, n)
                 of_batch = items[start * width : stop * width]
                 positives, others = of_batch[: stop - start], of_batch[stop - start :]
-                yield Batch(users[start:stop], positives, others.reshape(stop - start, negatives), of_batch)
+                of_each = self._ones[: stop - start] if weights is None else weights[start:stop]
+                others = others.reshape(stop - start, negatives)
+                yield Batch(users[start:stop], positives, others, of_batch, of_each)
 
 
 @public("nb_sparse_adam.recommender")

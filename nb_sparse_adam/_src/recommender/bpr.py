@@ -45,7 +45,7 @@ def dot(a: Any, i: Any, b: Any, j: Any) -> Any:
 
 @jit
 def gradients_worker(
-    begin: Any, end: Any, tables: Any, users: Any, items: Any, reg: Any, gradients: Any
+    begin: Any, end: Any, tables: Any, users: Any, items: Any, weights: Any, reg: Any, gradients: Any
 ) -> float:
     """Do what `gradients` does, for the interactions begin:end; return the sum of their losses."""
     user_table, item_table = tables.user, tables.item
@@ -66,6 +66,7 @@ def gradients_worker(
                 prefetch(item_table, np.int64(items[k]) * dim, dim)
         u, i = users[t], items[t]
         u_at, i_at, t_at = np.int64(u) * dim, np.int64(i) * dim, t * dim
+        weight = np.float64(weights[t])
         positive = dot(user_table, u, item_table, i)
         norm = 0.0
         if reg > 0:
@@ -77,11 +78,11 @@ def gradients_worker(
             difference = np.float64(positive - dot(user_table, u, item_table, j))
             # softplus(−d) and its derivative −1 / (1 + exp(d)), with exp() of what is not positive only.
             small = math.exp(-abs(difference))
-            loss += math.log1p(small) + max(-difference, 0.0)
+            loss += weight * (math.log1p(small) + max(-difference, 0.0))
             slope = -(small if difference > 0 else 1.0) / (1.0 + small)
             if reg > 0:
                 loss += 0.5 * reg * (norm + dot(item_table, j, item_table, j))
-            g = dtype(slope * share)
+            g = dtype(slope * (weight * share))
             if k == first:
                 for c in range(dim):
                     of_user, of_item = load_value(user_table, u_at + c), load_value(item_table, i_at + c)
@@ -108,15 +109,16 @@ def _gradients_begin(phase: Any, job: Any) -> Any:
 @jit(entry=True)
 def _gradients_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
     """Compute the gradients of one block of interactions."""
-    user, item, users, items, reg, user_grad, item_grad, losses = job
+    user, item, users, items, weights, reg, user_grad, item_grad, losses = job
     tables, gradients = Pair(user, item), Pair(user_grad, item_grad)
     begin = block * BLOCK
     end = min(begin + BLOCK, len(users))
-    losses[block] = gradients_worker(begin, end, tables, users, items, reg, gradients)
+    losses[block] = gradients_worker(begin, end, tables, users, items, weights, reg, gradients)
 
 
 # The gradients of the mean loss of a batch with respect to every row that it looks up: job (*tables, users,
-# items, reg, *gradients, losses), where tables and gradients are each a `Pair`. ``users`` and ``items`` are
-# as `sample` writes them, and row t of the gradients belongs to their id t. ``losses``, (blocks,), gets the
-# sum of the losses of the triples of each block.
+# items, weights, reg, *gradients, losses), where tables and gradients are each a `Pair`. ``users`` and
+# ``items`` are as `sample` writes them, and row t of the gradients belongs to their id t. ``weights``,
+# float32 (n,), multiply the losses of the interactions. ``losses``, (blocks,), gets the sum of the losses of
+# the triples of each block.
 gradients = Drivers(_gradients_begin, _gradients_work, kind_of)

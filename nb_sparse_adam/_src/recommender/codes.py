@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nb_sparse_adam._src.recommender.interactions import sorted_distinct
+from nb_sparse_adam._src.recommender.interactions import grouped, sorted_distinct
 
 Codes = npt.NDArray[np.int64]
 
@@ -19,12 +19,20 @@ _FRESH = 1 << 20  # pairs that may wait before those that came twice are dropped
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The distinct pairs of a file in codes of `Ids`, parallel, and how many pairs there were."""
+class Found(NamedTuple):
+    """Interactions: users and items in codes of `Ids`, and what else is wanted of them; all parallel."""
 
     users: Codes
     items: Codes
+    weights: npt.NDArray[np.float64] | None = None
+    times: npt.NDArray[Any] | None = None  # int64, float64 or datetime64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The distinct pairs of a file, and how many pairs there were."""
+
+    found: Found
     read: int
     description: str
 
@@ -58,14 +66,51 @@ def _is_integer(name: str) -> bool:
     return _INTEGER.fullmatch(name) is not None and -(2**63) <= int(name) < 2**63
 
 
-def distinct_pairs(batches: Iterable[tuple[Codes, Codes]]) -> tuple[Codes, Codes, int]:
-    """Return the distinct ones of all pairs, and the number of all; repetitions never add up in memory."""
-    kept, fresh, waiting, read = np.empty(0, dtype=np.int64), [], 0, 0
-    for users, items in batches:
-        fresh.append(users << 32 | items)
+def distinct_pairs(batches: Iterable[Found]) -> tuple[Found, int]:
+    """Return the distinct ones of all pairs, and the number of all; repetitions never add up in memory.
+
+    The weights of a pair are added, and of its times the latest is taken.
+    """
+    parts, merged, waiting, read = list[_Keyed](), 0, 0, 0
+    for users, items, weights, times in batches:
+        if not len(users):
+            continue
+        parts.append(_Keyed(users << 32 | items, weights, times))
         waiting += len(users)
         read += len(users)
-        if waiting > max(len(kept), _FRESH):
-            kept, fresh, waiting = sorted_distinct(np.concatenate([kept, *fresh])), [], 0
-    kept = sorted_distinct(np.concatenate([kept, *fresh]))
-    return kept >> 32, kept & 0xFFFFFFFF, read
+        if waiting > max(merged, _FRESH):
+            parts, waiting = [_merged(parts)], 0
+            merged = len(parts[0].keys)
+    if not parts:
+        return Found(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)), 0
+    keys, weights, times = _merged(parts)
+    return Found(keys >> 32, keys & 0xFFFFFFFF, weights, times), read
+
+
+class _Keyed(NamedTuple):
+    """The same as `Found`, with a pair in one number."""
+
+    keys: Codes
+    weights: npt.NDArray[np.float64] | None
+    times: npt.NDArray[Any] | None
+
+
+def _merged(parts: list[_Keyed]) -> _Keyed:
+    """Put parts together, each pair once, sorted."""
+    keys = np.concatenate([part.keys for part in parts])
+    weights = _concatenated([part.weights for part in parts])
+    times = _concatenated([part.times for part in parts])
+    if weights is None and times is None:
+        return _Keyed(sorted_distinct(keys), None, None)
+    keys, order, begins = grouped(keys)
+    return _Keyed(
+        keys,
+        None if weights is None else np.add.reduceat(weights[order], begins),
+        None if times is None else np.maximum.reduceat(times[order], begins),
+    )
+
+
+def _concatenated(parts: list[npt.NDArray[Any] | None]) -> npt.NDArray[Any] | None:
+    """Concatenate arrays, if there are any: all parts have one, or none."""
+    arrays = [part for part in parts if part is not None]
+    return np.concatenate(arrays) if arrays else None

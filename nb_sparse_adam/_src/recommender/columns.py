@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns of a file have the users, the items and the ratings: as told, or as their names say."""
+"""Which columns of a file have the users, the items, the ratings and the times: as told, or as named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nb_sparse_adam.errors import InteractionsError, OptionError, OptionTypeError
 
@@ -37,11 +37,14 @@ _ITEM_WORDS = """
 _RATING_WORDS = """
     rating score star weight value note bewertung puntuacion valoracion ocena оценка 评分 評価 평점
 """
+_TIME_WORDS = """
+    timestamp time date datetime unixtime unixreviewtime ts createdat eventtime zeitstempel zeit datum
+"""
 _OTHER_WORDS = """
-    timestamp time date datetime ts day year month unixreviewtime reviewtime event eventtype eventtime action
+    day year month reviewtime event eventtype action
     behavior behaviour count plays playcount clicks views price quantity qty amount category genre brand
     review text comment summary tag tags session sessionid order orderid transaction transactionid index row
-    unnamed zeit datum preis menge kategorie
+    unnamed preis menge kategorie
 """
 _BEFORE = r"(?:parent|anon(?:ymous|ymized)?|hashed|encoded|original|raw|id|the|my)"
 _ENDING = r"(?:id|nr|no|num|nummer|number|code|key|idx|index|hash|uuid|guid|编号|番号)"
@@ -66,14 +69,20 @@ _USERS, _ITEMS = (
     for words in (_USER_WORDS, _ITEM_WORDS)
 )
 _RATINGS = _pattern(_RATING_WORDS, "")
-_OTHERS = frozenset(map(_plain, _OTHER_WORDS.split()))
+_TIMES = frozenset(map(_plain, _TIME_WORDS.split()))
+_OTHERS = frozenset(map(_plain, _OTHER_WORDS.split())) | _TIMES
 
 Given = str | int | None
+
+_COLUMNS = ("user_column", "item_column", "rating_column", "time_column")
+_UNSET = {"sample_weights": False, "times": False}  # of the others it is None
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How files are to be read, as `read_interactions` describes it; None: to be found out.
+
+    And, which only `train` wants: the times of interactions, in `time_column`.
 
     Raises
     ------
@@ -90,11 +99,14 @@ class ReadOptions:
     separator: str | None = None
     header: bool | None = None
     min_rating: float | None = None
+    sample_weights: bool = False
+    times: bool = False
+    time_column: Given = None
 
     def __post_init__(self) -> None:
         if self.file_format not in FORMATS:
             raise OptionError(f"file_format: expected one of {', '.join(FORMATS)}, got {self.file_format!r}")
-        for name in ("user_column", "item_column", "rating_column"):
+        for name in _COLUMNS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, str | int | None):
                 raise OptionTypeError(f"{name}: expected a name or a number from 1, got {value!r}")
@@ -110,9 +122,12 @@ class ReadOptions:
                 raise OptionTypeError(f"min_rating: expected a number, got {self.min_rating!r}") from error
             if not finite:
                 raise OptionError(f"min_rating: expected a finite number, got {self.min_rating}")
-        elif self.rating_column is not None:
+        if not isinstance(self.sample_weights, bool):
+            raise OptionTypeError(f"sample_weights: expected True or False, got {self.sample_weights!r}")
+        if self.rating_column is not None and not self.ratings:
             raise OptionError(
-                "rating_column: ratings are read to leave interactions out only; give min_rating, too"
+                "rating_column: ratings are read to leave interactions out or to weigh them; give min_rating "
+                "or sample_weights, too"
             )
         if self.file_format in ("adjacency", "json", "parquet"):
             self.refuse_what_has_no_meaning(self.file_format)
@@ -120,23 +135,27 @@ class ReadOptions:
     def refuse_what_has_no_meaning(self, file_format: str, file: str = "") -> None:
         """Refuse the options that mean nothing for a format: nothing that was asked for is ignored."""
         meaningless = {
-            "adjacency": [
-                "user_column", "item_column", "rating_column", "separator", "header", "min_rating"
-            ],
+            "adjacency": [*_COLUMNS, "separator", "header", "min_rating", "sample_weights", "times"],
             "json": ["separator", "header"],
             "parquet": ["separator", "header"],
         }.get(file_format, [])  # fmt: skip
         kind = {"adjacency": "adjacency lines have", "json": "JSON lines have", "parquet": "Parquet has"}
         for name in meaningless:
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not _UNSET.get(name):
                 where = f" ({file})" if file else ""
-                raise OptionError(f"{name}: {kind[file_format]} none{where}; leave it out")
+                remedy = "choose --validation X instead of latest" if name == "times" else "leave it out"
+                raise OptionError(f"{name}: {kind[file_format]} none{where}; {remedy}")
 
     @property
     def of_columns(self) -> bool:
-        """Whether an option was given that means something only where there are columns."""
-        given = (self.user_column, self.item_column, self.rating_column, self.separator, self.header)
-        return any(one is not None for one in given) or self.min_rating is not None
+        """Whether an option was given that says something about columns."""
+        given = [getattr(self, name) for name in (*_COLUMNS, "separator", "header", "min_rating")]
+        return any(one is not None for one in given)
+
+    @property
+    def ratings(self) -> bool:
+        """Whether ratings are needed."""
+        return self.min_rating is not None or self.sample_weights
 
 
 def _separator(given: str | None) -> str | None:
@@ -156,15 +175,15 @@ def _separator(given: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the users, the items and, if they are needed, the ratings are: numbers from 0."""
+    """Where the users, the items and what else is needed are: numbers from 0."""
 
     user: int
     item: int
-    rating: int | None = None
+    further: dict[str, int] = field(default_factory=dict)  # of "rating" and "time"
 
     def all(self) -> list[int]:
-        """Return those that there are."""
-        return [self.user, self.item] + ([] if self.rating is None else [self.rating])
+        """Return those that there are: users, items, and the further ones in their order."""
+        return [self.user, self.item, *self.further.values()]
 
 
 def role(name: str) -> str | None:
@@ -194,6 +213,11 @@ def named_columns(names: Sequence[str]) -> tuple[int, int] | None:
     return None if user is None or item is None else (user, item)
 
 
+def named_times(names: Sequence[str]) -> list[int]:
+    """Return the columns that have times, as their names say."""
+    return [column for column, name in enumerate(names) if _plain(name) in _TIMES]
+
+
 def find_columns(
     file: str, options: ReadOptions, names: Sequence[str] | None, width: int, ordered: bool = True
 ) -> Columns:
@@ -212,9 +236,8 @@ def find_columns(
     ordered : bool
         Whether columns have places, so that the first two are users and items where nothing says otherwise.
     """
-    user, item, rating = (
-        resolve(file, option, getattr(options, option), names, width, ordered)
-        for option in ("user_column", "item_column", "rating_column")
+    user, item, rating, time = (
+        resolve(file, option, getattr(options, option), names, width, ordered) for option in _COLUMNS
     )
     if names is not None:
         if user is None:
@@ -225,17 +248,30 @@ def find_columns(
         user, item = _by_place(file, names, width, ordered, user, item)
     if user == item:
         raise OptionError(f"{file}: user_column and item_column are the same column; expected two")
-    if options.min_rating is not None and rating is None:
-        found = [at for at, name in enumerate(names or ()) if role(name) == "rating"]
-        if len(found) != 1:
+    further: dict[str, int] = {}
+    if options.ratings:
+        rated = [at for at, name in enumerate(names or ()) if role(name) == "rating"]
+        if rating is None and len(rated) != 1:
+            option = "sample_weights" if options.min_rating is None else "min_rating"
             raise OptionError(
-                f"min_rating: {file} has {_listed(names, width)}, {'several' if found else 'none'} of them "
+                f"{option}: {file} has {_listed(names, width)}, {'several' if rated else 'none'} of them "
                 f"named as ratings are; name one with --rating-column"
             )
-        rating = found[0]
-    if rating in (user, item):
-        raise OptionError(f"{file}: the rating_column has users or items; expected another one")
-    return Columns(user, item, rating)
+        further["rating"] = rated[0] if rating is None else rating
+    if options.times:
+        timed = named_times(names or ())
+        if time is None and not timed:
+            raise OptionError(
+                f"times: {file} has {_listed(names, width)}, none of them named as times are; name one with "
+                f"--time-column"
+            )
+        further["time"] = timed[0] if time is None else time
+    for kind, column in further.items():
+        if column in (user, item):
+            raise OptionError(f"{file}: the {kind}_column has users or items; expected another one")
+    if len(set(further.values())) < len(further):
+        raise OptionError(f"{file}: rating_column and time_column are the same column; expected two")
+    return Columns(user, item, further)
 
 
 def _by_place(
@@ -300,5 +336,5 @@ def what_was_taken(columns: Columns, names: Sequence[str] | None) -> str:
         unique = name.strip() and list(names or ()).count(name) == 1
         return shown(name) if unique else f"column {column + 1}"
 
-    text = f"users in {one(columns.user)}, items in {one(columns.item)}"
-    return text if columns.rating is None else f"{text}, ratings in {one(columns.rating)}"
+    every = {"user": columns.user, "item": columns.item, **columns.further}
+    return ", ".join(f"{kind}s in {one(column)}" for kind, column in every.items())

@@ -163,16 +163,18 @@ class MatrixFactorization(Serving):
         user_column: str | None = None,
         item_column: str | None = None,
         time_column: str | None = None,
+        weight_column: str | None = None,
+        sample_weight: Any = None,
     ) -> MatrixFactorization:
         """Train from the beginning.
 
         Parameters
         ----------
         interactions : sparse matrix, frame, tuple of arrays, or Interactions
-            Who had what. A SciPy matrix of shape (users, items) that holds ones: ids are row and column
-            numbers. A frame of polars, pandas, pyarrow or any other with ``__arrow_c_stream__``. ``(users,
-            items)`` or ``(users, items, times)``, (n,) each. Ids are integers or strings. Weights
-            are refused.
+            Who had what. A SciPy matrix of shape (users, items): ids are row and column numbers, and what it
+            holds are weights, where 0 is no interaction and 1 everywhere is none. A frame of polars, pandas,
+            pyarrow or any other with ``__arrow_c_stream__``. ``(users, items)`` or ``(users, items, times)``,
+            (n,) each. Ids are integers or strings.
         validation : float or "latest", optional
             Part of every user's items to hold out, at random, or the latest tenth by the times. After each
             epoch recall@k of it is measured.
@@ -185,6 +187,12 @@ class MatrixFactorization(Serving):
             Whether to show a bar.
         user_column, item_column, time_column : str, optional
             Names of a frame's columns, if they are not to be found by usual names.
+        weight_column : str, optional
+            Name of a frame's column with weights: finite numbers greater than 0 that multiply what an
+            interaction adds to the loss, divided by their mean over all that are trained on. Those of a pair
+            that comes several times are added. None: all count the same, however often they come.
+        sample_weight : array_like, shape (n,), optional
+            The same of ``(users, items)``.
 
         Returns
         -------
@@ -203,7 +211,8 @@ class MatrixFactorization(Serving):
         options = self._options(self.epochs)
         _check_patience(patience, validation)
         check_k(k)
-        data = given(interactions, Columns(user_column, item_column, time_column), validation == "latest")
+        columns = Columns(user_column, item_column, time_column, weight_column)
+        data = given(interactions, columns, validation == "latest", sample_weight)
         pairs = data.interactions.pairs
         if validation is None:
             none = pairs.select(np.zeros(len(pairs), dtype=np.bool_))
@@ -227,6 +236,8 @@ class MatrixFactorization(Serving):
         progress: bool = False,
         user_column: str | None = None,
         item_column: str | None = None,
+        weight_column: str | None = None,
+        sample_weight: Any = None,
     ) -> MatrixFactorization:
         """Go on training with more interactions, together with those that there were.
 
@@ -242,8 +253,11 @@ class MatrixFactorization(Serving):
             Passes over all interactions, new and old.
         progress : bool, default False
             Whether to show a bar.
-        user_column, item_column : str, optional
+        user_column, item_column, weight_column : str, optional
             As for `fit`.
+        sample_weight : array_like, shape (n,), optional
+            As for `fit`. Weights are added to those that a pair has; in training with weights, a pair that
+            comes without one counts 1.
 
         Returns
         -------
@@ -258,14 +272,17 @@ class MatrixFactorization(Serving):
         options = self._options(epochs)
         if not hasattr(self, "optimizer_"):
             return self.set_params(epochs=epochs).fit(
-                interactions, progress=progress, user_column=user_column, item_column=item_column
-            )
+                interactions, progress=progress, user_column=user_column, item_column=item_column,
+                weight_column=weight_column, sample_weight=sample_weight,
+            )  # fmt: skip
         if self.dim != self.user_factors_.shape[1]:
             raise OptionError(
                 f"dim: got {self.dim}, but the vectors have {self.user_factors_.shape[1]}: "
                 f"fit again for another"
             )
-        new = given(interactions, Columns(user_column, item_column))
+        new = given(
+            interactions, Columns(user_column, item_column, None, weight_column), False, sample_weight
+        )
         users = self._users.with_new(new.interactions.user_ids)
         items = self._items.with_new(new.interactions.item_ids)
         rows = users.find(new.interactions.user_ids, "users")[new.interactions.pairs.users()]
@@ -276,7 +293,8 @@ class MatrixFactorization(Serving):
         size = len(users), len(items)
         held = held.resized(*size)
         test = None if self._test is None else self._test.resized(*size)
-        every = old.resized(*size).union(UserItems.from_pairs(rows, columns, *size))
+        more = UserItems.from_pairs(rows, columns, *size, new.interactions.pairs.weights)
+        every = old.resized(*size).union(more)
         train = every.select(~held.contains(every))
         random = random_stream(options.seed, "init", self.n_epochs_)
         grown = {

@@ -9,11 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from nb_sparse_adam._src.extras import require
-from nb_sparse_adam._src.recommender.columns import named_columns
-from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems, hold_out
+from nb_sparse_adam._src.recommender.columns import named_columns, named_times
+from nb_sparse_adam._src.recommender.interactions import (
+    Interactions,
+    Split,
+    UserItems,
+    checked_weights,
+    hold_out,
+    is_weight,
+)
 from nb_sparse_adam.errors import InteractionsError, OptionError
-
-_TIME_NAMES = ("timestamp", "time", "date", "datetime", "unixtime", "ts", "createdat", "eventtime")
 
 
 class Given(NamedTuple):
@@ -29,21 +34,29 @@ class Columns(NamedTuple):
     user: str | None = None
     item: str | None = None
     time: str | None = None
+    weight: str | None = None
 
 
-def given(data: Any, columns: Columns = Columns(), needs_times: bool = False) -> Given:  # noqa: B008
+def given(
+    data: Any,
+    columns: Columns = Columns(),  # noqa: B008
+    needs_times: bool = False,
+    sample_weight: Any = None,
+) -> Given:
     """Take interactions as they come.
 
     Parameters
     ----------
     data : Interactions, sparse matrix, frame, or tuple of arrays
         A SciPy matrix or array of shape (users, items), by its attributes: ids are then its row and column
-        numbers, and what is stored must be 1 (or 0: no interaction). A frame of polars, pandas, pyarrow, or
+        numbers, and what is stored is a weight (or 0: no interaction). A frame of polars, pandas, pyarrow, or
         anything with ``__arrow_c_stream__``. ``(users, items)`` or ``(users, items, times)``, (n,) each.
     columns : Columns
-        Of a frame; refused with anything else.
+        Of a frame; refused with anything else. Without a weight's, interactions have no weights.
     needs_times : bool
         Whether times are wanted: it is an error if there are none.
+    sample_weight : array_like, shape (n,), optional
+        Weights of interactions given as arrays; refused with anything else.
 
     Raises
     ------
@@ -54,9 +67,16 @@ def given(data: Any, columns: Columns = Columns(), needs_times: bool = False) ->
     """
     frame = _is_frame(data)
     if not frame and any(columns):
+        named = [name for name in columns if name]
         raise OptionError(
-            f"user_column, item_column, time_column: got {[name for name in columns if name]}, but the "
-            f"interactions are {type(data).__name__}, which has no columns with names; leave them out"
+            f"user_column, item_column, time_column, weight_column: got {named}, but the interactions are "
+            f"{type(data).__name__}, which has no columns with names; leave them out"
+        )
+    arrays = isinstance(data, tuple | list) and len(data) in (2, 3)
+    if sample_weight is not None and not arrays:
+        raise OptionError(
+            f"sample_weight: is for (users, items), but the interactions are {type(data).__name__}; "
+            f"{_instead(data, frame)}"
         )
     if isinstance(data, Split):
         raise InteractionsError("interactions: got a Split; pass its interactions, with validation=...")
@@ -64,10 +84,11 @@ def given(data: Any, columns: Columns = Columns(), needs_times: bool = False) ->
         made = Given(data, None)
     elif frame:
         made = _of_frame(data, columns, needs_times)
-    elif hasattr(data, "tocsr") and hasattr(data, "shape"):
+    elif _is_matrix(data):
         made = Given(_of_matrix(data), None)
-    elif isinstance(data, tuple | list) and len(data) in (2, 3):
-        made = _of_arrays(*data)
+    elif arrays:
+        users, items, times = (*data, None)[:3]
+        made = _of_arrays(users, items, times, sample_weight, "sample_weight")
     else:
         raise InteractionsError(
             f"interactions: got {type(data).__name__}, expected a SciPy matrix of users x items, a frame, "
@@ -85,26 +106,58 @@ def _is_frame(data: Any) -> bool:
     return hasattr(data, "__arrow_c_stream__") or (hasattr(data, "columns") and hasattr(data, "__getitem__"))
 
 
+def _is_matrix(data: Any) -> bool:
+    return hasattr(data, "tocsr") and hasattr(data, "shape")
+
+
+def _instead(data: Any, frame: bool) -> str:
+    """Say where weights stand in interactions of other kinds."""
+    if frame:
+        return "name the column that has them with weight_column="
+    if _is_matrix(data):
+        return "what a matrix holds are the weights"
+    if isinstance(data, Interactions):
+        return "give them to Interactions.from_ids"
+    return "leave it out"
+
+
 def _of_matrix(matrix: Any) -> Interactions:
     csr = matrix.tocsr()
     if len(csr.shape) != 2:
         raise InteractionsError(f"interactions: got a matrix of shape {csr.shape}, expected (users, items)")
     values = np.asarray(csr.data)
-    odd = np.flatnonzero((values != 0) & (values != 1))
-    if len(odd):
-        raise InteractionsError(
-            f"interactions: the matrix holds {values[odd[0]]!s}; weights are not used by any loss: give 1 "
-            f"for an interaction, for example by (matrix > 0).astype('float32')"
-        )
     users = np.repeat(np.arange(csr.shape[0], dtype=np.int64), np.diff(csr.indptr))
     stored = values != 0
-    pairs = UserItems.from_pairs(users[stored], np.asarray(csr.indices)[stored], *csr.shape)
+    users, items, values = users[stored], np.asarray(csr.indices)[stored], values[stored]
+    n_users, n_items = csr.shape
+    pairs = UserItems.from_pairs(users, items, n_users, n_items)
     if not len(pairs):
         raise InteractionsError(f"interactions: the matrix of shape {csr.shape} holds none")
-    n_users, n_items = csr.shape
+    repeated = len(users) - len(pairs)
+    if values.dtype != np.bool_ and (repeated or (values != 1).any()):
+        weights = _of_stored(values, users, items)
+        pairs = UserItems.from_pairs(users, items, n_users, n_items, weights)
     users_, items_ = np.arange(n_users, dtype=np.int64), np.arange(n_items, dtype=np.int64)
-    repeated = int(stored.sum()) - len(pairs)
-    return Interactions(pairs, users_, items_, repeated, f"matrix of {n_users:,} users x {n_items:,} items")
+    weighted = "" if pairs.weights is None else ", weighted by what it holds"
+    described = f"matrix of {n_users:,} users x {n_items:,} items{weighted}"
+    return Interactions(pairs, users_, items_, repeated, described)
+
+
+def _of_stored(
+    values: npt.NDArray[Any], users: npt.NDArray[Any], items: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """Return what a matrix holds as weights."""
+    with np.errstate(over="ignore", under="ignore"):
+        weights = values.astype(np.float32) if values.dtype.kind in "iuf" else np.full(len(values), np.nan)
+    bad = np.flatnonzero(~is_weight(weights))
+    if len(bad):
+        at = bad[0]
+        raise InteractionsError(
+            f"interactions: the matrix holds {values[at]!s} for user {users[at]} and item {items[at]}; what "
+            f"it holds are weights, expected finite numbers greater than 0 (0: no interaction); give "
+            f"(matrix > 0) to leave others out and count the rest the same"
+        )
+    return weights.astype(np.float32)
 
 
 def _of_frame(frame: Any, columns: Columns, needs_times: bool) -> Given:
@@ -124,24 +177,26 @@ def _of_frame(frame: Any, columns: Columns, needs_times: bool) -> Given:
         user, item = user or names[found[0]], item or names[found[1]]
     time = columns.time
     if time is None and needs_times:
-        time = next((name for name in names if _plain(name) in _TIME_NAMES), None)
-    wanted = [name for name in (user, item, time) if name is not None]
-    for name in wanted:
-        if name not in names:
+        time = next((names[column] for column in named_times(names)), None)
+    for name in (user, item, time, columns.weight):
+        if name is not None and name not in names:
             raise InteractionsError(f"interactions: there is no column {name!r}; the frame has {names}")
-    arrays = [frame[name].to_numpy() for name in wanted]
-    made = _of_arrays(*arrays)
-    described = f"frame (users in {user!r}, items in {item!r})"
+
+    def column(name: str | None) -> Any:
+        return None if name is None else frame[name].to_numpy()
+
+    weight = columns.weight
+    made = _of_arrays(column(user), column(item), column(time), column(weight), f"weight_column={weight!r}")
+    weighted = "" if weight is None else f", weights in {weight!r}"
+    described = f"frame (users in {user!r}, items in {item!r}{weighted})"
     ours = made.interactions
     return Given(Interactions(ours.pairs, ours.user_ids, ours.item_ids, ours.repeated, described), made.times)
 
 
-def _plain(name: str) -> str:
-    return "".join(filter(str.isalnum, name.casefold()))
-
-
-def _of_arrays(users: Any, items: Any, times: Any = None) -> Given:
-    interactions = Interactions.from_ids(users, items)
+def _of_arrays(users: Any, items: Any, times: Any = None, weights: Any = None, name: str = "") -> Given:
+    if weights is not None:
+        weights = checked_weights(name, weights, np.size(users), "leave such interactions out")
+    interactions = Interactions.from_ids(users, items, weights)
     if times is None:
         return Given(interactions, None)
     when = np.asarray(times)

@@ -45,6 +45,74 @@ def sorted_distinct(keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return keys[first]
 
 
+def grouped(
+    keys: npt.NDArray[np.int64], *within: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Sort what has a key, and find where each key begins: what `numpy.ufunc.reduceat` goes by.
+
+    Parameters
+    ----------
+    keys : int64 array, shape (n,)
+    *within : arrays, shape (n,)
+        What those of one key are sorted by, the first before the others.
+
+    Returns
+    -------
+    distinct : int64 array, shape (m,)
+        The keys once each, ascending.
+    order : array, shape (n,)
+        Places in `keys`, sorted.
+    begins : array, shape (m,)
+        Place in `order` at which each distinct key begins.
+    """
+    order = np.lexsort((*within[::-1], keys))
+    keys = keys[order]
+    first = np.ones(len(keys), dtype=np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return keys[first], order, np.flatnonzero(first)
+
+
+def checked_weights(name: str, weights: npt.ArrayLike, n: int, remedy: str) -> npt.NDArray[np.float32]:
+    """Return the weights of n interactions in float32.
+
+    Parameters
+    ----------
+    name : str
+        What they are called, for messages.
+    weights : array_like, shape (n,)
+        Positive and finite.
+    n : int
+    remedy : str
+        What to do about a weight that is not.
+
+    Raises
+    ------
+    InteractionsError
+        If a weight is out of its domain, in float32 too; it names the first.
+    """
+    array = np.asarray(weights)
+    if array.shape != (n,) or array.dtype.kind not in "biuf":
+        raise InteractionsError(
+            f"{name}: got {array.dtype} of shape {array.shape}, expected numbers of shape ({n},), one an "
+            f"interaction"
+        )
+    with np.errstate(over="ignore", under="ignore"):
+        made = array.astype(np.float32)
+    bad = np.flatnonzero(~is_weight(made))
+    if len(bad):
+        raise InteractionsError(
+            f"{name}[{bad[0]}] is {array[bad[0]]}: expected a finite number greater than 0, in float32; "
+            f"{remedy}"
+        )
+    return made
+
+
+def is_weight(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Say of each number whether it may be a weight: NaN and infinity may not."""
+    passes: npt.NDArray[np.bool_] = (values > 0) & (values < np.inf)
+    return passes
+
+
 @dataclass(frozen=True, eq=False)
 class UserItems:
     """The items of every user, in CSR form.
@@ -57,6 +125,9 @@ class UserItems:
         Item rows, ascending and without repetition within a user.
     n_items : int
         Number of items there are; some may be nobody's.
+    weights : float32 array, shape (n,), optional
+        How much each interaction counts in training, parallel to `indices`: positive and finite. None: all
+        count the same.
 
     Raises
     ------
@@ -67,6 +138,7 @@ class UserItems:
     indptr: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int32]
     n_items: int
+    weights: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         indptr: npt.NDArray[Any] = np.ascontiguousarray(self.indptr)
@@ -87,20 +159,53 @@ class UserItems:
             )
         object.__setattr__(self, "indptr", indptr)
         object.__setattr__(self, "indices", indices)
+        if self.weights is not None:
+            weights: npt.NDArray[Any] = np.ascontiguousarray(self.weights)
+            if weights.shape != indices.shape or weights.dtype != np.float32:
+                raise OptionError(
+                    f"UserItems.weights: got {weights.dtype} of shape {weights.shape}, expected float32 of "
+                    f"shape {indices.shape}"
+                )
+            bad = np.flatnonzero(~is_weight(weights))
+            if len(bad):
+                raise OptionError(
+                    f"UserItems.weights: expected finite numbers greater than 0, got {weights[bad[0]]} for "
+                    f"interaction {bad[0]}"
+                )
+            object.__setattr__(self, "weights", weights)
 
     @classmethod
     def from_pairs(
-        cls, users: npt.NDArray[Any], items: npt.NDArray[Any], n_users: int, n_items: int
+        cls,
+        users: npt.NDArray[Any],
+        items: npt.NDArray[Any],
+        n_users: int,
+        n_items: int,
+        weights: npt.NDArray[np.float32] | None = None,
     ) -> UserItems:
-        """Build from parallel arrays of rows, shapes (n,); repeated pairs are kept once."""
-        keys = sorted_distinct(users.astype(np.int64) * n_items + items.astype(np.int64))
-        return cls._from_keys(keys, n_users, n_items)
+        """Build from parallel arrays of rows, shapes (n,).
+
+        Repeated pairs are kept once, with the sum of their weights, shape (n,), if there are any.
+        """
+        keys = users.astype(np.int64) * n_items + items.astype(np.int64)
+        if weights is None:
+            return cls._from_keys(sorted_distinct(keys), n_users, n_items)
+        keys, order, begins = grouped(keys, weights)  # sorted, a sum does not depend on the order of a file
+        sums = np.add.reduceat(weights[order], begins, dtype=np.float64)
+        with np.errstate(over="ignore"):  # infinity is refused
+            return cls._from_keys(keys, n_users, n_items, sums.astype(np.float32))
 
     @classmethod
-    def _from_keys(cls, keys: npt.NDArray[np.int64], n_users: int, n_items: int) -> UserItems:
+    def _from_keys(
+        cls,
+        keys: npt.NDArray[np.int64],
+        n_users: int,
+        n_items: int,
+        weights: npt.NDArray[np.float32] | None = None,
+    ) -> UserItems:
         """Build from ascending ``user * n_items + item``."""
         indptr = np.searchsorted(keys, np.arange(n_users + 1, dtype=np.int64) * n_items).astype(np.int64)
-        return cls(indptr, (keys % max(n_items, 1)).astype(np.int32), n_items)
+        return cls(indptr, (keys % max(n_items, 1)).astype(np.int32), n_items, weights)
 
     @property
     def n_users(self) -> int:
@@ -122,17 +227,30 @@ class UserItems:
     def select(self, mask: npt.NDArray[np.bool_]) -> UserItems:
         """Return the interactions for which `mask`, shape (n,), is true; users and items keep their rows."""
         kept = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-        return UserItems(kept[self.indptr], self.indices[mask], self.n_items)
+        weights = None if self.weights is None else self.weights[mask]
+        return UserItems(kept[self.indptr], self.indices[mask], self.n_items, weights)
 
     def resized(self, n_users: int, n_items: int) -> UserItems:
         """Return the same interactions among more users and items, whose rows come behind the others."""
-        return UserItems.from_pairs(self.users(), self.indices, n_users, n_items)
+        return UserItems.from_pairs(self.users(), self.indices, n_users, n_items, self.weights)
 
     def union(self, other: UserItems) -> UserItems:
-        """Return the interactions of these and of `other`, which has as many users and items."""
+        """Return the interactions of these and of `other`, which has as many users and items.
+
+        If either has weights, those of an interaction that is in both are added, and one that has none
+        counts 1.
+        """
         users = np.concatenate([self.users(), other.users()])
         items = np.concatenate([self.indices, other.indices])
-        return UserItems.from_pairs(users, items, self.n_users, self.n_items)
+        weights = None
+        if self.weights is not None or other.weights is not None:
+            weights = np.concatenate(
+                [
+                    np.ones(len(one), np.float32) if one.weights is None else one.weights
+                    for one in (self, other)
+                ]
+            )
+        return UserItems.from_pairs(users, items, self.n_users, self.n_items, weights)
 
     def contains(self, other: UserItems) -> npt.NDArray[np.bool_]:
         """Say for each interaction of `other` whether it is one of these too, shape (len(other),)."""
@@ -154,7 +272,7 @@ class Interactions:
         Id of each row: int64, ascending, if all ids are integers; else strings (dtype object), sorted by
         code point. The order depends on the set of ids only, never on the order of a file.
     repeated : int
-        How many repetitions of a (user, item) pair were dropped.
+        How many repetitions of a (user, item) pair were dropped, or had their weights added.
     description : str
         Where the data came from and how it was read, for people.
     """
@@ -166,13 +284,18 @@ class Interactions:
     description: str = "arrays"
 
     @classmethod
-    def from_ids(cls, users: npt.ArrayLike, items: npt.ArrayLike) -> Interactions:
+    def from_ids(
+        cls, users: npt.ArrayLike, items: npt.ArrayLike, weights: npt.ArrayLike | None = None
+    ) -> Interactions:
         """Build from parallel arrays of ids.
 
         Parameters
         ----------
         users, items : array_like, shape (n,)
             Integers or strings, one pair an interaction.
+        weights : array_like, shape (n,), optional
+            How much each interaction counts in training: finite numbers greater than 0. Those of repeated
+            pairs are added. None: a pair counts the same however often it comes.
 
         Returns
         -------
@@ -181,7 +304,8 @@ class Interactions:
         Raises
         ------
         InteractionsError
-            If the shapes differ, there are no pairs, or ids are neither integers nor strings.
+            If the shapes differ, there are no pairs, ids are neither integers nor strings, or a weight is out
+            of its domain.
         """
         (user_ids, user_rows), (item_ids, item_rows) = _index_ids("users", users), _index_ids("items", items)
         if len(user_rows) != len(item_rows):
@@ -190,7 +314,9 @@ class Interactions:
             )
         if not len(user_rows):
             raise InteractionsError("there are no interactions")
-        pairs = UserItems.from_pairs(user_rows, item_rows, len(user_ids), len(item_ids))
+        if weights is not None:
+            weights = checked_weights("weights", weights, len(user_rows), "leave such interactions out")
+        pairs = UserItems.from_pairs(user_rows, item_rows, len(user_ids), len(item_ids), weights)
         return cls(pairs, user_ids, item_ids, repeated=len(user_rows) - len(pairs))
 
 

@@ -7,37 +7,39 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nb_sparse_adam._src.recommender.codes import Codes, Ids
+from nb_sparse_adam._src.recommender.codes import Found, Ids
 from nb_sparse_adam._src.recommender.columns import ReadOptions, find_columns, shown, what_was_taken
+from nb_sparse_adam._src.recommender.further import Further
 from nb_sparse_adam._src.recommender.lines import CARRIAGE_RETURN, Lines
-from nb_sparse_adam._src.recommender.ratings import AtLeast
 from nb_sparse_adam.errors import InteractionsError
 
 
 class JsonLines:
     """The objects of a file, read once; after that `taken` says which of their keys were used."""
 
-    def __init__(self, name: str, blocks: Iterable[Lines], options: ReadOptions, kept: AtLeast) -> None:
-        self._name, self._blocks, self._options, self._kept = name, blocks, options, kept
+    def __init__(self, name: str, blocks: Iterable[Lines], options: ReadOptions, further: Further) -> None:
+        self._name, self._blocks, self._options, self._further = name, blocks, options, further
         self.taken = ""
 
-    def pairs(self, users: Ids, items: Ids) -> Iterator[tuple[Codes, Codes]]:
-        """Yield the codes of users and items, a block of lines at a time."""
-        keys: list[str] | None = None
+    def pairs(self, users: Ids, items: Ids) -> Iterator[Found]:
+        """Yield interactions, a block of lines at a time."""
+        keys: dict[str, str] | None = None
         for first, text in self._blocks:
-            who: list[str] = []
-            what: list[str] = []
+            numbers: list[int] = []
+            columns: dict[str, list[str]] = {}
             for number, line in enumerate(text.replace(CARRIAGE_RETURN, "\r").split("\n"), first):
                 if not line or line.isspace():
                     continue
                 found = self._object(number, line)
                 if keys is None:
                     keys = self._keys(number, found)
-                if len(keys) > 2 and not self._kept.takes(self._rating(number, found, keys[2]), number):
-                    continue
-                who.append(self._id(number, found, keys[0]))
-                what.append(self._id(number, found, keys[1]))
-            yield users.codes(who), items.codes(what)
+                numbers.append(number)
+                for kind, key in keys.items():
+                    value = (self._id if kind in ("user", "item") else self._plain)(number, found, key)
+                    columns.setdefault(kind, []).append(value)
+            if numbers:
+                who, what = columns.pop("user"), columns.pop("item")
+                yield self._further.of_text(numbers, columns).of(who, what, users, items)
 
     def _object(self, number: int, line: str) -> dict[str, Any]:
         try:
@@ -55,12 +57,13 @@ class JsonLines:
             )
         return found
 
-    def _keys(self, number: int, found: dict[str, Any]) -> list[str]:
+    def _keys(self, number: int, found: dict[str, Any]) -> dict[str, str]:
         names = list(found)
         where = f"{self._name}, line {number}"
         columns = find_columns(where, self._options, names, len(names), ordered=False)
         self.taken = what_was_taken(columns, names)
-        return [names[column] for column in columns.all()]
+        kinds = ("user", "item", *columns.further)
+        return {kind: names[column] for kind, column in zip(kinds, columns.all(), strict=True)}
 
     def _value(self, number: int, found: dict[str, Any], key: str) -> Any:
         if found.get(key) is None:
@@ -71,10 +74,10 @@ class JsonLines:
             )
         return found[key]
 
-    def _rating(self, number: int, found: dict[str, Any], key: str) -> str:
+    def _plain(self, number: int, found: dict[str, Any], key: str) -> str:
         value = self._value(number, found, key)
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise self._wrong(number, key, value, "a number")
+            raise self._wrong(number, key, value, "a number or a string")
         return str(value)
 
     def _id(self, number: int, found: dict[str, Any], key: str) -> str:

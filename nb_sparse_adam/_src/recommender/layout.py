@@ -107,7 +107,7 @@ def _delimited_layout(name: str, rows: Rows, comments: int, separator: str, opti
 def _is_header(rows: list[list[str]], options: ReadOptions) -> bool | None:
     """Say whether the first row names the columns, as far as the rows that are looked at show."""
     first, others = rows[0], rows[1:]
-    given = (options.user_column, options.item_column, options.rating_column)
+    given = (options.user_column, options.item_column, options.rating_column, options.time_column)
     if named_columns(first) or any(isinstance(one, str) and not _NUMBER.fullmatch(one) for one in given):
         return True
     at = [0, 1]

@@ -2,12 +2,14 @@
 """The losses of the recommender, and which one the options name.
 
 The score of item i for user u is s(u, i) = ⟨U_u, V_i⟩. A batch has n interactions (u, i), each with negatives
-j. What is regularized is the rows that were looked up.
+j. What is regularized is the rows that were looked up. w is the weight of an interaction by the mean of the
+weights of all that are trained on, and 1 where there are none: it weighs what the interaction asks for, not
+the regularization.
 
 **BPR** (S. Rendle, C. Freudenthaler, Z. Gantner, L. Schmidt-Thieme 2009, "BPR: Bayesian Personalized Ranking
 from Implicit Feedback", UAI), with T = n · negatives triples:
 
-    L = 1/T · Σ  softplus(−(s(u, i) − s(u, j))) + reg/2 · (‖U_u‖² + ‖V_i‖² + ‖V_j‖²)
+    L = 1/T · Σ  w · softplus(−(s(u, i) − s(u, j))) + reg/2 · (‖U_u‖² + ‖V_i‖² + ‖V_j‖²)
 
 for −ln σ(x) = softplus(−x).
 
@@ -17,7 +19,7 @@ Y. Bengio 2015, "On Using Very Large Target Vocabulary for Neural Machine Transl
 C the interaction's own item i and its negatives, and temperature τ:
 
     z(j) = s(u, j) / τ − ln Q(j)
-    L = 1/n · Σ  −z(i) + ln Σ_{j ∈ C} exp(z(j)) + reg/2 · (‖U_u‖² + ‖V_i‖² + mean_j ‖V_j‖²)
+    L = 1/n · Σ  w · (−z(i) + ln Σ_{j ∈ C} exp(z(j))) + reg/2 · (‖U_u‖² + ‖V_i‖² + mean_j ‖V_j‖²)
 
 Q(j) is the probability that j is drawn. It is proportional to popularity^α: a factor that all of C share (of
 a user's own items, which are not drawn) cancels. With α = 0, so does all of it.
@@ -68,7 +70,7 @@ class BPR:
         n = len(batch.users)
         launch(
             bpr.gradients, threads, n,
-            *tables, batch.users, batch.items, self._reg, *gradients, self._losses,
+            *tables, batch.users, batch.items, batch.weights, self._reg, *gradients, self._losses,
         )  # fmt: skip
         return float(self._losses[: -(-n // BLOCK)].sum()) / batch.negatives.size
 
@@ -89,8 +91,8 @@ class SampledSoftmax:
         n = len(batch.users)
         launch(
             softmax.sampled, threads, n,
-            *tables, batch.users, batch.items, self._log_q, self._sharpness, self._reg, *gradients,
-            self._shares, self._losses,
+            *tables, batch.users, batch.items, batch.weights, self._log_q, self._sharpness, self._reg,
+            *gradients, self._shares, self._losses,
         )  # fmt: skip
         return float(self._losses[: -(-n // BLOCK)].sum()) / n
 
@@ -114,9 +116,9 @@ class InBatchSoftmax:
         n = len(batch.users)
         launch(
             softmax.in_batch, threads, n,
-            *tables, batch.users, batch.items, self._log_q, self._sharpness, self._reg, self._longest,
-            *gradients, self._turned, self._columns, self._corrections, self._shares, self._by_item,
-            self._losses,
+            *tables, batch.users, batch.items, batch.weights, self._log_q, self._sharpness, self._reg,
+            self._longest, *gradients, self._turned, self._columns, self._corrections, self._shares,
+            self._by_item, self._losses,
         )  # fmt: skip
         units = -(-n // self._longest) * -(-self._longest // BLOCK)
         return float(self._losses[:units].sum()) / n

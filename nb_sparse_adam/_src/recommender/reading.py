@@ -14,18 +14,24 @@ import re
 import sys
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nb_sparse_adam._src.extras import require
-from nb_sparse_adam._src.recommender.codes import Codes, Ids, Pairs, distinct_pairs
+from nb_sparse_adam._src.recommender.codes import Codes, Found, Ids, Pairs, distinct_pairs
 from nb_sparse_adam._src.recommender.columns import ReadOptions, find_columns, what_was_taken
+from nb_sparse_adam._src.recommender.further import Further
+from nb_sparse_adam._src.recommender.given import Given
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, UserItems
 from nb_sparse_adam._src.recommender.packed import unpacked
-from nb_sparse_adam._src.recommender.ratings import AtLeast
 from nb_sparse_adam._src.recommender.text import read_text
 from nb_sparse_adam.errors import InteractionsError, OptionError
 
+Times = npt.NDArray[Any] | None
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -39,6 +45,7 @@ def read_interactions(
     header: bool | None = None,
     min_rating: float | None = None,
     rating_column: str | int | None = None,
+    sample_weights: bool = False,
 ) -> Interactions:
     """Read interactions from a file, or from several.
 
@@ -85,6 +92,9 @@ def read_interactions(
         Interactions with a rating below it are left out; the description says how many.
     rating_column : str or int, optional
         Where ratings are, as in `user_column`. None: in the column with a name like ``rating``.
+    sample_weights : bool, default False
+        Take ratings (stars, or how often a song was played) for the weights of interactions, which must be
+        greater than 0; those of repeated pairs are added.
 
     Returns
     -------
@@ -99,14 +109,37 @@ def read_interactions(
     OptionError
         If an option is out of its domain, or cannot work with the file: Parquet has no separator.
     """
-    options = ReadOptions(file_format, user_column, item_column, rating_column, separator, header, min_rating)
+    options = ReadOptions(
+        file_format, user_column, item_column, rating_column, separator, header, min_rating, sample_weights
+    )
+    return read_given(path, options).interactions
+
+
+def read_given(path: Paths, options: ReadOptions) -> Given:
+    """Read interactions as `read_interactions` does, with their times if the options say so."""
     users, items = Ids(), Ids()
     files = _files(path)
     pairs = _read_all(files, options, users, items)
     (user_ids, user_rows), (item_ids, item_rows) = users.sorted(), items.sorted()
-    shape = len(user_ids), len(item_ids)
-    unique = UserItems.from_pairs(user_rows[pairs.users], item_rows[pairs.items], *shape)
-    return Interactions(unique, user_ids, item_ids, pairs.read - len(unique), pairs.description)
+    unique, times = _placed(files, pairs, user_rows, item_rows)
+    repeated = pairs.read - len(unique)
+    return Given(Interactions(unique, user_ids, item_ids, repeated, pairs.description), times)
+
+
+def _placed(
+    files: Sequence[str | os.PathLike[str]], pairs: Pairs, user_rows: Codes, item_rows: Codes
+) -> tuple[UserItems, Times]:
+    """Return interactions by the rows of their codes, and their times, parallel."""
+    users, items, weights, times = pairs.found
+    users, items = user_rows[users], item_rows[items]
+    if weights is not None and weights.max(initial=0) > np.finfo(np.float32).max:
+        raise InteractionsError(
+            f"{_named(files)}: sample_weights of repeated pairs add up to more than float32 holds; divide all"
+        )
+    unique = UserItems.from_pairs(
+        users, items, len(user_rows), len(item_rows), None if weights is None else weights.astype(np.float32)
+    )
+    return unique, None if times is None else times[np.lexsort((items, users))]
 
 
 def read_split(
@@ -120,6 +153,7 @@ def read_split(
     header: bool | None = None,
     min_rating: float | None = None,
     rating_column: str | int | None = None,
+    sample_weights: bool = False,
 ) -> Split:
     """Read what to train on and what to predict from two files, or from several each.
 
@@ -134,6 +168,8 @@ def read_split(
         The format of all files, as in `read_interactions`.
     user_column, item_column, separator, header, min_rating, rating_column
         Of all files, as in `read_interactions`.
+    sample_weights : bool, default False
+        Of the files to train on, as in `read_interactions`.
 
     Returns
     -------
@@ -144,22 +180,34 @@ def read_split(
     InteractionsError, MissingExtraError, OptionError
         As `read_interactions` does; also if nothing of `test` remains.
     """
-    options = ReadOptions(file_format, user_column, item_column, rating_column, separator, header, min_rating)
+    options = ReadOptions(
+        file_format, user_column, item_column, rating_column, separator, header, min_rating, sample_weights
+    )
+    return read_given_split(train, test, options)[0]
+
+
+def read_given_split(train: Paths, test: Paths, options: ReadOptions) -> tuple[Split, Times]:
+    """Read as `read_split` does; the second are the times to train on, (n,), if the options want them."""
     users, items = Ids(), Ids()
     sources = _files(train), _files(test)
     if sum(source.count("-") for source in sources) > 1:
         raise OptionError("standard input, -, can be read once; name it once")
-    known, wanted = (_read_all(files, options, users, items) for files in sources)
+    of_test = replace(  # of which neither weights nor times are used
+        options,
+        sample_weights=False, times=False, time_column=None,
+        rating_column=None if options.min_rating is None else options.rating_column,
+    )  # fmt: skip
+    known = _read_all(sources[0], options, users, items)
+    wanted = _read_all(sources[1], of_test, users, items)
     (user_ids, user_rows), (item_ids, item_rows) = users.sorted(), items.sorted()
-    shape = len(user_ids), len(item_ids)
-    train_pairs, test_pairs = (
-        UserItems.from_pairs(user_rows[pairs.users], item_rows[pairs.items], *shape)
-        for pairs in (known, wanted)
+    (train_pairs, times), (test_pairs, _) = (
+        _placed(files, pairs, user_rows, item_rows)
+        for files, pairs in zip(sources, (known, wanted), strict=True)
     )
     seen = train_pairs.contains(test_pairs)
     strangers = train_pairs.counts()[test_pairs.users()] == 0
     counts = {
-        "repeated pairs of the training file were used once": known.read - len(train_pairs),
+        f"repeated pairs of the training file {what_of_repeated(train_pairs)}": known.read - len(train_pairs),
         "repeated pairs of the test file were used once": wanted.read - len(test_pairs),
         "test interactions left out: they are in the training file": int(seen.sum()),
         "test interactions left out: their user is not in the training file": int(strangers.sum()),
@@ -173,7 +221,12 @@ def read_split(
         )
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
     description = f"trained on {known.description}; tested on {wanted.description}"
-    return Split(train_pairs, kept, user_ids, item_ids, description, notes)
+    return Split(train_pairs, kept, user_ids, item_ids, description, notes), times
+
+
+def what_of_repeated(pairs: UserItems) -> str:
+    """Say what became of pairs that came several times."""
+    return "were used once" if pairs.weights is None else "had their weights added"
 
 
 def _files(path: Paths) -> list[str | os.PathLike[str]]:
@@ -193,8 +246,20 @@ def _read_all(files: Sequence[str | os.PathLike[str]], options: ReadOptions, use
     read = [_read(file, options, users, items) for file in files]
     if len(read) == 1:
         return read[0]
-    distinct = distinct_pairs((pairs.users, pairs.items) for pairs in read)[:2]
-    return Pairs(*distinct, sum(pairs.read for pairs in read), "; ".join(pairs.description for pairs in read))
+    for pairs, file in zip(read, files, strict=True):
+        _refuse_mixed(pairs.found.times, read[0].found.times, file, files[0])
+    distinct, _ = distinct_pairs(pairs.found for pairs in read)
+    return Pairs(distinct, sum(pairs.read for pairs in read), "; ".join(pairs.description for pairs in read))
+
+
+def _refuse_mixed(times: Times, first: Times, *files: str | os.PathLike[str]) -> None:
+    if times is None or first is None or (times.dtype.kind == "M") == (first.dtype.kind == "M"):
+        return
+    kinds = [
+        f"{_named([file])} has {'dates' if one.dtype.kind == 'M' else 'numbers'}"
+        for file, one in zip(files, (times, first), strict=True)
+    ]
+    raise InteractionsError(f"{' and '.join(kinds)} as times; expected the same in all files")
 
 
 def _read(path: str | os.PathLike[str], options: ReadOptions, users: Ids, items: Ids) -> Pairs:
@@ -257,33 +322,57 @@ def _read_parquet(
     frame = pl.read_parquet(source, columns=[names[column] for column in columns.all()])
     if not frame.height:
         raise InteractionsError(f"{name}: has no rows; expected an interaction in each")
-    kept = AtLeast(name, options)
-    if columns.rating is not None:
-        frame = _rated(pl, name, frame, names[columns.rating], kept)
+    further = Further(name, options)
+    ratings, times = (
+        None if kind not in columns.further else read(pl, name, frame[names[columns.further[kind]]])
+        for kind, read in (("rating", _ratings), ("time", _times))
+    )
+    taken = further.of_arrays(ratings, times, lambda row: f"row {row}")
+    if taken.mask is not None:
+        frame = frame.filter(pl.Series(taken.mask))
     pairs = [
         _id_codes(pl, name, frame[names[column]], ids)
         for column, ids in ((columns.user, users), (columns.item, items))
     ]
-    description = ", ".join([f"{label}, Parquet ({what_was_taken(columns, names)})", *kept.note()])
-    return Pairs(*distinct_pairs([(pairs[0], pairs[1])]), description)
+    description = ", ".join([f"{label}, Parquet ({what_was_taken(columns, names)})", *further.note()])
+    return Pairs(*distinct_pairs([Found(pairs[0], pairs[1], taken.weights, taken.times)]), description)
 
 
-def _rated(pl: Any, name: str, frame: Any, rating: str, kept: AtLeast) -> Any:
-    """Return the rows whose rating is high enough."""
-    column = frame[rating]
+def _ratings(pl: Any, name: str, column: Any) -> npt.NDArray[np.float64]:
+    """Return the ratings in a polars column."""
     if not column.dtype.is_numeric():
         raise InteractionsError(
-            f"{name}: column {rating!r} has the type {column.dtype}; ratings must be numbers"
+            f"{name}: column {column.name!r} has the type {column.dtype}; ratings must be numbers"
         )
-    values = column.cast(pl.Float64)
-    unknown = values.is_null() | values.is_nan()
+    values: npt.NDArray[np.float64] = column.cast(pl.Float64).fill_null(np.nan).to_numpy()
+    _refuse_unknown(name, column.name, np.isnan(values))
+    return values
+
+
+def _times(pl: Any, name: str, column: Any) -> npt.NDArray[Any]:
+    """Return the times in a polars column: numbers, dates, or text of ISO 8601."""
+    kind = column.dtype
+    _refuse_unknown(name, column.name, column.is_null().to_numpy())
+    if kind == pl.String:
+        return Further(name, ReadOptions(times=True)).times(column.to_list(), lambda row: f"row {row}")
+    if kind.is_integer() or kind.is_float():
+        values: npt.NDArray[Any] = column.cast(pl.Float64 if kind.is_float() else pl.Int64).to_numpy()
+        _refuse_unknown(name, column.name, ~np.isfinite(values))
+        return values
+    if kind not in (pl.Date, pl.Datetime):
+        raise InteractionsError(
+            f"{name}: column {column.name!r} has the type {kind}; times must be numbers, dates or text"
+        )
+    column = column.cast(pl.Datetime("us")) if kind == pl.Date else column.dt.cast_time_unit("us")
+    instants: npt.NDArray[Any] = column.to_physical().to_numpy().view("M8[us]")
+    return instants
+
+
+def _refuse_unknown(name: str, column: str, unknown: npt.NDArray[np.bool_]) -> None:
     if unknown.any():
         raise InteractionsError(
-            f"{name}, row {unknown.arg_max()}: has no number in column {rating!r}; drop such rows"
+            f"{name}, row {unknown.argmax()}: has no number in column {column!r}; drop such rows"
         )
-    high = values >= kept.least
-    kept.dropped = frame.height - int(high.sum())
-    return frame.filter(high)
 
 
 def _id_codes(pl: Any, name: str, column: Any, ids: Ids) -> Codes:

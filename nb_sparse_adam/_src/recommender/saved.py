@@ -58,6 +58,8 @@ def write_model(folder: str | os.PathLike[str], model: Saved) -> None:
     for name, pairs in zip(_PAIRS, (model.trained, model.held_out, model.test), strict=True):
         if pairs is not None:
             arrays |= {f"{name}_indptr": pairs.indptr, f"{name}_indices": pairs.indices}
+            if pairs.weights is not None:
+                arrays[f"{name}_weights"] = pairs.weights
     content = io.BytesIO()
     np.savez(content, **arrays)
     name = f"{_PREFIX}{secrets.token_hex(8)}.npz"
@@ -106,7 +108,9 @@ def read_model(folder: str | os.PathLike[str]) -> Saved:
         n_items = int(arrays["n_items"])
         ids = [_unpacked(arrays, name) for name in ("user", "item")]
         pairs = [
-            UserItems(arrays[f"{name}_indptr"], arrays[f"{name}_indices"], n_items)
+            UserItems(
+                arrays[f"{name}_indptr"], arrays[f"{name}_indices"], n_items, arrays.get(f"{name}_weights")
+            )
             if f"{name}_indptr" in arrays
             else None
             for name in _PAIRS

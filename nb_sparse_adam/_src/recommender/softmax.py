@@ -36,6 +36,7 @@ def sampled_worker(
     tables: Any,
     users: Any,
     items: Any,
+    weights: Any,
     log_q: Any,
     sharpness: Any,
     reg: Any,
@@ -61,6 +62,8 @@ def sampled_worker(
             prefetch(item_table, np.int64(items[t + 1]) * dim, dim)
             for k in range(first + negatives, first + 2 * negatives):
                 prefetch(item_table, np.int64(items[k]) * dim, dim)
+        weight = np.float64(weights[t])
+        scale = weight * sharpness
         positive = sharpness * np.float64(dot(user_table, u, item_table, i)) - log_q[i]
         largest = positive
         norms = 0.0
@@ -75,18 +78,18 @@ def sampled_worker(
         for k in range(negatives):
             shares[t, k] = math.exp(shares[t, k] - largest)
             total += shares[t, k]
-        loss += largest - positive + math.log(total)
+        loss += weight * (largest - positive + math.log(total))
         if reg > 0:
             norm = np.float64(dot(user_table, u, user_table, u) + dot(item_table, i, item_table, i))
             loss += 0.5 * reg * (norm + norms / negatives)
-        g = dtype(sharpness * (own / total - 1.0) / n)
+        g = dtype(scale * (own / total - 1.0) / n)
         for c in range(dim):
             of_user, of_item = load_value(user_table, u_at + c), load_value(item_table, i_at + c)
             store_sum(user_grad, t_at + c, decay_all * of_user + g * of_item)
             store_sum(item_grad, t_at + c, decay_all * of_item + g * of_user)
         for k in range(negatives):
             j_at, k_at = np.int64(items[first + k]) * dim, (first + k) * dim
-            g = dtype(sharpness * (shares[t, k] / total) / n)
+            g = dtype(scale * (shares[t, k] / total) / n)
             for c in range(dim):
                 of_user, other = load_value(user_table, u_at + c), load_value(item_table, j_at + c)
                 store_sum(user_grad, t_at + c, load_sum(user_grad, t_at + c) + g * other)
@@ -103,18 +106,21 @@ def _sampled_begin(phase: Any, job: Any) -> Any:
 @jit(entry=True)
 def _sampled_work(phase: Any, block: Any, t: Any, job: Any) -> None:  # noqa: ARG001
     """Compute the gradients of one block of interactions."""
-    user, item, users, items, log_q, sharpness, reg, user_grad, item_grad, shares, losses = job
+    user, item, users, items, weights, log_q, sharpness, reg, user_grad, item_grad, shares, losses = job
     tables, gradients = Pair(user, item), Pair(user_grad, item_grad)
     begin = block * BLOCK
     end = min(begin + BLOCK, len(users))
-    losses[block] = sampled_worker(begin, end, tables, users, items, log_q, sharpness, reg, gradients, shares)
+    losses[block] = sampled_worker(
+        begin, end, tables, users, items, weights, log_q, sharpness, reg, gradients, shares
+    )
 
 
 # The gradients of the mean loss of a batch with respect to every row that it looks up: job (*tables, users,
-# items, log_q, sharpness, reg, *gradients, shares, losses), where tables and gradients are each a `Pair`.
-# ``users`` and ``items`` are as `sampling.sample` writes them, and row t of the gradients belongs to their id
-# t. ``log_q``, float64 (n_items,), is log Q of each item; ``sharpness`` is 1/τ. ``shares``, float64
-# (n, negatives), is scratch. ``losses``, (blocks,), gets the sum of the losses of each block.
+# items, weights, log_q, sharpness, reg, *gradients, shares, losses), where tables and gradients are each a
+# `Pair`. ``users`` and ``items`` are as `sampling.sample` writes them, and row t of the gradients belongs to
+# their id t. ``weights``, float32 (n,), multiply the losses of the interactions. ``log_q``, float64
+# (n_items,), is log Q of each item; ``sharpness`` is 1/τ. ``shares``, float64 (n, negatives), is scratch.
+# ``losses``, (blocks,), gets the sum of the losses of each block.
 sampled = Drivers(_sampled_begin, _sampled_work, kind_of)
 
 
@@ -243,6 +249,7 @@ def shares_worker(
     tables: Any,
     users: Any,
     items: Any,
+    weights: Any,
     corrections: Any,
     sharpness: Any,
     turned: Any,
@@ -268,8 +275,9 @@ def shares_worker(
     for j in range(size):
         row[j] = exp_of_negative(row[j] - largest)
     total = sum_of(row, size)
-    loss = np.float64(largest) - np.float64(positive) + math.log(total)
-    scale = dtype(sharpness / (total * len(users)))
+    weight = np.float64(weights[t])
+    loss = weight * (np.float64(largest) - np.float64(positive) + math.log(total))
+    scale = dtype(weight * sharpness / (total * len(users)))
     for j in range(size):
         row[j] *= scale
     row[own] = 0  # to be p − 1, as a sum: without the cancellation
@@ -282,7 +290,7 @@ def _in_batch_begin(phase: Any, job: Any) -> Any:
     """How many groups, or blocks of interactions of groups, a phase has."""
     if phase > 2:
         return np.int64(-1)
-    longest = job[7]
+    longest = job[8]
     groups = groups_of(len(job[2]), longest)
     return np.int64(groups if phase == 0 else groups * ((longest + BLOCK - 1) // BLOCK))
 
@@ -290,8 +298,8 @@ def _in_batch_begin(phase: Any, job: Any) -> Any:
 @jit(entry=True)
 def _in_batch_work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
     """Do one group, or one block of interactions of one."""
-    user, item, users, items, log_q, sharpness, reg, longest = job[:8]
-    user_grad, item_grad, turned, columns, corrections, shares, by_item, losses = job[8:]
+    user, item, users, items, weights, log_q, sharpness, reg, longest = job[:9]
+    user_grad, item_grad, turned, columns, corrections, shares, by_item, losses = job[9:]
     n = len(users)
     groups, blocks = groups_of(n, longest), (longest + BLOCK - 1) // BLOCK
     group = unit if phase == 0 else unit // blocks
@@ -307,8 +315,9 @@ def _in_batch_work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: AR
         loss = 0.0
         for row in range(low, high):
             loss += shares_worker(
-                row, begin, end, tables, users, items, corrections, sharpness, turned[group], columns, shares
-            )
+                row, begin, end, tables, users, items, weights, corrections, sharpness, turned[group],
+                columns, shares,
+            )  # fmt: skip
             u, i = users[row], items[row]
             if reg > 0:
                 loss += 0.5 * reg * np.float64(dot(user, u, user, u) + dot(item, i, item, i))
@@ -327,10 +336,10 @@ def _in_batch_work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: AR
 
 
 # The same, where the negatives of an interaction are the items of the others of its group: job (*tables,
-# users, items, log_q, sharpness, reg, longest, *gradients, turned, columns, corrections, shares, by_item,
-# losses). A batch of n is cut into ``ceil(n / longest)`` groups whose sizes differ by at most one. ``log_q``
-# is float32 here. ``columns`` is 0, 1, ..., dim - 1. Scratch: ``turned``, (groups, dim, longest), the items'
-# vectors column by column; ``corrections``, (n,), their log Q; ``shares`` and ``by_item``, (n, longest), the
-# derivatives of the loss by each score, those of a user side by side, and those of an item. ``losses``,
-# (groups * ceil(longest / BLOCK),), gets the sums of the losses of blocks.
+# users, items, weights, log_q, sharpness, reg, longest, *gradients, turned, columns, corrections, shares,
+# by_item, losses). A batch of n is cut into ``ceil(n / longest)`` groups whose sizes differ by at most one.
+# ``log_q`` is float32 here. ``columns`` is 0, 1, ..., dim - 1. Scratch: ``turned``, (groups, dim, longest),
+# the items' vectors column by column; ``corrections``, (n,), their log Q; ``shares`` and ``by_item``,
+# (n, longest), the derivatives of the loss by each score, those of a user side by side, and those of an item.
+# ``losses``, (groups * ceil(longest / BLOCK),), gets the sums of the losses of blocks.
 in_batch = Drivers(_in_batch_begin, _in_batch_work, kind_of)

@@ -17,12 +17,12 @@ import numpy as np
 from nb_sparse_adam._src.files import write_whole
 from nb_sparse_adam._src.recommender import report
 from nb_sparse_adam._src.recommender.arguments import (
-    READING,
     add_options,
     add_reading,
     count,
     fraction,
     given_options,
+    read_options,
     refuse_what_needs_files,
 )
 from nb_sparse_adam._src.recommender.columns import FORMATS
@@ -31,7 +31,7 @@ from nb_sparse_adam._src.recommender.interactions import Interactions, Split, ge
 from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
-from nb_sparse_adam._src.recommender.reading import read_interactions, read_split
+from nb_sparse_adam._src.recommender.reading import read_given, read_given_split, what_of_repeated
 from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
 from nb_sparse_adam._src.recommender.search import Search, describe_trial, searched, table
 from nb_sparse_adam._src.recommender.signals import Signals
@@ -69,6 +69,12 @@ def add_train(commands: Any) -> None:
         "length and no first field comes twice, else for delimited text (default: auto)",
     )
     add_reading(data)
+    data.add_argument(
+        "--sample-weights",
+        action="store_true",
+        help="ratings (stars, times played) are the weights of interactions in the loss: greater than 0, and "
+        "those of repeated pairs are added (default: all interactions count the same)",
+    )
     held_out = data.add_mutually_exclusive_group()
     held_out.add_argument("--test", metavar="FILE", help="interactions to predict (default: a hold-out)")
     held_out.add_argument(
@@ -328,9 +334,8 @@ def _saved(run: _Run) -> Saved:
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
     repeated = 0
-    reading = {name: getattr(arguments, name) for name in READING}
     if arguments.test is not None:
-        split = read_split(arguments.interactions, arguments.test, arguments.format, **reading)
+        split, _ = read_given_split(arguments.interactions, arguments.test, read_options(arguments))
         description = split.description
     else:
         interactions: Interactions
@@ -338,13 +343,13 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
             print("no INTERACTIONS given: generating a data set", flush=True)
             interactions = generate(seed=options.seed)
         else:
-            interactions = read_interactions(arguments.interactions, arguments.format, **reading)
+            interactions, _ = read_given(arguments.interactions, read_options(arguments))
         pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
     print(split.description)
     if repeated:
-        print(f"{repeated:,} repeated (user, item) pairs were used once")
+        print(f"{repeated:,} repeated (user, item) pairs {what_of_repeated(split.train)}")
     for note in split.notes:
         print(note)
     print(f"{len(split.train):,} interactions to train on, {len(split.test):,} to predict", flush=True)
