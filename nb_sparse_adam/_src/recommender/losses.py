@@ -39,6 +39,7 @@ import numpy as np
 from nb_sparse_adam._src.recommender import bpr, softmax
 from nb_sparse_adam._src.recommender.batches import Batch, Batches
 from nb_sparse_adam._src.recommender.options import BPROptions
+from nb_sparse_adam._src.recommender.products import padded
 from nb_sparse_adam._src.recommender.sampling import BLOCK, launch
 
 
@@ -106,10 +107,12 @@ class InBatchSoftmax:
         self._longest = longest = min(options.negatives + 1, size)
         groups = -(-size // longest)
         self._log_q = _log_shares(batches, 1.0).astype(np.float32)
-        self._turned = np.empty((groups, options.dim, longest), np.float32)
-        self._columns = np.arange(options.dim, dtype=np.int32)
+        wide, across = padded(options.dim), padded(longest)
+        # Zeros: what pads a row is multiplied, too, and numbers that are not normal take time.
+        self._user_rows, self._item_rows, self._sums = np.zeros((3, size, wide), np.float32)
+        self._turned = np.zeros((groups, options.dim, across), np.float32)
         self._corrections = np.empty(size, np.float32)
-        self._shares, self._by_item = np.empty((2, size, longest), np.float32)
+        self._shares = np.zeros((size, across), np.float32)
         self._losses = np.empty(groups * -(-longest // BLOCK))
 
     def __call__(self, tables: bpr.Pair, batch: Batch, gradients: bpr.Pair, threads: int | None) -> float:
@@ -117,8 +120,8 @@ class InBatchSoftmax:
         launch(
             softmax.in_batch, threads, n,
             *tables, batch.users, batch.items, batch.weights, self._log_q, self._sharpness, self._reg,
-            self._longest, *gradients, self._turned, self._columns, self._corrections, self._shares,
-            self._by_item, self._losses,
+            self._longest, *gradients, self._user_rows, self._item_rows, self._turned, self._corrections,
+            self._shares, self._sums, self._losses,
         )  # fmt: skip
         units = -(-n // self._longest) * -(-self._longest // BLOCK)
         return float(self._losses[:units].sum()) / n

@@ -17,6 +17,7 @@ from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.intrinsics import load_sum, load_value, store_sum
 from nb_sparse_adam._src.engine.prefetching import prefetch
 from nb_sparse_adam._src.recommender.bpr import Pair, dot
+from nb_sparse_adam._src.recommender.products import multiply
 from nb_sparse_adam._src.recommender.sampling import BLOCK, kind_of
 
 _LOWEST = np.float32(-87.0)
@@ -134,59 +135,28 @@ def groups_of(n: Any, longest: Any) -> Any:
 
 
 @jit
-def turn_group(
-    begin: Any, end: Any, item_table: Any, items: Any, log_q: Any, turned: Any, corrections: Any
+def gather_group(
+    begin: Any,
+    end: Any,
+    tables: Any,
+    users: Any,
+    items: Any,
+    log_q: Any,
+    user_rows: Any,
+    item_rows: Any,
+    turned: Any,
+    corrections: Any,
 ) -> None:
-    """Copy what `in_batch` needs of the items begin:end: vectors to ``turned`` (dim, end - begin), log Q."""
+    """Copy what `in_batch` needs of the interactions begin:end: their vectors, side by side, and log Q."""
     for j in range(begin, end):
-        item = items[j]
+        user, item = users[j], items[j]
         corrections[j] = log_q[item]
-        for c in range(item_table.shape[1]):
-            turned[c, j - begin] = item_table[item, c]
-
-
-@jit
-def add_products(
-    n: Any, factors: Any, factors_at: Any, table: Any, rows: Any, rows_at: Any, out: Any, to: Any, width: Any
-) -> None:
-    """Add the sum of ``factors[k] * table[rows[k], :width]``, k < n, to what begins at `to` in `out`.
-
-    ``factors_at`` and ``rows_at`` say where their n numbers begin. Eight at a time: a sum is read and written
-    an eighth as often.
-    """
-    dim = np.int64(table.shape[1])
-    k = 0
-    while k + 8 <= n:
-        f = factors_at + k
-        a, b, c, d = (
-            load_value(factors, f),
-            load_value(factors, f + 1),
-            load_value(factors, f + 2),
-            load_value(factors, f + 3),
-        )
-        e, g, h, i = (
-            load_value(factors, f + 4),
-            load_value(factors, f + 5),
-            load_value(factors, f + 6),
-            load_value(factors, f + 7),
-        )
-        r = rows_at + k
-        ra, rb, rc, rd = rows[r] * dim, rows[r + 1] * dim, rows[r + 2] * dim, rows[r + 3] * dim
-        re, rg, rh, ri = rows[r + 4] * dim, rows[r + 5] * dim, rows[r + 6] * dim, rows[r + 7] * dim
-        for j in range(width):
-            first = (a * load_value(table, ra + j) + b * load_value(table, rb + j)) + (
-                c * load_value(table, rc + j) + d * load_value(table, rd + j)
-            )
-            second = (e * load_value(table, re + j) + g * load_value(table, rg + j)) + (
-                h * load_value(table, rh + j) + i * load_value(table, ri + j)
-            )
-            store_sum(out, to + j, load_sum(out, to + j) + (first + second))
-        k += 8
-    while k < n:
-        a, ra = load_value(factors, factors_at + k), rows[rows_at + k] * dim
-        for j in range(width):
-            store_sum(out, to + j, load_sum(out, to + j) + a * load_value(table, ra + j))
-        k += 1
+        for c in range(tables.user.shape[1]):
+            user_rows[j, c] = tables.user[user, c]
+        for c in range(tables.item.shape[1]):
+            value = tables.item[item, c]
+            item_rows[j, c] = value
+            turned[c, j - begin] = value
 
 
 @jit
@@ -243,27 +213,11 @@ def largest_of(row: Any, n: Any) -> Any:
 
 @jit
 def shares_worker(
-    t: Any,
-    begin: Any,
-    end: Any,
-    tables: Any,
-    users: Any,
-    items: Any,
-    weights: Any,
-    corrections: Any,
-    sharpness: Any,
-    turned: Any,
-    columns: Any,
-    shares: Any,
+    t: Any, begin: Any, end: Any, items: Any, weights: Any, corrections: Any, sharpness: Any, row: Any
 ) -> float:
-    """Write what `in_batch` needs of interaction t of the group begin:end: ∂loss/∂score; return the loss."""
-    user_table = tables.user
-    dtype = user_table.dtype.type
-    size, own, dim = end - begin, t - begin, user_table.shape[1]
-    row = shares[t]
-    for j in range(size):
-        row[j] = 0
-    add_products(dim, user_table, np.int64(users[t]) * dim, turned, columns, 0, row, 0, size)
+    """Turn the scores of interaction t of the group begin:end, `row`, into ∂loss/∂score; return the loss."""
+    dtype = row.dtype.type
+    size, own = end - begin, t - begin
     scale = dtype(sharpness)
     item, nothing = items[t], dtype(-np.inf)
     positive = scale * row[own] - corrections[t]
@@ -277,7 +231,7 @@ def shares_worker(
     total = sum_of(row, size)
     weight = np.float64(weights[t])
     loss = weight * (np.float64(largest) - np.float64(positive) + math.log(total))
-    scale = dtype(weight * sharpness / (total * len(users)))
+    scale = dtype(weight * sharpness / (total * len(items)))
     for j in range(size):
         row[j] *= scale
     row[own] = 0  # to be p − 1, as a sum: without the cancellation
@@ -299,47 +253,64 @@ def _in_batch_begin(phase: Any, job: Any) -> Any:
 def _in_batch_work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
     """Do one group, or one block of interactions of one."""
     user, item, users, items, weights, log_q, sharpness, reg, longest = job[:9]
-    user_grad, item_grad, turned, columns, corrections, shares, by_item, losses = job[9:]
+    user_grad, item_grad, user_rows, item_rows, turned, corrections, shares, sums, losses = job[9:]
     n = len(users)
     groups, blocks = groups_of(n, longest), (longest + BLOCK - 1) // BLOCK
     group = unit if phase == 0 else unit // blocks
     begin, end = group * n // groups, (group + 1) * n // groups
     if phase == 0:
-        turn_group(begin, end, item, items, log_q, turned[group], corrections)
+        gather_group(
+            begin,
+            end,
+            Pair(user, item),
+            users,
+            items,
+            log_q,
+            user_rows,
+            item_rows,
+            turned[group],
+            corrections,
+        )
         return
     low = min(begin + unit % blocks * BLOCK, end)
-    high = min(low + BLOCK, end)
+    rows, size = min(low + BLOCK, end) - low, end - begin
     decay, dim = user.dtype.type(reg / n), user.shape[1]
+    wide, across = np.int64(sums.shape[1]), np.int64(shares.shape[1])
     if phase == 1:
-        tables = Pair(user, item)
+        multiply(
+            rows, across, dim, user_rows, low * wide, wide, 1, turned, group * dim * across, across,
+            shares, low * across, across,
+        )  # fmt: skip
         loss = 0.0
-        for row in range(low, high):
-            loss += shares_worker(
-                row, begin, end, tables, users, items, weights, corrections, sharpness, turned[group],
-                columns, shares,
-            )  # fmt: skip
+        for row in range(low, low + rows):
+            loss += shares_worker(row, begin, end, items, weights, corrections, sharpness, shares[row])
             u, i = users[row], items[row]
             if reg > 0:
                 loss += 0.5 * reg * np.float64(dot(user, u, user, u) + dot(item, i, item, i))
-            for c in range(user.shape[1]):
-                user_grad[row, c] = decay * user[u, c]
-            add_products(end - begin, shares[row], 0, item, items, begin, user_grad[row], 0, dim)
-        for j in range(end - begin):
-            for row in range(low, high):
-                by_item[begin + j, row - begin] = shares[row, j]
         losses[unit] = loss
+        multiply(
+            rows, wide, size, shares, low * across, across, 1, item_rows, begin * wide, wide,
+            sums, low * wide, wide,
+        )  # fmt: skip
+        for row in range(low, low + rows):
+            for c in range(dim):
+                user_grad[row, c] = decay * user_rows[row, c] + sums[row, c]
         return
-    for row in range(low, high):
-        for c in range(item.shape[1]):
-            item_grad[row, c] = decay * item[items[row], c]
-        add_products(end - begin, by_item[row], 0, user, users, begin, item_grad[row], 0, dim)
+    multiply(
+        rows, wide, size, shares, begin * across + (low - begin), 1, across, user_rows, begin * wide, wide,
+        sums, low * wide, wide,
+    )  # fmt: skip
+    for row in range(low, low + rows):
+        for c in range(dim):
+            item_grad[row, c] = decay * item_rows[row, c] + sums[row, c]
 
 
 # The same, where the negatives of an interaction are the items of the others of its group: job (*tables,
-# users, items, weights, log_q, sharpness, reg, longest, *gradients, turned, columns, corrections, shares,
-# by_item, losses). A batch of n is cut into ``ceil(n / longest)`` groups whose sizes differ by at most one.
-# ``log_q`` is float32 here. ``columns`` is 0, 1, ..., dim - 1. Scratch: ``turned``, (groups, dim, longest),
-# the items' vectors column by column; ``corrections``, (n,), their log Q; ``shares`` and ``by_item``,
-# (n, longest), the derivatives of the loss by each score, those of a user side by side, and those of an item.
-# ``losses``, (groups * ceil(longest / BLOCK),), gets the sums of the losses of blocks.
+# users, items, weights, log_q, sharpness, reg, longest, *gradients, user_rows, item_rows, turned,
+# corrections, shares, sums, losses). A batch of n is cut into ``ceil(n / longest)`` groups whose sizes differ
+# by at most one. ``log_q`` is float32 here. Scratch, whose last lengths are `products.padded`: ``user_rows``
+# and ``item_rows``, (n, dim), the vectors; ``turned``, (groups, dim, longest), those of items column by
+# column; ``corrections``, (n,), their log Q; ``shares``, (n, longest), the scores, and then the derivatives
+# of the loss by them; ``sums``, (n, dim), products of these and vectors. ``losses``, (groups * ceil(longest /
+# BLOCK),), gets the sums of the losses of blocks.
 in_batch = Drivers(_in_batch_begin, _in_batch_work, kind_of)
