@@ -22,12 +22,13 @@ from nb_sparse_adam._src.recommender.arguments import add_reading, read_options,
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.following import Best
+from nb_sparse_adam._src.recommender.given import Given, validation_split
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.options import LOSS_NAMES
 from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
-from nb_sparse_adam._src.recommender.reading import read_given, read_given_split, what_of_repeated
+from nb_sparse_adam._src.recommender.reading import Times, read_given, read_given_split, what_of_repeated
 from nb_sparse_adam._src.recommender.saved import Saved, read_model, write_model
 from nb_sparse_adam._src.recommender.signals import Signals
 from nb_sparse_adam._src.recommender.training import Unfinished
@@ -106,10 +107,16 @@ def add_train(commands: Any) -> None:
 
     data.add_argument(
         "--validation",
-        type=_fraction,
-        metavar="X",
-        help="part of every user's other items to hold out too: evaluations are of these, so that options "
-        "can be chosen without a look at the test",
+        type=_fraction_or_latest,
+        metavar="X|latest",
+        help="part of every user's other items to hold out too, at random, or the latest tenth of them: "
+        "evaluations are of these, so that options can be chosen without a look at the test",
+    )
+    data.add_argument(
+        "--time-column",
+        metavar="COLUMN",
+        help="name of the column of times, or its number from 1, for --validation latest: numbers, or dates "
+        "of ISO 8601 (default: by its name in the header)",
     )
 
     model = train.add_argument_group("model and training")
@@ -186,7 +193,12 @@ def _number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
     return convert
 
 
-_fraction = _number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+_BETWEEN = "a number between 0 and 1, both excluded"
+_fraction = _number(lambda x: 0 < x < 1, _BETWEEN)
+
+
+def _fraction_or_latest(text: str) -> Any:
+    return text if text == "latest" else _number(lambda x: 0 < x < 1, f"latest, or {_BETWEEN}")(text)
 
 
 class _Run(NamedTuple):
@@ -277,6 +289,8 @@ def _check_together(arguments: argparse.Namespace) -> None:
         refuse_what_needs_files(arguments)
     if arguments.patience is not None and arguments.validation is None:
         error("--patience needs --validation X: it is that which tells when to stop")
+    if arguments.time_column is not None and arguments.validation != "latest":
+        error("--time-column needs --validation latest: times are used for nothing else")
     if arguments.resume is None:
         return
     if arguments.interactions or arguments.validation is not None:
@@ -305,11 +319,11 @@ def _refuse_run(arguments: argparse.Namespace, folder: Path) -> None:
 def _new_run(arguments: argparse.Namespace) -> _Run:
     values = {option.name: getattr(arguments, option.name) for option in fields(BPROptions)}
     options = BPROptions(**{**values, "betas": tuple(arguments.betas)})
-    split, data = _load(arguments, options)
+    split, data, times = _load(arguments, options)
     inner = split
     if arguments.validation is not None:
         pairs = Interactions(split.train, split.user_ids, split.item_ids)
-        inner = hold_out(pairs, arguments.validation, options.seed)
+        inner = validation_split(Given(pairs, times), arguments.validation, options.seed)
         print(f"{len(inner.test):,} of these are for validation: {inner.description}")
     model = BPRModel(inner, options)
     data |= {"trained_on": model.interactions, "validation": len(inner.test) if inner is not split else 0}
@@ -359,10 +373,11 @@ def _saved(run: _Run, history: list[EpochRecord]) -> Saved:
     )  # fmt: skip
 
 
-def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any]]:
-    repeated = 0
+def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, dict[str, Any], Times]:
+    """Return what to train on and to predict, what it is for people, and the times of the former."""
+    repeated, times = 0, None
     if arguments.test is not None:
-        split, _ = read_given_split(arguments.interactions, arguments.test, read_options(arguments))
+        split, times = read_given_split(arguments.interactions, arguments.test, read_options(arguments))
         description = split.description
     else:
         interactions: Interactions
@@ -370,10 +385,11 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
             print("no INTERACTIONS given: generating a data set", flush=True)
             interactions = generate(seed=options.seed)
         else:
-            interactions, _ = read_given(arguments.interactions, read_options(arguments))
+            interactions, times = read_given(arguments.interactions, read_options(arguments))
         pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
+        times = None if times is None else times[split.train.contains(pairs)]
     print(split.description)
     if repeated:
         print(f"{repeated:,} repeated (user, item) pairs {what_of_repeated(split.train)}")
@@ -388,7 +404,7 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> tuple[Split, di
         "train_interactions": len(split.train),
         "test_interactions": len(split.test),
     }
-    return split, data
+    return split, data, times
 
 
 def _summarize(quality: Quality, popularity: Quality, top: int) -> None:
