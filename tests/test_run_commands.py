@@ -2,6 +2,7 @@
 """``nb-sparse-adam recommend``, ``similar``, ``evaluate`` and ``export``, and indexes of other libraries."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -63,6 +64,66 @@ def test_similar_prints_neighbours(model, run, named, capsys):
     assert [each["cosine"] for each in line["items"]] == cosines.tolist()
     assert main(["similar", named, "--item", "x"]) == 0
     assert capsys.readouterr().out.split()[-1] == "y"
+
+
+@pytest.fixture
+def titles(model, tmp_path):
+    """Titles of all items but the first."""
+    path = tmp_path / "movies.csv"
+    lines = (f'{i},"The {i}th, a\nfilm",x\n' for i in model.item_ids_[1:])
+    path.write_text("movieId,title,genres\n" + "".join(lines))
+    return str(path)
+
+
+def test_titles_stand_beside_ids(model, run, titles, capsys):
+    first, other = model.item_ids_[:2].tolist()
+
+    def title_of(item):
+        return None if item == first else f"The {item}th, a\nfilm"
+
+    ask = ["recommend", run, "--user", "3", "--top", "60", "--include-seen", "--titles", titles]
+    assert main([*ask, "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)["items"]
+    assert len(items) == len(model.item_ids_)
+    assert [one["title"] for one in items] == [title_of(one["item"]) for one in items]
+    assert main(ask) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "user 3:"
+    for line, one in zip(lines[1:], items, strict=True):
+        shown = "" if one["item"] == first else f"  The {one['item']}th, a film"  # in one line
+        assert line.endswith(f"  {one['item']}{shown}")
+    for item in (first, other):
+        assert main(["similar", run, "--item", str(item), "--top", "2", "--titles", titles, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["item"], answer["title"]) == (item, title_of(item))
+        assert [one["title"] for one in answer["items"]] == [title_of(one["item"]) for one in answer["items"]]
+        assert main(["similar", run, "--item", str(item), "--top", "2", "--titles", titles]) == 0
+        head = capsys.readouterr().out.splitlines()[0]
+        assert head == f"item {item}:" if item == first else f"item {item}  The {item}th, a film:"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "movieId,title\nx7,Alien\n",
+            "titles of none of the .* items of the run, such as '0'; .* such as 'x7'",
+        ),
+        ("movieId,title\n", "titles of none of the .*, of which it has none"),
+        ("Alien\n", "expected a header, and columns of ids and of titles"),
+        (None, "No such file"),
+    ],
+)
+def test_titles_of_something_else_are_refused(content, message, run, tmp_path, capsys):
+    path = tmp_path / "titles.csv"
+    if content is not None:
+        path.write_text(content)
+    for ask in (["recommend", run, "--user", "3"], ["similar", run, "--item", "1"]):
+        assert main([*ask, "--titles", str(path)]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert str(path) in said.err
+        assert re.search(message, said.err)
 
 
 @pytest.mark.parametrize(

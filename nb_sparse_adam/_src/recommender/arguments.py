@@ -76,14 +76,19 @@ def add_reading(data: argparse._ArgumentGroup) -> None:
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """Return what the arguments of `train` say about its files."""
     reading = {name: getattr(arguments, name) for name in READING}
-    return ReadOptions(arguments.format, **reading, sample_weights=arguments.sample_weights)
+    return ReadOptions(
+        arguments.format, **reading, sample_weights=arguments.sample_weights,
+        times=arguments.validation == "latest", time_column=arguments.time_column,
+    )  # fmt: skip
 
 
 def refuse_what_needs_files(arguments: argparse.Namespace) -> None:
     """Exit if there is an argument that says something about files, where there are none."""
     given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
     given |= {name: getattr(arguments, name) for name in READING}
-    given["sample_weights"] = arguments.sample_weights or None
+    given["sample_weights"], given["time_column"] = arguments.sample_weights or None, arguments.time_column
+    if arguments.resume is None and arguments.validation == "latest":
+        given["validation latest"] = True
     for name, value in given.items():
         if value is not None:
             arguments.parser.error(
@@ -145,5 +150,11 @@ def number(passes: Callable[[Any], bool], domain: str) -> Callable[[str], Any]:
     return convert
 
 
-fraction = number(lambda x: 0 < x < 1, "a number between 0 and 1, both excluded")
+_BETWEEN = "a number between 0 and 1, both excluded"
+fraction = number(lambda x: 0 < x < 1, _BETWEEN)
 count = number(lambda x: isinstance(x, int) and x >= 1, "an integer of at least 1")
+
+
+def fraction_or_latest(text: str) -> Any:
+    """Convert for argparse: a fraction, or the word."""
+    return text if text == "latest" else number(lambda x: 0 < x < 1, f"latest, or {_BETWEEN}")(text)

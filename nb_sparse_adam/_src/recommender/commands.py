@@ -19,6 +19,7 @@ from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.ids import Ids
 from nb_sparse_adam._src.recommender.index import KINDS
+from nb_sparse_adam._src.recommender.page import titles_of
 from nb_sparse_adam._src.recommender.reading import read_interactions
 from nb_sparse_adam.errors import InteractionsError
 
@@ -40,6 +41,9 @@ def add_commands(commands: Any) -> None:
     for command in (recommend, similar):
         command.add_argument("--top", type=count, default=10, metavar="N", help="how many (default: 10)")
         command.add_argument("--json", action="store_true", help="a JSON object on a line for each")
+        command.add_argument(
+            "--titles", metavar="FILE", help="CSV with the ids of items and their titles, to show them, too"
+        )
     evaluate = _command(
         commands, "evaluate", _evaluate, "how well a run predicts interactions",
         "Rank all items that each user has not had, and compare with TEST: recall, NDCG, MAP and coverage.",
@@ -75,32 +79,51 @@ def _as_given(ids: Any, names: Sequence[str], option: str) -> list[Any]:
         raise InteractionsError(f"{option}: got {list(names)}, but ids of this run are integers") from None
 
 
-def _print_lists(kind: str, asked: list[Any], found: Any, values: Any, value: str, as_json: bool) -> None:
-    """Print what was found for each id, best first."""
-    for one, ids, numbers in zip(asked, found.tolist(), values.tolist(), strict=True):
+def _print_lists(
+    arguments: argparse.Namespace,
+    model: MatrixFactorization,
+    asked: list[Any],
+    found: tuple[Any, Any],
+    kinds: tuple[str, str],
+) -> None:
+    """Print what was found for each id, best first; `kinds` says what was asked for and what ranks them."""
+    kind, value = kinds
+    titles = None if arguments.titles is None else titles_of(arguments.titles, model.item_ids_)
+
+    def named(item: Any) -> dict[str, Any]:
+        return {"item": item} if titles is None else {"item": item, "title": titles.get(str(item))}
+
+    def shown(item: Any) -> str:
+        title = (titles or {}).get(str(item))
+        return str(item) if title is None else f"{item}  {' '.join(title.split())}"
+
+    for one, ids, numbers in zip(asked, *(array.tolist() for array in found), strict=True):
         kept = [(i, x) for i, x in zip(ids, numbers, strict=True) if x > -np.inf]
-        if as_json:
-            items = [{"item": i, value: x} for i, x in kept]
-            print(json.dumps({kind: one, "items": items}, ensure_ascii=False))
+        head = {kind: one} if kind == "user" else named(one)
+        if arguments.json:
+            print(
+                json.dumps({**head, "items": [{**named(i), value: x} for i, x in kept]}, ensure_ascii=False)
+            )
             continue
-        print(f"{kind} {one}:" if kept else f"{kind} {one}: nothing is left")
+        title = f"{kind} {one if kind == 'user' else shown(one)}:"
+        print(title if kept else f"{title} nothing is left")
         for place, (i, x) in enumerate(kept, 1):
-            print(f"{place:4}  {x:10.4f}  {i}")
+            print(f"{place:4}  {x:10.4f}  {shown(i)}")
 
 
 def _recommend(arguments: argparse.Namespace) -> int:
     model = MatrixFactorization.load(arguments.folder)
     users = _as_given(model.user_ids_, arguments.user, "--user")
     items = arguments.item and _as_given(model.item_ids_, arguments.item, "--item")
-    ids, scores = model.recommend(users, arguments.top, exclude_seen=not arguments.include_seen, items=items)
-    _print_lists("user", users, ids, scores, "score", arguments.json)
+    found = model.recommend(users, arguments.top, exclude_seen=not arguments.include_seen, items=items)
+    _print_lists(arguments, model, users, found, ("user", "score"))
     return 0
 
 
 def _similar(arguments: argparse.Namespace) -> int:
     model = MatrixFactorization.load(arguments.folder)
     items = _as_given(model.item_ids_, arguments.item, "--item")
-    _print_lists("item", items, *model.similar_items(items, arguments.top), "cosine", arguments.json)
+    _print_lists(arguments, model, items, model.similar_items(items, arguments.top), ("item", "cosine"))
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nb_sparse_adam._src.recommender.columns import role
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
@@ -74,6 +75,30 @@ def read_titles(path: str | os.PathLike[str]) -> dict[str, str]:
     ids = [i for i, name in enumerate(names) if role(name) == "item" and i != title]
     key = ids[0] if ids else (0 if title else 1)
     return {row[key]: row[title] for row in rows[1:] if len(row) > max(key, title)}
+
+
+def titles_of(path: str | os.PathLike[str], item_ids: npt.NDArray[Any]) -> dict[str, str]:
+    """Read titles as `read_titles` does, of these items; refuse a file that has none of them.
+
+    Parameters
+    ----------
+    path : path
+    item_ids : array, shape (n_items,)
+
+    Raises
+    ------
+    InteractionsError, OSError
+        As `read_titles` does; also if it has no title of any of the items.
+    """
+    titles = read_titles(path)
+    if not any(str(item) in titles for item in item_ids):
+        theirs = f"such as {next(iter(titles))!r}" if titles else "of which it has none"
+        raise InteractionsError(
+            f"{os.fspath(path)}: has titles of none of the {len(item_ids):,} items of the run, such as "
+            f"{str(item_ids[0])!r}; its ids are in the column with a name like item_id or movieId, else the "
+            f"first, {theirs}"
+        )
+    return titles
 
 
 def recommendations_page(

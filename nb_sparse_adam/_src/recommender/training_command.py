@@ -21,12 +21,14 @@ from nb_sparse_adam._src.recommender.arguments import (
     add_reading,
     count,
     fraction,
+    fraction_or_latest,
     given_options,
     read_options,
     refuse_what_needs_files,
 )
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
+from nb_sparse_adam._src.recommender.given import Given, validation_split
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
 from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
 from nb_sparse_adam._src.recommender.progress import Progress, describe
@@ -87,10 +89,16 @@ def add_train(commands: Any) -> None:
 
     data.add_argument(
         "--validation",
-        type=fraction,
-        metavar="X",
-        help="part of every user's other items to hold out too: evaluations are of these, so that options "
-        "can be chosen without a look at the test",
+        type=fraction_or_latest,
+        metavar="X|latest",
+        help="part of every user's other items to hold out too, at random, or the latest tenth of them: "
+        "evaluations are of these, so that options can be chosen without a look at the test",
+    )
+    data.add_argument(
+        "--time-column",
+        metavar="COLUMN",
+        help="name of the column of times, or its number from 1, for --validation latest: numbers, or dates "
+        "of ISO 8601 (default: by its name in the header)",
     )
 
     model = train.add_argument_group("model and training")
@@ -261,6 +269,8 @@ def _check_together(arguments: argparse.Namespace, given: Mapping[str, Any]) -> 
         arguments.validation = arguments.validation or _VALIDATION
     if arguments.patience is not None and arguments.validation is None:
         error("--patience needs --validation X: it is that which tells when to stop")
+    if arguments.time_column is not None and arguments.validation != "latest":
+        error("--time-column needs --validation latest: times are used for nothing else")
     if arguments.resume is None:
         return
     if arguments.interactions or arguments.validation is not None:
@@ -333,9 +343,9 @@ def _saved(run: _Run) -> Saved:
 
 
 def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
-    repeated = 0
+    repeated, times = 0, None
     if arguments.test is not None:
-        split, _ = read_given_split(arguments.interactions, arguments.test, read_options(arguments))
+        split, times = read_given_split(arguments.interactions, arguments.test, read_options(arguments))
         description = split.description
     else:
         interactions: Interactions
@@ -343,10 +353,11 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
             print("no INTERACTIONS given: generating a data set", flush=True)
             interactions = generate(seed=options.seed)
         else:
-            interactions, _ = read_given(arguments.interactions, read_options(arguments))
+            interactions, times = read_given(arguments.interactions, read_options(arguments))
         pairs, description, repeated = interactions.pairs, interactions.description, interactions.repeated
         print(f"{description}: {len(pairs):,} interactions, {pairs.n_users:,} users, {pairs.n_items:,} items")
         split = hold_out(interactions, arguments.test_fraction, options.seed)
+        times = None if times is None else times[split.train.contains(pairs)]
     print(split.description)
     if repeated:
         print(f"{repeated:,} repeated (user, item) pairs {what_of_repeated(split.train)}")
@@ -364,7 +375,7 @@ def _load(arguments: argparse.Namespace, options: BPROptions) -> _Data:
     inner = split
     if arguments.validation is not None:
         rest = Interactions(split.train, split.user_ids, split.item_ids)
-        inner = hold_out(rest, arguments.validation, options.seed)
+        inner = validation_split(Given(rest, times), arguments.validation, options.seed)
     return _Data(inner, split, data)
 
 
