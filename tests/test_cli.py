@@ -321,7 +321,7 @@ def test_an_interrupt_before_the_training_saves_nothing(ratings, tmp_path, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_command, "read_interactions", interrupt)
+    monkeypatch.setattr(training_command, "read_given", interrupt)
     assert main(["train", str(ratings), *options(tmp_path / "run")]) == 130
     assert "nothing was saved" in capsys.readouterr().err
     assert list((tmp_path / "run").iterdir()) == []
