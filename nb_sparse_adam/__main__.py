@@ -125,12 +125,12 @@ def _add_bench(commands: Any) -> None:
         default=[],
         metavar="NAME",
         help="only the lines whose names in bench.json begin so, for example bag or rows-64; a wrong name is "
-        "answered with all of them",
+        "answered with all of them. Only a run that names it has the line recommender (a quarter of an hour)",
     )
     bench.add_argument(
         "--interactions",
         metavar="FILE",
-        help="interactions that train reads, for the line recommender-file",
+        help="interactions, as train reads them, for the line recommender-file",
     )
     bench.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"

@@ -379,7 +379,8 @@ def test_a_file_of_yours(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--only", "rows-64"], 2, "is for the line recommender-file, but --only leaves that out"),
+        (["--only", "rows-64"], 2, "is for the line recommender-file: add --only recommender-file"),
+        ([], 2, "is for the line recommender-file: add --only recommender-file"),
         (["--only", "recommender"], 1, "no_such.csv"),
     ],
 )

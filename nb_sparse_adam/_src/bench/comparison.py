@@ -63,7 +63,7 @@ def choose_peers(names: str | None) -> tuple[str, ...]:
 
 
 def choose_lines(patterns: Sequence[str], quick: bool) -> list[Line]:
-    """Return the lines whose keys begin with one of the patterns; all of them if there is no pattern.
+    """Return the lines whose keys begin with one of the patterns; without, all but those that must be named.
 
     Raises
     ------
@@ -75,7 +75,9 @@ def choose_lines(patterns: Sequence[str], quick: bool) -> list[Line]:
         if not any(line.key.startswith(pattern) for line in lines):
             names = ", ".join(line.key for line in lines)
             raise OptionError(f"--only got {pattern!r}, expected the beginning of one of {names}")
-    return [line for line in lines if not patterns or line.key.startswith(tuple(patterns))]
+    if not patterns:
+        return [line for line in lines if not line.by_name]
+    return [line for line in lines if line.key.startswith(tuple(patterns))]
 
 
 def choose_interactions(file: str | None, lines: Sequence[Line]) -> str | None:
@@ -93,7 +95,7 @@ def choose_interactions(file: str | None, lines: Sequence[Line]) -> str | None:
     of_files = [line.key for line in LINES.values() if line.entries[0].case == FILE]
     if not any(line.key in of_files for line in lines):
         raise OptionError(
-            f"--interactions got {file!r}, which is for the line {of_files[0]}, but --only leaves that out"
+            f"--interactions got {file!r}, which is for the line {of_files[0]}: add --only {of_files[0]}"
         )
     DATA[FILE].read(file)
     return file

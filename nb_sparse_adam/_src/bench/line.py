@@ -135,6 +135,8 @@ class Line(NamedTuple):
         Memory that must be free, if more than a few.
     quick : bool
         Whether ``--quick`` has it.
+    by_name : bool
+        Whether only a run whose ``--only`` names it has it.
     """
 
     key: str
@@ -147,6 +149,7 @@ class Line(NamedTuple):
     loop: int = 1
     gigabytes: float = 8
     quick: bool = True
+    by_name: bool = False
 
     @property
     def steppers(self) -> list[Entry]:

@@ -80,6 +80,7 @@ def _line(key: str, data: str, title: str) -> Line:
             Figure("compiling, once", "BPR, compiling", unit="s"),
         ),
         measure="recommenders",
+        by_name=True,
     )
 
 

@@ -31,8 +31,8 @@ from nb_sparse_adam._src.recommender.ranking import measure as rank
 SEEDS = 3
 QUICK_EPOCHS = 3
 EPOCHS_OF_ONE_THREAD = 4
-POINTS = 16  # of a curve, about
-USERS = 10_000  # who are looked at, drawn once, if there are more
+POINTS = 20  # of a curve, about
+USERS = 5_000  # who are looked at, drawn once, if there are more
 _REFERENCE = "implicit ALS"
 _BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
