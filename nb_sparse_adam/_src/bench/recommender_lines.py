@@ -28,8 +28,19 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "implicit BPR": {"epochs": 100, "learning_rate": 0.05, "regularization": 0.01},
         "LightFM WARP": {"epochs": 30, "learning_rate": 0.05, "item_alpha": 1e-5, "user_alpha": 1e-5},
     },
+    "file": {
+        "softmax": {
+            "epochs": 33, "loss": "softmax", "in_batch": True, "negatives": 255, "reg": 0.18, "lr": 9.4e-3,
+            "batch_size": 2048,
+        },
+        "implicit ALS": {"epochs": 10, "regularization": 5.9, "alpha": 3.9},
+        "implicit BPR": {"epochs": 90, "learning_rate": 0.0059, "regularization": 1.1e-4},
+        "LightFM WARP": {
+            "epochs": 60, "learning_rate": 0.029, "item_alpha": 4.7e-4, "user_alpha": 4.7e-4,
+            "max_sampled": 30,
+        },
+    },
 }  # fmt: skip
-OPTIONS["file"] = OPTIONS["generated"]
 """Data -> contender -> its options: of a file those that were found on MovieLens' small set."""
 
 _SECTION = "Recommenders"
