@@ -40,7 +40,7 @@ def draw(result: dict[str, Any]) -> Any:
     matplotlib.figure.Figure
     """
     lines = _lines(result)
-    figure = new_figure(figsize=(max(1, len(lines)) * 5.6 + 0.4, 5.2), dpi=120, facecolor="white")
+    figure = new_figure(figsize=(max(1.3, len(lines)) * 5.6, 5.4), dpi=120, facecolor="white")
     axes = figure.subplots(1, max(1, len(lines)), squeeze=False)[0]
     for ax, line in zip(axes, lines, strict=False):
         for name, curve in line["curves"].items():
@@ -81,5 +81,5 @@ def _caption(result: dict[str, Any]) -> str:
     return (
         f"{quick}nb_sparse_adam {versions['nb_sparse_adam']}{commit}{peers}, {result['date']}\n"
         f"{machine['processor']}, {result['threads']} threads; vectors of 64, mean and range of {seeds} "
-        f"seed{'s' * (seeds != 1)}, without evaluation and compilation"
+        f"seed{'s' * (seeds != 1)};\ntraining alone, without evaluation and compilation"
     )
