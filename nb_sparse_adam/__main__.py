@@ -111,7 +111,8 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument(
         "--peers",
         metavar="NAMES",
-        help="torch, fbgemm and paddle, separated by commas, or none (default: those that are installed)",
+        help="some of torch, fbgemm, paddle, implicit and lightfm, separated by commas, or none (default: "
+        "those that are installed)",
     )
     bench.add_argument(
         "--quick",
@@ -124,7 +125,12 @@ def _add_bench(commands: Any) -> None:
         default=[],
         metavar="NAME",
         help="only the lines whose names in bench.json begin so, for example bag or rows-64; a wrong name is "
-        "answered with all of them",
+        "answered with all of them. Only a run that names it has the line recommender (a quarter of an hour)",
+    )
+    bench.add_argument(
+        "--interactions",
+        metavar="FILE",
+        help="interactions, as train reads them, for the line recommender-file",
     )
     bench.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: as many as numba would use)"
@@ -214,6 +220,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         out=out,
         json_file=arguments.json,
+        interactions=arguments.interactions,
     )
     return 0 if complete else INTERRUPTED
 

@@ -20,10 +20,12 @@ from nb_sparse_adam._src.bench import cases, chart, comparison, text, timing, wo
 from nb_sparse_adam._src.bench.cases import CASES, CSR, Bag, Case, Rows, compact
 from nb_sparse_adam._src.bench.contenders import Contender, Ours
 from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
+from nb_sparse_adam._src.bench.interaction_data import DATA
 from nb_sparse_adam._src.bench.limits import Limit
-from nb_sparse_adam._src.bench.lines import LINES, Figure
+from nb_sparse_adam._src.bench.line import Figure
+from nb_sparse_adam._src.bench.lines import LINES
 from nb_sparse_adam._src.bench.peers import PEERS, TorchBag, TorchEntries, TorchRows
-from nb_sparse_adam._src.bench.worker import Settings
+from nb_sparse_adam._src.bench.settings import Settings
 from nb_sparse_adam._src.engine.threads import max_threads
 from nb_sparse_adam.errors import MissingExtraError, OptionError
 
@@ -84,7 +86,7 @@ def test_half_of_the_ids_are_one_row_or_the_same_batch_is_without_it():
 
 def test_keys_and_names_are_unique():
     assert [line.key for line in LINES.values()] == list(LINES)
-    assert len(LINES) == len(comparison.choose_lines([], quick=False))
+    assert len(LINES) == len(comparison.choose_lines([""], quick=False))
     for line in LINES.values():
         for names in ([entry.name for entry in line.entries], [figure.label for figure in line.figures]):
             assert len(set(names)) == len(names), line.key
@@ -92,10 +94,10 @@ def test_keys_and_names_are_unique():
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES.keys())
 def test_a_line_names_what_there_is(line):
-    assert line.measure in worker._MEASURES
+    assert line.measure in {*worker._MEASURES, "recommenders"}
     numbers = {name for entry in line.entries for name in line.numbers_of(entry)}
     for entry in line.entries:
-        assert entry.case in CASES
+        assert entry.case in (DATA if line.measure == "recommenders" else CASES)
         assert entry.peer is None or entry.peer in PEERS
     for figure in line.figures:
         assert {figure.over, figure.under} - {None} <= numbers
@@ -122,7 +124,7 @@ def test_sizes_are_written_in_few_characters():
 def test_a_title_says_the_sizes_that_are_measured(line, quick):
     title = line.titled(quick)
     assert "{" not in title
-    if line.key in ("large", "first-step", "scratch") or line.measure == "processes":
+    if line.key in ("large", "first-step", "scratch") or line.measure in ("processes", "recommenders"):
         return  # of several tables
     case = line.entries[0].sized(quick)
     assert (case == CASES[case.name]) is not quick
@@ -173,7 +175,7 @@ def installed(monkeypatch, *names):
 
 def test_choose_peers(monkeypatch):
     installed(monkeypatch, "torch", "paddle")
-    uninstalled(monkeypatch, "fbgemm")
+    uninstalled(monkeypatch, "fbgemm", "implicit", "lightfm")
     assert comparison.choose_peers(None) == ("torch", "paddle")
     assert comparison.choose_peers("none") == ()
     assert comparison.choose_peers("paddle, torch") == ("torch", "paddle")
@@ -187,7 +189,7 @@ def test_no_such_peer(names, monkeypatch):
 
 
 def test_a_missing_peer_is_named_with_the_command_that_installs_it(monkeypatch):
-    installed(monkeypatch, "torch")
+    installed(monkeypatch, "torch", "implicit", "lightfm")
     uninstalled(monkeypatch, "fbgemm", "paddle")
     with pytest.raises(MissingExtraError) as caught:
         comparison.choose_peers("torch,fbgemm,paddle")
@@ -203,7 +205,8 @@ def test_choose_lines():
         "small-1",
         "small-32",
     ]
-    assert "large" in {line.key for line in comparison.choose_lines([], quick=False)}
+    every = {line.key for line in comparison.choose_lines([], quick=False)}
+    assert set(LINES) - every == {"recommender", "recommender-file"}  # they take long, and must be named
     assert "large" not in {line.key for line in comparison.choose_lines([], quick=True)}
     for name, quick in (("rows-65", False), ("large", True)):
         with pytest.raises(

@@ -8,6 +8,10 @@ from needs import need
 from nb_sparse_adam._src.bench.cases import Bag, Case, Rows
 from nb_sparse_adam._src.bench.contenders import HYPER
 from nb_sparse_adam._src.bench.peers import FbgemmBag, PaddleRows
+from nb_sparse_adam._src.bench.recommender_lines import entries
+from nb_sparse_adam._src.bench.recommender_runs import follow
+from nb_sparse_adam._src.recommender.interactions import generate, hold_out
+from nb_sparse_adam._src.recommender.ranking import rank_items
 
 pytestmark = pytest.mark.peers
 
@@ -85,3 +89,42 @@ def test_paddle():
     got = theirs._layer.weight.numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert (got != np.float32(0.1)).any()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Train a recommender of the comparison on a little; return it, its vectors and its split."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    split = hold_out(generate(200, 120, 12.0))
+
+    def train(name):
+        entry = next(entry for entry in entries("generated") if entry.name == name)
+        recommender = entry.make(split, 1, 0, epochs=3)
+        recommender.warm()
+        timeline = follow(recommender, (1, 3))
+        assert len(timeline.seconds) == 3
+        first, last = timeline.kept.values()
+        assert not np.array_equal(first[0], last[0])
+        return recommender, last, split
+
+    return train
+
+
+@pytest.mark.filterwarnings("ignore")  # of what the environment of this process has for BLAS
+@pytest.mark.parametrize("name", ["implicit ALS", "implicit BPR"])
+def test_implicit_recommends_what_its_vectors_say(name, trained):
+    need("implicit")
+    recommender, (users, items), split = trained(name)
+    ids, _ = recommender.recommend(5)
+    expected = rank_items(users @ items.T, np.arange(len(users)), split, 5)
+    assert (ids == expected).mean() > 0.99  # where scores are equal, the order is open
+
+
+def test_lightfm_scores_as_its_vectors_say(trained):
+    need("lightfm")
+    recommender, (users, items), _ = trained("LightFM WARP")
+    who, what = np.repeat(np.arange(len(users)), len(items)), np.tile(np.arange(len(items)), len(users))
+    theirs = recommender._model.predict(who, what).reshape(len(users), len(items))
+    ours = users @ items.T
+    shifts = theirs - ours  # LightFM adds a bias of the user
+    np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1], shifts.shape), atol=1e-4)

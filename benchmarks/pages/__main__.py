@@ -26,16 +26,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import gpu_tables, speed, tables
+from benchmarks.pages import gpu_tables, recommender_tables, speed, tables
 from benchmarks.pages.gpu_tables import OnGPU
 from benchmarks.pages.tables import Machine
-from nb_sparse_adam._src.bench import chart
+from nb_sparse_adam._src.bench import chart, curves
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "benchmarks" / "measured"
-PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "benchmarks/measured/README.md")
+PAGES = (
+    "README.md", "docs/performance.md", "docs/gpu.md", "docs/recommender.md", "benchmarks/measured/README.md",
+)  # fmt: skip
 
 EPYC, XEON = "epyc-2core", "cpu-xeon-emeraldrapids-2core"
+RECOMMENDERS = "recommender-epyc-2core"
 PROCESSORS = {
     EPYC: ("AMD EPYC (Zen 4)", "EPYC"),
     XEON: ("Intel Xeon (Emerald Rapids)", "Xeon"),
@@ -108,8 +111,22 @@ def content(name: str) -> str:
         return _OF_GPU[name](on_gpu())
     if name == "files":
         return files()
-    known = ", ".join([*_OF_MACHINES, *_OF_GPU, "files"])
+    if name == "recommenders":
+        return recommenders()
+    known = ", ".join([*_OF_MACHINES, *_OF_GPU, "files", "recommenders"])
     raise ValueError(f"a page asks for measured: {name}, expected one of {known}")
+
+
+def is_measured(name: str) -> bool:
+    """Say whether there is a result of a name."""
+    return (MEASURED / f"{name}.json").exists()
+
+
+def recommenders() -> str:
+    """Write who was trained beside whom, with the curves."""
+    if not is_measured(RECOMMENDERS):
+        return "Not measured yet: `bench` has had this line only since.\n"
+    return recommender_tables.page(load(RECOMMENDERS))
 
 
 def files() -> str:
@@ -134,6 +151,7 @@ def rendered(text: str) -> str:
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "speed.png": (EPYC, lambda result: speed.draw(result, f"2 cores of an {PROCESSORS[EPYC][0]}")),
     **{f"{name}.png": (name, chart.draw) for name in PROCESSORS},
+    **({recommender_tables.PICTURE: (RECOMMENDERS, curves.draw)} if is_measured(RECOMMENDERS) else {}),
 }
 """Name of a picture in measured/ -> the result that it shows, and who draws it."""
 

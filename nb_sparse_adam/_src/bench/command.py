@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nb_sparse_adam._src.bench import chart, comparison, text
-from nb_sparse_adam._src.bench.worker import Settings
+from nb_sparse_adam._src.bench import chart, comparison, curves, text
+from nb_sparse_adam._src.bench.settings import Settings
 from nb_sparse_adam._src.files import prepare_folder, write_whole
 from nb_sparse_adam._src.recommender.report import refuse_others
 from nb_sparse_adam.errors import MissingExtraError
 
+_PICTURES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
+    "bench.png": (lambda result: bool(chart.panels(result)) or not curves.there_are(result), chart.draw),
+    "recommender.png": (curves.there_are, curves.draw),
+}
+"""File -> whether it shows something of a result, and who draws it."""
 _OURS = rb'\{\n  "schema": '  # how a bench.json begins
 
 
@@ -26,12 +31,13 @@ def bench(
     only: Sequence[str],
     out: Path | None,
     json_file: str | None,
+    interactions: str | None = None,
 ) -> bool:
     """Measure, print the figures, and write them.
 
     Parameters
     ----------
-    peers, threads, quick, only
+    peers, threads, quick, only, interactions
         As the command takes them.
     out : pathlib.Path or None
         The folder of ``bench.json`` and ``bench.png``; None for no folder.
@@ -45,15 +51,20 @@ def bench(
 
     Raises
     ------
-    OptionError, MissingExtraError, OSError
+    OptionError, MissingExtraError, InteractionsError, OSError
         Before anything is measured: if an option cannot be, if a peer that was asked for is not installed, if
-        a file cannot be written or would replace one that is no result.
+        the interactions cannot be read, if a file cannot be written or would replace one that is no result.
     """
-    settings = Settings(comparison.choose_peers(peers), comparison.choose_threads(threads), quick)
     lines = comparison.choose_lines(only, quick)
+    settings = Settings(
+        comparison.choose_peers(peers),
+        comparison.choose_threads(threads),
+        quick,
+        comparison.choose_interactions(interactions, lines),
+    )
     if out is not None:
         prepare_folder(out)
-        refuse_others(out, {"bench.json": _OURS, "bench.png": None})
+        refuse_others(out, {"bench.json": _OURS, **dict.fromkeys(_PICTURES)})
     target = None if json_file in (None, "-") else Path(str(json_file))
     if target is not None:
         prepare_folder(target.parent)
@@ -99,13 +110,17 @@ def _as_json(result: dict[str, Any], ensure_ascii: bool = False) -> str:
 
 
 def _save(folder: Path, result: dict[str, Any]) -> str:
-    """Write the result, and its chart if that can be drawn; say what was written."""
-    picture = folder / "bench.png"
+    """Write the result, and its pictures if they can be drawn; say what was written."""
+    written = ["bench.json"]
     write_whole(folder / "bench.json", _as_json(result).encode())
-    try:
-        content = chart.png(chart.draw(result), result)
-    except MissingExtraError as error:
-        picture.unlink(missing_ok=True)  # of an earlier run
-        return f"bench.json\nno bench.png: {error}"
-    write_whole(picture, content)
-    return "bench.json, bench.png"
+    for name in _PICTURES:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
+    for name, (has_some, draw) in _PICTURES.items():
+        if has_some(result):
+            try:
+                content = chart.png(draw(result), result)
+            except MissingExtraError as error:
+                return f"{', '.join(written)}\nno {name}: {error}"
+            write_whole(folder / name, content)
+            written.append(name)
+    return ", ".join(written)

@@ -17,10 +17,13 @@ from typing import Any
 import numba
 
 import nb_sparse_adam
-from nb_sparse_adam._src.bench.lines import LINES, Line
+from nb_sparse_adam._src.bench.interaction_data import DATA, FILE
+from nb_sparse_adam._src.bench.line import Line
+from nb_sparse_adam._src.bench.lines import LINES
 from nb_sparse_adam._src.bench.machine import memory as _memory
 from nb_sparse_adam._src.bench.peers import PEERS
-from nb_sparse_adam._src.bench.worker import Settings, command
+from nb_sparse_adam._src.bench.settings import Settings
+from nb_sparse_adam._src.bench.worker import command
 from nb_sparse_adam._src.engine.threads import max_threads
 from nb_sparse_adam._src.info import threading_layer, usable_cores, versions
 from nb_sparse_adam.errors import MissingExtraError, OptionError
@@ -60,7 +63,7 @@ def choose_peers(names: str | None) -> tuple[str, ...]:
 
 
 def choose_lines(patterns: Sequence[str], quick: bool) -> list[Line]:
-    """Return the lines whose keys begin with one of the patterns; all of them if there is no pattern.
+    """Return the lines whose keys begin with one of the patterns; without, all but those that must be named.
 
     Raises
     ------
@@ -72,7 +75,30 @@ def choose_lines(patterns: Sequence[str], quick: bool) -> list[Line]:
         if not any(line.key.startswith(pattern) for line in lines):
             names = ", ".join(line.key for line in lines)
             raise OptionError(f"--only got {pattern!r}, expected the beginning of one of {names}")
-    return [line for line in lines if not patterns or line.key.startswith(tuple(patterns))]
+    if not patterns:
+        return [line for line in lines if not line.by_name]
+    return [line for line in lines if line.key.startswith(tuple(patterns))]
+
+
+def choose_interactions(file: str | None, lines: Sequence[Line]) -> str | None:
+    """Read ``--interactions``: the file, once it has been read whole.
+
+    Raises
+    ------
+    OptionError
+        If none of the lines is of a file.
+    InteractionsError, OSError
+        If it cannot be used.
+    """
+    if file is None:
+        return None
+    of_files = [line.key for line in LINES.values() if line.entries[0].case == FILE]
+    if not any(line.key in of_files for line in lines):
+        raise OptionError(
+            f"--interactions got {file!r}, which is for the line {of_files[0]}: add --only {of_files[0]}"
+        )
+    DATA[FILE].read(file)
+    return file
 
 
 def choose_threads(number: int | None) -> int:
@@ -114,7 +140,8 @@ def run(lines: Sequence[Line], settings: Settings) -> Iterator[dict[str, Any]]:
         ``key``, ``title``, ``section``; ``numbers`` by name, seconds where they are times; ``figures``, each
         with ``label``, ``value``, its ``unit`` ("s" or none), its target ``at_least`` or ``at_most``, and
         whether it is ``met``; ``missing``, the labels of figures that there are not, each with the reason;
-        ``skipped``, the reason if there are no numbers.
+        ``skipped``, the reason if there are no numbers; ``curves`` of recommenders that were trained, by
+        name, each with its ``seconds`` and ``recall``.
     """
     for group in _groups(lines, settings):
         reasons = {line.key: reason_to_skip(line, settings) for line in group}
@@ -123,16 +150,22 @@ def run(lines: Sequence[Line], settings: Settings) -> Iterator[dict[str, Any]]:
             reason = reasons[line.key]
             answer = next(answers) if reason is None else _nothing(reason)
             numbers, skipped = answer["numbers"], answer["skipped"]
-            unusable = {**_left_out(line, settings), **answer["unusable"]}
+            unusable = {**_left_out(line, settings), **_by_number(line, answer["unusable"])}
             yield {
                 "key": line.key,
-                "title": line.titled(settings.quick),
+                "title": _title(line, settings),
                 "section": line.section,
                 "numbers": numbers,
                 "figures": figures(line, numbers, not settings.quick),
                 "missing": {} if skipped is not None else _missing(line, numbers, unusable),
                 "skipped": skipped,
+                **{name: answer[name] for name in ("curves",) if name in answer},
             }
+
+
+def _title(line: Line, settings: Settings) -> str:
+    file = settings.interactions
+    return line.titled(settings.quick, **({} if file is None else {"file": Path(file).name}))
 
 
 def _groups(lines: Sequence[Line], settings: Settings) -> Iterator[list[Line]]:
@@ -224,6 +257,8 @@ def reason_to_skip(line: Line, settings: Settings) -> str | None:
         return f"needs {line.gigabytes:g} GB of free memory, there are {free:.1f}"
     if cores < 2 and (line.measure == "processes" or line.key.startswith("threads")):
         return f"needs 2 cores, there is {cores}"
+    if line.entries[0].case == FILE and settings.interactions is None:
+        return "needs a file: --interactions FILE"
     # A line all of whose figures need a peer that is not there.
     left_out = _left_out(line, settings)
     if all(left_out.keys() & {figure.over, figure.under} for figure in line.figures):
@@ -232,23 +267,36 @@ def reason_to_skip(line: Line, settings: Settings) -> str | None:
 
 
 def _left_out(line: Line, settings: Settings) -> dict[str, str]:
-    """Return the entries of a line whose library is not measured, each with the reason."""
-    return {
+    """Return the numbers of a line whose library is not measured, each with the reason."""
+    reasons = {
         entry.name: f"{entry.peer} was left out"
         if PEERS[entry.peer].installed
         else f"needs {entry.peer}: {PEERS[entry.peer].install}"
         for entry in line.entries
         if entry.peer is not None and entry.peer not in settings.peers
     }
+    return _by_number(line, reasons)
+
+
+def _by_number(line: Line, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return reasons that are given by entries, or by numbers, by number."""
+    of_entries = {
+        number: reasons[entry.name]
+        for entry in line.entries
+        if entry.name in reasons
+        for number in line.numbers_of(entry)
+    }
+    return {**reasons, **of_entries}
 
 
 def _environment(line: Line) -> dict[str, str]:
     """Keep every OpenMP thread, of whichever library, on a core of its own.
 
     Threads that have rested are sometimes woken up on one core together, step after step, and then wait for
-    the scheduler's next tick: 12 ms for a step of 2. What two processes do to each other is another matter.
+    the scheduler's next tick: 12 ms for a step of 2. What two processes do to each other is another matter;
+    and where the main thread is bound, all threads of BLAS, which recommenders need, are bound to its core.
     """
-    if line.measure == "processes":
+    if line.measure in ("processes", "recommenders"):
         return dict(os.environ)
     return {"OMP_PROC_BIND": "true", **os.environ}
 

@@ -4,131 +4,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from nb_sparse_adam._src.annotations import StepCounts
-from nb_sparse_adam._src.bench.cases import CASES, Case
+from nb_sparse_adam._src.bench.cases import Case
 from nb_sparse_adam._src.bench.contenders import Contender, Grouping, NumpyUnique, Ours
 from nb_sparse_adam._src.bench.in_torch import DropInRows, FusedBag
 from nb_sparse_adam._src.bench.limits import Limit
+from nb_sparse_adam._src.bench.line import Entry, Figure, Line
 from nb_sparse_adam._src.bench.peers import FbgemmBag, PaddleRows, TorchBag, TorchEntries, TorchRows
-
-
-class Entry(NamedTuple):
-    """A contender of a line."""
-
-    name: str
-    case: str
-    make: Callable[[Case, int], Contender]  # of the case and the number of threads
-    peer: str | None = None  # the library that it needs
-
-    def sized(self, quick: bool) -> Case:
-        """Return its case, or the smaller one of ``--quick``."""
-        return CASES[self.case].smaller() if quick else CASES[self.case]
-
-    def contender(self, threads: int, quick: bool) -> Contender:
-        """Set it up."""
-        return self.make(self.sized(quick), threads)
-
-
-class Figure(NamedTuple):
-    """One number over another, or less another, or a number by itself, and what it ought to be.
-
-    Attributes
-    ----------
-    label : str
-        What it is, for people; unique in its line.
-    over, under : str
-        Names of numbers of the line; without `under`, the number is the figure.
-    at_least, at_most : float or None
-        The target: one of them, or none.
-    unit : {"", "s"}
-        Unit of its value: a ratio or a count ("") or seconds.
-    difference : bool
-        Whether `under` is subtracted.
-    """
-
-    label: str
-    over: str
-    under: str | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    unit: str = ""
-    difference: bool = False
-
-    def value(self, numbers: Mapping[str, float]) -> float | None:
-        """Compute it from the numbers of a line, by name; None if one of them is missing."""
-        if self.over not in numbers or (self.under is not None and self.under not in numbers):
-            return None
-        if self.difference and self.under is not None:
-            return numbers[self.over] - numbers[self.under]
-        return numbers[self.over] / (1.0 if self.under is None else numbers[self.under])
-
-    def met(self, value: float) -> bool | None:
-        """Whether a value meets the target; None if there is none."""
-        if self.at_least is not None:
-            return value >= self.at_least
-        return None if self.at_most is None else value <= self.at_most
-
-
-class Line(NamedTuple):
-    """What is timed in one process, side by side.
-
-    Attributes
-    ----------
-    key : str
-        Its name in results.
-    title : str
-        What it is, for people; ``{table}``, ``{n}`` and the like stand for sizes of the first entry's case.
-        See `titled`.
-    section : str
-        The heading that it stands under.
-    entries : tuple of Entry
-        They take turns.
-    figures : tuple of Figure
-        Made of medians in seconds, or of what `measure` gives.
-    measure : {"times", "processes", "scratch", "resident", "first_step"}
-        How it is measured; see `worker`.
-    layer : str
-        Of "processes": numba's threading layer.
-    loop : int
-        Steps that are timed together.
-    gigabytes : float
-        Memory that must be free, if more than a few.
-    quick : bool
-        Whether ``--quick`` has it.
-    """
-
-    key: str
-    title: str
-    section: str
-    entries: tuple[Entry, ...]
-    figures: tuple[Figure, ...]
-    measure: str = "times"
-    layer: str = ""
-    loop: int = 1
-    gigabytes: float = 8
-    quick: bool = True
-
-    def titled(self, quick: bool) -> str:
-        """Return the title, with the sizes that such a run has."""
-        return self.title.format_map(self.entries[0].sized(quick).sizes)
-
-    def only(self, label: str) -> Line:
-        """Return a line with one of the figures, and no more entries than that figure needs."""
-        figure = next(figure for figure in self.figures if figure.label == label)
-        names = {figure.over, figure.under}
-        entries = tuple(entry for entry in self.entries if not names.isdisjoint(self.numbers_of(entry)))
-        return self._replace(entries=entries, figures=(figure,))
-
-    def numbers_of(self, entry: Entry) -> list[str]:
-        """Return the names of the numbers that come of measuring an entry."""
-        if self.measure == "processes":
-            return [f"{entry.name}, alone", f"{entry.name}, beside another"]
-        if self.measure == "first_step":
-            return [f"{entry.name}, compiled", f"{entry.name}, from disk"]
-        return [entry.name]
+from nb_sparse_adam._src.bench.recommender_lines import RECOMMENDER_LINES
 
 
 def _ours(
@@ -503,6 +389,7 @@ _ALL = [
         measure="scratch",
     ),
     _first_step(),
+    *RECOMMENDER_LINES,
 ]
 
 LINES: dict[str, Line] = {line.key: line for line in _ALL}

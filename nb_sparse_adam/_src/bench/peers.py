@@ -54,6 +54,9 @@ PEERS = {
     "paddle": Peer(
         "paddle", "paddlepaddle", "pip install paddlepaddle", "paddle.optimizer.Adam(lazy_mode=True)"
     ),
+    "implicit": Peer("implicit", "implicit", "pip install implicit", "implicit's BPR and ALS"),
+    # LightFM's own package, 1.17, cannot be built by a pip of today.
+    "lightfm": Peer("lightfm", "rectools-lightfm", "pip install rectools-lightfm", "LightFM's WARP"),
 }
 """What ``--peers`` takes -> the library."""
 

@@ -41,7 +41,7 @@ def text_lines(line: dict[str, Any]) -> Iterator[str]:
         yield f"{_INDENT}{row.rstrip()}"
     yield from _missing(line["missing"])
     if line["key"] not in _OF_MEMORY:
-        times = "; ".join(f"{name} {_seconds(number)}" for name, number in line["numbers"].items())
+        times = "; ".join(f"{name} {_number(name, number)}" for name, number in line["numbers"].items())
         yield from _wrapped(times)
 
 
@@ -67,6 +67,11 @@ def _target(figure: dict[str, Any]) -> str:
         if bound is not None:
             return f"{sign} {_seconds(bound, 0) if figure['unit'] == 's' else format(bound, 'g')}"
     return ""
+
+
+def _number(name: str, number: float) -> str:
+    """Write a number of a line: a time, unless its name says that it is a part of something."""
+    return f"{number:.4f}" if ", recall@" in name else _seconds(number)
 
 
 def _seconds(seconds: float, digits: int = 1) -> str:

@@ -9,6 +9,7 @@ compared. Lines of times share one with ``--quick``: most of what they would tak
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -23,12 +24,15 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from nb_sparse_adam._src.bench import recommender_runs
 from nb_sparse_adam._src.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam._src.bench.contenders import Contender, Ours, WithOptimizer, gradient
-from nb_sparse_adam._src.bench.lines import LINES, Entry, Line
+from nb_sparse_adam._src.bench.line import Entry, Line, Trained
+from nb_sparse_adam._src.bench.lines import LINES
 from nb_sparse_adam._src.bench.peers import import_peer
+from nb_sparse_adam._src.bench.settings import Settings
 from nb_sparse_adam._src.bench.timing import alternate
 
 REPEATS = 21
@@ -41,29 +45,17 @@ class CannotMeasureError(Exception):
     """A line cannot be measured here, for the reason that the message gives."""
 
 
-class Settings(NamedTuple):
-    """What the person who measures has chosen.
-
-    Attributes
-    ----------
-    peers : tuple of str
-        Keys of `peers.PEERS`, all of them installed.
-    threads : int
-    quick : bool
-        Small tables, few repeats.
-    """
-
-    peers: tuple[str, ...]
-    threads: int
-    quick: bool
-
-
 def command(*arguments: str) -> list[str]:
     """Return the command of a worker."""
     return [sys.executable, "-m", "nb_sparse_adam._src.bench.worker", *arguments]
 
 
-def measure(line: Line, settings: Settings, unusable: dict[str, str] | None = None) -> dict[str, float]:
+def measure(
+    line: Line,
+    settings: Settings,
+    unusable: dict[str, str] | None = None,
+    curves: dict[str, recommender_runs.Curve] | None = None,
+) -> dict[str, float]:
     """Measure a line here; return its numbers by name, times in seconds.
 
     Parameters
@@ -73,6 +65,8 @@ def measure(line: Line, settings: Settings, unusable: dict[str, str] | None = No
     unusable : dict, optional
         Is given the names of entries that cannot be measured here, each with the reason; the others are
         measured. Without it, such an entry is an error.
+    curves : dict, optional
+        Is given the curves of a line that trains recommenders, by name.
 
     Raises
     ------
@@ -85,10 +79,19 @@ def measure(line: Line, settings: Settings, unusable: dict[str, str] | None = No
         chosen = [entry for entry in chosen if entry.name not in unusable]
         if not chosen:
             raise CannotMeasureError(" and ".join(dict.fromkeys(unusable.values())))
-    return _MEASURES[line.measure](line._replace(entries=tuple(chosen)), settings)
+    line = line._replace(entries=tuple(chosen))
+    if line.measure == "recommenders":
+        return recommender_runs.measure(
+            line,
+            settings,
+            {} if unusable is None else unusable,
+            {} if curves is None else curves,
+            recommender_runs.trained_by(functools.partial(command, "trained", line.key), line),
+        )
+    return _MEASURES[line.measure](line, settings)
 
 
-def _unusable(entries: list[Entry]) -> dict[str, str]:
+def _unusable(entries: list[Entry | Trained]) -> dict[str, str]:
     """Import the libraries that entries need; return the entries whose library cannot be imported."""
     reasons = {}
     for entry in entries:
@@ -103,7 +106,7 @@ def _unusable(entries: list[Entry]) -> dict[str, str]:
 def _times(line: Line, settings: Settings) -> dict[str, float]:
     contenders: dict[str, Contender] = {}
     first: dict[tuple[str, str], WithOptimizer] = {}
-    for entry in line.entries:
+    for entry in line.steppers:
         try:
             contender = entry.contender(settings.threads, settings.quick)
         except NotImplementedError as error:
@@ -130,7 +133,7 @@ def _scratch(line: Line, settings: Settings) -> dict[str, float]:
     depend on the number of ids (counters of the radix sort, 32 kB a thread) is a number of its own.
     """
     numbers = {}
-    for entry in line.entries:
+    for entry in line.steppers:
         case = entry.sized(settings.quick)
         whole = case.arrays()[0]
         half = _first_half(whole)
@@ -180,7 +183,7 @@ def _resident(line: Line, settings: Settings) -> dict[str, float]:
         return int(re.findall(rf"^{what}:\s*(\d+) kB", status.read_text(), re.MULTILINE)[0])
 
     numbers = {}
-    for entry in line.entries:
+    for entry in line.steppers:
         case = entry.sized(settings.quick)
         contender = entry.make(case, settings.threads)
         contender.warm()
@@ -319,25 +322,30 @@ def _lines(settings: Settings, keys: list[str]) -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         for key in keys:
             answer: dict[str, Any] = {"numbers": {}, "unusable": {}, "skipped": None}
+            curves: dict[str, recommender_runs.Curve] = {}
             try:
-                answer["numbers"] = measure(LINES[key], settings, answer["unusable"])
+                answer["numbers"] = measure(LINES[key], settings, answer["unusable"], curves)
             except CannotMeasureError as error:
                 answer["skipped"] = str(error)
+            if curves:
+                answer["curves"] = curves
             gc.collect()  # tables in cycles: before anybody looks whether there is memory for the next line
             print(json.dumps(answer), file=answers, flush=True)
 
 
 def _main(what: str, *given: str) -> None:
     if what == "lines":
-        peers, threads, quick = json.loads(given[0])
-        _lines(Settings(tuple(peers), threads, quick), list(given[1:]))
+        peers, *others = json.loads(given[0])
+        _lines(Settings(tuple(peers), *others), list(given[1:]))
         return
-    key, name, *threads_of_first_step = given
+    key, name, *more = given
     entry = next(entry for entry in LINES[key].entries if entry.name == name)
-    if what == "stepper":
+    if isinstance(entry, Trained):
+        print(json.dumps(recommender_runs.answer(entry, json.loads(more[0]))))
+    elif what == "stepper":
         _stepper(entry)
     else:
-        _step_once(entry, int(*threads_of_first_step))
+        _step_once(entry, int(more[0]))
 
 
 if __name__ == "__main__":
