@@ -206,7 +206,7 @@ class BPRModel:
         del self.history[self.n_epochs :]
         for epoch in range(self.n_epochs + 1, options.epochs + 1):
             start = time.perf_counter()
-            loss = self._run_epoch(epoch, on_batch)
+            loss = self.run_epoch(epoch, on_batch)
             seconds = time.perf_counter() - start
             due = epoch == options.epochs or (options.eval_every > 0 and epoch % options.eval_every == 0)
             quality = self.evaluate() if due and len(self.split.test) else None
@@ -221,7 +221,7 @@ class BPRModel:
             best.restore()
             self.n_epochs = best.epoch
 
-    def _run_epoch(self, epoch: int, on_batch: Callable[[int, float], None] | None) -> float:
+    def run_epoch(self, epoch: int, on_batch: Callable[[int, float], None] | None = None) -> float:
         """Train on the batches of one epoch, counted from 1, and return its loss, as in `EpochRecord`.
 
         Those that `unfinished` counts are left out.
