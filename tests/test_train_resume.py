@@ -229,6 +229,11 @@ def test_a_page_shows_what_users_had_and_would_see_next(train, tmp_path):
     status, said = train("--titles", str(titles), "--overwrite")
     assert status == 1
     assert "expected a header, and columns of ids and of titles" in said.err
+    titles.write_text("movieId,title\nx7,Alien\n")
+    status, said = train("--titles", str(titles), "--overwrite")
+    assert status == 1
+    assert "has titles of none of the" in said.err
+    assert "epoch" not in said.out  # it is not trained first
 
 
 @pytest.mark.parametrize("header", ["movieId,title", "name,item_id", "a,b"])

@@ -30,7 +30,7 @@ from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.given import Given, validation_split
 from nb_sparse_adam._src.recommender.interactions import Interactions, Split, generate, hold_out
-from nb_sparse_adam._src.recommender.page import read_titles, recommendations_page
+from nb_sparse_adam._src.recommender.page import recommendations_page, titles_of
 from nb_sparse_adam._src.recommender.progress import Progress, describe
 from nb_sparse_adam._src.recommender.ranking import Quality, evaluate, popularity_quality
 from nb_sparse_adam._src.recommender.reading import read_given, read_given_split, what_of_repeated
@@ -166,7 +166,6 @@ def _train(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.resume or Path("nb-sparse-adam-run")
     folder = report.prepare_output(out)
     _refuse_run(arguments, folder)
-    titles = None if arguments.titles is None else read_titles(arguments.titles)
     if arguments.resume is not None:
         run = _resumed(arguments, given)
     else:
@@ -174,6 +173,9 @@ def _train(arguments: argparse.Namespace) -> int:
         data = _load(arguments, options)
         run = _Run(BPRModel(data.inner, options), data)
         _describe(run)
+    titles = None
+    if arguments.titles is not None:  # now: after the training would be late to refuse it
+        titles = titles_of(arguments.titles, run.data.split.item_ids)
     top = run.model.options.top
     popularity = popularity_quality(run.data.split, top)
     print(f"popularity ranking: {describe(popularity, top)}", flush=True)
