@@ -180,30 +180,13 @@ def _train(arguments: argparse.Namespace) -> int:
     popularity = popularity_quality(run.data.split, top)
     print(f"popularity ranking: {describe(popularity, top)}", flush=True)
 
-    interrupted, signals = False, Signals()
-    bar = not arguments.no_progress and sys.stderr.isatty()
-    search = Search(run.data.inner, given, arguments.patience) if arguments.search is not None else None
-    with signals:
-        try:
-            if search is not None:
-                _search(search, arguments.search, bar, signals)
-            else:
-                with Progress(run.model, bar=bar, lines="evaluations") as progress:
-
-                    def on_batch(interactions: int, loss: float) -> None:
-                        progress.on_batch(interactions, loss)
-                        signals.check()
-
-                    run.model.fit(on_batch, progress.on_epoch, arguments.patience)
-        except KeyboardInterrupt:
-            interrupted = True
-    if search is not None:
-        if search.best is None and interrupted:
-            print("interrupted before a trial was done: there is nothing to save", flush=True)
-            return _status(signals)
-        if search.best is None:
+    signals = Signals()
+    run, search, interrupted = _trained(run, arguments, given, signals)
+    if search is not None and search.best is None:
+        if not interrupted:
             raise OptionError("--search: every trial has diverged, or there is nothing to evaluate")
-        run = run._replace(model=search.best)
+        print("interrupted before a trial was done: there is nothing to save", flush=True)
+        return _status(signals)
     model = run.model
     if interrupted:
         done = f"{model.n_epochs} of {model.options.epochs} epochs"
@@ -239,6 +222,32 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _status(signals: Signals) -> int:
     return TERMINATED if signals.arrived == signal.SIGTERM else INTERRUPTED
+
+
+def _trained(
+    run: _Run, arguments: argparse.Namespace, given: Mapping[str, Any], signals: Signals
+) -> tuple[_Run, Search | None, bool]:
+    """Train, or search; return the run, the search, if any, and whether it was interrupted."""
+    bar = not arguments.no_progress and sys.stderr.isatty()
+    search = Search(run.data.inner, given, arguments.patience) if arguments.search is not None else None
+    interrupted = False
+    with signals:
+        try:
+            if search is not None:
+                _search(search, arguments.search, bar, signals)
+            else:
+                with Progress(run.model, bar=bar, lines="evaluations") as progress:
+
+                    def on_batch(interactions: int, loss: float) -> None:
+                        progress.on_batch(interactions, loss)
+                        signals.check()
+
+                    run.model.fit(on_batch, progress.on_epoch, arguments.patience)
+        except KeyboardInterrupt:
+            interrupted = True
+    if search is not None and search.best is not None:
+        run = run._replace(model=search.best)
+    return run, search, interrupted
 
 
 def _search(search: Search, trials: int, bar: bool, signals: Signals) -> None:
