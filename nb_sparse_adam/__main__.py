@@ -145,7 +145,7 @@ def _add_bench(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"folder for bench.json and bench.png (default: {_BENCH_FOLDER}, none with --json)",
+        help=f"folder for bench.json and its pictures (default: {_BENCH_FOLDER}, none with --json)",
     )
     bench.set_defaults(run=_bench, parser=bench)
 

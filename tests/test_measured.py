@@ -10,12 +10,14 @@ import pytest
 from needs import need
 
 from nb_sparse_adam._src.bench import chart, comparison
+from nb_sparse_adam._src.bench.lines import LINES
+from nb_sparse_adam._src.bench.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks.pages import __main__ as pages
-    from benchmarks.pages import speed, tables
+    from benchmarks.pages import recommender_tables, speed, tables
 finally:
     sys.path.remove(str(ROOT))
 
@@ -111,6 +113,30 @@ def test_an_old_result_is_called_old_wherever_it_is_shown():
     new = {**pages.load(pages.XEON), "commit": "0123abc"}
     assert tables.at(new) == "`0123abc`"
     assert tables.note(new) == ""
+
+
+def test_recommenders_are_shown_with_what_they_took():
+    line = LINES["recommender"]
+    names = [entry.name for entry in line.entries if entry.threads is None]
+    numbers = {number: 2.0 for entry in line.entries for number in line.numbers_of(entry)}
+    del numbers["LightFM WARP, recommend"]
+    curve = {"seconds": [[1.0]], "recall": [[0.5]]}
+    shown = {
+        "title": "recommenders, mine.csv",
+        "numbers": numbers | {"softmax, recall@20": 0.25, "implicit ALS, recall@20": 0.5},
+        "curves": dict.fromkeys(names, curve),
+    }
+    shown["figures"] = comparison.figures(line, shown["numbers"])
+    result = {**comparison.describe(Settings((), 2, False)), "commit": "0123abc", "lines": [shown]}
+    text = recommender_tables.page(result)
+    assert set(names) == set(recommender_tables.NAMES)
+    assert '| this library, `loss="softmax"` | 0.2500 | 2.0 s | 2.0 s | 2.0 s | 2.0 s |' in text
+    assert "| LightFM, WARP | 2.0000 | 2.0 s | 2.0 s | 2.0 s |  |" in text
+    assert "| recall@20, softmax / ALS | ≥ 1.05 | **0.5** |" in text
+    assert "| an epoch, BPR / implicit's | ≤ 3 | 1 |" in text
+    assert "| compiling, once |  | 2.0 s |" in text
+    for figure in line.figures:
+        assert f"| {figure.label} |" in text
 
 
 def test_figures_of_a_gpu_follow_from_what_was_timed():

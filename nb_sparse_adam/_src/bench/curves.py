@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def draw(result: dict[str, Any]) -> Any:
         ax.set_xscale("log")
         ax.set_xlabel("seconds of training", fontsize=9)
         ax.set_ylim(bottom=0)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        _set_ticks(ax)
         ax.grid(alpha=0.25)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
@@ -59,6 +60,17 @@ def draw(result: dict[str, Any]) -> Any:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(_caption(result), fontsize=9)
     return figure
+
+
+def _set_ticks(ax: Any) -> None:
+    """Have ticks within the limits only: matplotlib's reach beyond them, where their texts lie on others."""
+    (left, right), (_, top) = ax.get_xlim(), ax.get_ylim()
+    decades = range(math.floor(math.log10(left)), math.ceil(math.log10(right)) + 1)
+    seconds = [step * 10.0**decade for decade in decades for step in (1, 3)]
+    seconds = [second for second in seconds if left <= second <= right]
+    ax.set_xticks(seconds, [f"{second:g}" for second in seconds])
+    ax.minorticks_off()
+    ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= top])
 
 
 def _draw_curve(ax: Any, name: str, curve: dict[str, list[list[float]]]) -> None:
