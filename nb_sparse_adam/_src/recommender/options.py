@@ -51,6 +51,9 @@ DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Option -> (test of a value, the values that pass it in words)."""
 
+NEGATIVES = {"in_batch": 63, "softmax": 20, "bpr": 5}
+"""Kind of loss -> negatives, where none are given."""
+
 
 @public("nb_sparse_adam.recommender")
 @dataclass(frozen=True)
@@ -78,13 +81,15 @@ class BPROptions:
         are some multiples of it. Of ``loss="softmax"`` only.
     negatives : int
         Items that each interaction is compared with: sampled among those with which the user has no training
-        interaction or, with ``in_batch``, the items of so many other interactions of the batch.
+        interaction or, with ``in_batch``, the items of so many other interactions of the batch. None stands
+        for what suits the loss: 63 with ``in_batch``, 20 with another softmax, 5 with BPR.
     popularity : float
         Negatives are sampled in proportion to this power of the items' numbers of training interactions; 0:
         uniformly. With another number, an item without training interactions is never sampled.
     in_batch : bool
         Take the items of other interactions of the batch for negatives, and sample none. A batch is cut into
-        groups of equal size, at most ``negatives + 1``. Of ``loss="softmax"`` only.
+        groups of equal size, at most ``negatives + 1``. Of ``loss="softmax"`` only. None stands for True
+        where that can be: with ``loss="softmax"`` and ``popularity=0``.
     init_std : float
         Standard deviation of the initial vectors, which are normal with mean 0.
     seed : int
@@ -103,26 +108,31 @@ class BPROptions:
     """
 
     dim: int = 64
-    epochs: int = 40
-    batch_size: int = 1024
-    lr: float = 0.005
-    reg: float = 0.01
-    negatives: int = 1
-    init_std: float = 0.1
+    epochs: int = 28
+    batch_size: int = 512
+    lr: float = 0.004
+    reg: float = 0.15
+    negatives: int = None  # type: ignore[assignment]  # __post_init__ makes it an int
+    init_std: float = 0.01
     seed: int = 0
     top: int = 20
     eval_every: int = 5
-    step_counts: StepCounts = "element"
+    step_counts: StepCounts = "row"
     eps_hat: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     threads: int | None = None
-    loss: LossName = "bpr"
+    loss: LossName = "softmax"
     temperature: float = 1.0
     popularity: float = 0.0
-    in_batch: bool = False
+    in_batch: bool = None  # type: ignore[assignment]  # __post_init__ makes it a bool
 
     def __post_init__(self) -> None:
+        if self.in_batch is None:
+            object.__setattr__(self, "in_batch", self.loss == "softmax" and self.popularity == 0)
+        if self.negatives is None:
+            kind = "in_batch" if self.in_batch else self.loss
+            object.__setattr__(self, "negatives", NEGATIVES.get(str(kind), 1))
         for option in fields(self):
             value = getattr(self, option.name)
             passes, domain = DOMAINS[option.name]

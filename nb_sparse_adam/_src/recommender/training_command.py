@@ -43,12 +43,13 @@ _HELP = {
     "batch_size": "interactions in a batch",
     "lr": "learning rate",
     "reg": "weight of the squared norms in the loss",
-    "loss": "bpr (Rendle et al. 2009) or softmax (of the item and its negatives, corrected by log Q)",
+    "loss": "softmax (of the item and its negatives, corrected by log Q) or bpr (Rendle et al. 2009)",
     "temperature": "what softmax divides scores by",
     "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
-    "--in-batch, at most so many others of the batch",
+    "--in-batch, at most so many others of the batch (default: 63 then, else 20 for softmax, 5 for bpr)",
     "popularity": "sample negatives in proportion to their training interactions to this power; 0: uniformly",
-    "in_batch": "softmax over the items of a part of the batch, none sampled",
+    "in_batch": "softmax over the items of a part of the batch, none sampled (default: with softmax, unless "
+    "--popularity is given)",
     "init_std": "standard deviation of the initial vectors",
     "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
     "top": "k of recall@k and NDCG@k",
@@ -147,6 +148,9 @@ def add_train(commands: Any) -> None:
 def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None:
     flag, text = f"--{name.replace('_', '-')}", _HELP[name]
     passes, domain = DOMAINS[name]
+    if name == "in_batch":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        return
     if isinstance(default, bool):
         group.add_argument(flag, action="store_true", help=f"{text} (default: off)")
         return
