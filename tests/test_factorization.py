@@ -333,7 +333,7 @@ def test_someone_new_gets_the_vector_of_least_loss(interactions, options):
     x = model.fold_in([*items, items[0]])
     assert x.dtype == np.float32
     assert x.tobytes() == model.fold_in(items[::-1]).tobytes()
-    vectors = model.item_factors_.astype(np.float64)
+    vectors, reg = model.item_factors_.astype(np.float64), BPROptions(loss=model.loss).reg
     had, others = vectors[[1, 4, 8]], np.delete(vectors, [1, 4, 8], 0)
 
     def loss(at):
@@ -342,7 +342,7 @@ def test_someone_new_gets_the_vector_of_least_loss(interactions, options):
             first = np.mean(np.log(np.exp(z) + rest) - z)
         else:
             first = np.mean([np.log1p(np.exp(-(v - other) @ at)) for v in had for other in others])
-        return first + 0.5 * model.reg * at @ at
+        return first + 0.5 * reg * at @ at
 
     rng = np.random.default_rng(0)
     least = loss(x.astype(np.float64))

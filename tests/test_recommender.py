@@ -309,17 +309,17 @@ def test_every_option_has_a_domain():
 
 
 @pytest.mark.parametrize(
-    ("given", "in_batch", "negatives"),
+    ("given", "in_batch", "negatives", "reg"),
     [
-        ({}, True, 63),
-        ({"negatives": 9}, True, 9),
-        ({"in_batch": False}, False, 20),
-        ({"popularity": 0.5}, False, 20),
-        ({"loss": "bpr"}, False, 5),
-        ({"loss": "bpr", "negatives": 2, "popularity": 1.0}, False, 2),
+        ({}, True, 63, 0.15),
+        ({"negatives": 9}, True, 9, 0.15),
+        ({"in_batch": False}, False, 20, 0.15),
+        ({"popularity": 0.5}, False, 20, 0.15),
+        ({"loss": "bpr"}, False, 5, 0.03),
+        ({"loss": "bpr", "negatives": 2, "popularity": 1.0, "reg": 0}, False, 2, 0),
     ],
 )
-def test_what_is_not_given_suits_the_loss(given, in_batch, negatives):
+def test_what_is_not_given_suits_the_loss(given, in_batch, negatives, reg):
     options = BPROptions(**given)
-    assert (options.in_batch, options.negatives) == (in_batch, negatives)
+    assert (options.in_batch, options.negatives, options.reg) == (in_batch, negatives, reg)
     assert BPROptions(**asdict(options)) == options

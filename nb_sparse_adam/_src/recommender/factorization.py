@@ -42,7 +42,7 @@ class MatrixFactorization(Serving):
     epochs : int, default 28
         Passes over the interactions, at most.
     batch_size, lr, reg
-        Of the training and of its `SparseAdam`.
+        Of the training and of its `SparseAdam`; a `reg` of None is what suits the loss.
     negatives, popularity, temperature, in_batch
         What interactions are compared with, and how. None is what suits the loss.
     init_std : float, default 0.01
@@ -85,7 +85,7 @@ class MatrixFactorization(Serving):
         epochs: int = 28,
         batch_size: int = 512,
         lr: float = 0.004,
-        reg: float = 0.15,
+        reg: float | None = None,
         negatives: int | None = None,
         popularity: float = 0.0,
         temperature: float = 1.0,

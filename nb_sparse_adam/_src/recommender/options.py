@@ -54,6 +54,9 @@ DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
 NEGATIVES = {"in_batch": 63, "softmax": 20, "bpr": 5}
 """Kind of loss -> negatives, where none are given."""
 
+REGS = {"softmax": 0.15, "bpr": 0.03}
+"""Loss -> weight of the squared norms, where none is given."""
+
 
 @public("nb_sparse_adam.recommender")
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ class BPROptions:
     lr, betas, eps, step_counts, eps_hat
         Of `SparseAdam`.
     reg : float
-        Weight of the squared norms in the loss.
+        Weight of the squared norms in the loss. None stands for what suits the loss: 0.15 with a softmax,
+        0.03 with BPR.
     loss : {"softmax", "bpr"}
         The softmax with the correction by log Q, ``in_batch`` (Yi et al. 2019) or over sampled negatives
-        (Bengio & Senécal 2008; Jean et al. 2015), or BPR (Rendle et al. 2009), which wants another ``reg``,
-        about 0.03. The formulas are on the page "The recommender", section "The model".
+        (Bengio & Senécal 2008; Jean et al. 2015), or BPR (Rendle et al. 2009). The formulas are on the page
+        "The recommender", section "The model".
     temperature : float
         What the softmax loss divides scores by. It spreads them: the vectors grow until differences of scores
         are some multiples of it. Of ``loss="softmax"`` only.
@@ -114,7 +118,7 @@ class BPROptions:
     epochs: int = 28
     batch_size: int = 512
     lr: float = 0.004
-    reg: float = 0.15
+    reg: float = None  # type: ignore[assignment]  # __post_init__ makes it a float
     negatives: int = None  # type: ignore[assignment]  # __post_init__ makes it an int
     init_std: float = 0.01
     seed: int = 0
@@ -131,11 +135,9 @@ class BPROptions:
     in_batch: bool = None  # type: ignore[assignment]  # __post_init__ makes it a bool
 
     def __post_init__(self) -> None:
-        if self.in_batch is None:
-            object.__setattr__(self, "in_batch", self.loss == "softmax" and self.popularity == 0)
-        if self.negatives is None:
-            kind = "in_batch" if self.in_batch else self.loss
-            object.__setattr__(self, "negatives", NEGATIVES.get(str(kind), 1))
+        self._fill("in_batch", self.loss == "softmax" and self.popularity == 0)
+        self._fill("negatives", NEGATIVES.get("in_batch" if self.in_batch else str(self.loss), 1))
+        self._fill("reg", REGS.get(str(self.loss), 0.0))
         for option in fields(self):
             value = getattr(self, option.name)
             passes, domain = DOMAINS[option.name]
@@ -156,3 +158,8 @@ class BPROptions:
                 "popularity: expected 0.0 with in_batch=True, where an item is a negative as often as it is "
                 f"in the batch, got {self.popularity!r}; with in_batch=False negatives are sampled"
             )
+
+    def _fill(self, name: str, value: Any) -> None:
+        """Give an option a value, if it has none."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)

@@ -42,7 +42,7 @@ _HELP = {
     "epochs": "passes over the training interactions",
     "batch_size": "interactions in a batch",
     "lr": "learning rate",
-    "reg": "weight of the squared norms in the loss",
+    "reg": "weight of the squared norms in the loss (default: 0.15 for softmax, 0.03 for bpr)",
     "loss": "softmax (of the item and its negatives, corrected by log Q) or bpr (Rendle et al. 2009)",
     "temperature": "what softmax divides scores by",
     "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
@@ -68,8 +68,8 @@ def add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a recommender on interactions",
-        description="Train a matrix-factorization recommender with a softmax over items or the BPR loss (Rendle "
-        "et al. 2009), compare it with a popularity ranking on held-out items, and save its vectors.",
+        description="Train a matrix-factorization recommender with a softmax over items or the BPR loss "
+        "(Rendle et al. 2009), compare it with a popularity ranking on held-out items, and save its vectors.",
     )
     data = train.add_argument_group("data")
     data.add_argument(
@@ -162,7 +162,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, default: Any) -> None
         text = text.replace("%(default)s", " ".join(map(str, default)))
         group.add_argument(flag, type=one, nargs=2, default=default, metavar=("BETA1", "BETA2"), help=text)
     else:
-        metavar = "N" if default is None or isinstance(default, int) else "X"
+        metavar = "X" if isinstance(default, float) or name == "reg" else "N"
         group.add_argument(flag, type=_number(passes, domain), default=default, metavar=metavar, help=text)
 
 
