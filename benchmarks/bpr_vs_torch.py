@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     split = hold_out(read_interactions(args.interactions) if args.interactions else generate())
-    shared: dict[str, Any] = {"dim": args.dim, "batch_size": args.batch_size, "threads": args.threads}
+    shared: dict[str, Any] = {"loss": "bpr", "negatives": 1, "lr": 0.005, "reg": 0.01, "init_std": 0.1}
+    shared |= {"dim": args.dim, "batch_size": args.batch_size, "threads": args.threads}
     like_torch = BPROptions(step_counts="global", eps_hat=True, **shared)
     contenders = {
         "torch, nn.Embedding(sparse=True), SparseAdam": Torch(split, like_torch, threads),

@@ -4,6 +4,7 @@
 import math
 import pickle
 import types
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -75,8 +76,9 @@ def test_parameters_are_as_scikit_learn_has_them():
     with pytest.raises(OptionError, match="no parameter 'learning_rate'"):
         model.set_params(learning_rate=1.0)
     assert set(params) - {"threads"} <= set(BPROptions.__dataclass_fields__)
-    options = BPROptions()
-    assert all(params[n] == getattr(options, n) for n in params if n not in ("dim", "lr", "reg"))
+    assert MatrixFactorization()._options(BPROptions().epochs) == BPROptions()
+    defaults = {one.name: one.default for one in fields(BPROptions)}
+    assert all(value == defaults[n] for n, value in MatrixFactorization().get_params().items())
 
 
 def test_scikit_learn_can_clone_it(trained):
@@ -384,23 +386,23 @@ def test_neighbours_are_by_cosine_without_itself(trained):
         assert ask(ids[4], k=6)[0].tolist() == found[0].tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "softmax", "negatives": 5, "temperature": 0.5}])
+@pytest.mark.parametrize("options", [{"loss": "bpr"}, {"temperature": 0.5}])
 def test_someone_new_gets_the_vector_of_least_loss(interactions, options):
     model = MatrixFactorization(**SMALL, **options).fit(interactions)
     items = model.item_ids_[[1, 4, 8]]
     x = model.fold_in([*items, items[0]])
     assert x.dtype == np.float32
     assert x.tobytes() == model.fold_in(items[::-1]).tobytes()
-    vectors = model.item_factors_.astype(np.float64)
+    vectors, reg = model.item_factors_.astype(np.float64), BPROptions(loss=model.loss).reg
     had, others = vectors[[1, 4, 8]], np.delete(vectors, [1, 4, 8], 0)
 
     def loss(at):
-        if options:
+        if model.loss == "softmax":
             z, rest = had @ at / 0.5, np.exp(others @ at / 0.5).sum()
             first = np.mean(np.log(np.exp(z) + rest) - z)
         else:
             first = np.mean([np.log1p(np.exp(-(v - other) @ at)) for v in had for other in others])
-        return first + 0.5 * model.reg * at @ at
+        return first + 0.5 * reg * at @ at
 
     rng = np.random.default_rng(0)
     least = loss(x.astype(np.float64))
@@ -420,7 +422,7 @@ def test_of_many_items_a_sample_says_nearly_the_same(monkeypatch):
 
     rng = np.random.default_rng(0)
     items, had = rng.normal(size=(5000, 4)).astype(np.float32), np.array([3, 17, 99])
-    for options in (BPROptions(reg=0.1), BPROptions(reg=0.1, loss="softmax")):
+    for options in (BPROptions(reg=0.1, loss="bpr"), BPROptions(reg=0.1, loss="softmax")):
         sampled = folding.fold_in(items, had, options, np.random.default_rng(1))
         with monkeypatch.context() as patch:
             for limit in ("_PAIRS", "_MOST", "_OTHERS"):

@@ -2,7 +2,7 @@
 """The recommender: samples, loss, gradients, training."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numba
 import numpy as np
@@ -17,6 +17,12 @@ from nb_sparse_adam.recommender import BPRModel, BPROptions, epoch_batches, trai
 
 SMALL = hold_out(generate(40, 30, 6.0, seed=1), seed=1)
 WEIGHTED = weighted(SMALL)
+BPR = {"loss": "bpr", "negatives": 1, "lr": 0.005, "reg": 0.01, "batch_size": 1024, "init_std": 0.1}
+
+
+def bpr(**options):
+    """Options of BPR, whatever the defaults are; other losses have tests of their own."""
+    return BPROptions(**{**BPR, **options})
 
 
 def copies(split, options, epoch=1):
@@ -39,7 +45,7 @@ def test_arrays_of_other_layouts_are_jobs_of_another_kind():
 @pytest.mark.parametrize("negatives", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
 def test_an_epoch_has_every_interaction_once_and_other_items(batch_size, negatives):
-    options = BPROptions(batch_size=batch_size, negatives=negatives, seed=3)
+    options = bpr(batch_size=batch_size, negatives=negatives, seed=3)
     batches = copies(SMALL, options)
     assert all(len(batch.users) == batch_size for batch in batches[:-1])
     assert 0 < len(batches[-1].users) <= batch_size
@@ -65,7 +71,7 @@ def test_samples_are_uniform_over_the_other_items():
     user_items = [2, 3, 7]
     interactions = Interactions.from_ids([0] * 3 + [1] * 9, user_items + list(range(9)))
     split = Split(interactions.pairs, interactions.pairs, interactions.user_ids, interactions.item_ids, "")
-    options = BPROptions(negatives=2000)
+    options = bpr(negatives=2000)
     sampled = [
         batch.negatives[at]
         for epoch in (1, 2)
@@ -82,23 +88,23 @@ def test_samples_are_uniform_over_the_other_items():
 def test_the_items_of_a_user_with_all_but_one():
     interactions = Interactions.from_ids([0] * 5 + [1], [0, 1, 3, 4, 5, 2])
     split = Split(interactions.pairs, interactions.pairs, interactions.user_ids, interactions.item_ids, "")
-    for batch in copies(split, BPROptions(negatives=4)):
+    for batch in copies(split, bpr(negatives=4)):
         assert (batch.negatives[batch.users == 0] == 2).all()
 
 
 def test_a_user_with_every_item_is_left_out():
     interactions = Interactions.from_ids([0, 0, 0, 1], [0, 1, 2, 1])
     split = Split(interactions.pairs, interactions.pairs, interactions.user_ids, interactions.item_ids, "")
-    (batch,) = copies(split, BPROptions())
+    (batch,) = copies(split, bpr())
     assert batch.users.tolist() == [1]
-    assert BPRModel(split, BPROptions(dim=2)).interactions == 1
+    assert BPRModel(split, bpr(dim=2)).interactions == 1
     everybody = Interactions.from_ids([0, 0, 1, 1], [0, 1, 0, 1])
     with pytest.raises(InteractionsError, match="nothing to train on"):
-        train(Split(everybody.pairs, everybody.pairs, everybody.user_ids, everybody.item_ids, ""))
+        train(Split(everybody.pairs, everybody.pairs, everybody.user_ids, everybody.item_ids, ""), bpr())
 
 
 def test_epochs_and_seeds_differ_and_repeat():
-    options = BPROptions(seed=1)
+    options = bpr(seed=1)
     (one,), (same,) = copies(SMALL, options), copies(SMALL, options)
     (other_epoch,), (other_seed,) = copies(SMALL, options, epoch=2), copies(SMALL, replace(options, seed=2))
     np.testing.assert_array_equal(one.items, same.items)
@@ -108,9 +114,9 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 
 def test_the_samples_do_not_depend_on_the_batch_size(monkeypatch):
-    all_in_one = copies(SMALL, BPROptions(batch_size=10_000, negatives=2))
+    all_in_one = copies(SMALL, bpr(batch_size=10_000, negatives=2))
     monkeypatch.setattr(batches, "_CHUNK", 20)  # two batches are sampled at a time
-    many = copies(SMALL, BPROptions(batch_size=9, negatives=2))
+    many = copies(SMALL, bpr(batch_size=9, negatives=2))
     np.testing.assert_array_equal(
         np.concatenate([batch.negatives for batch in many]), all_in_one[0].negatives
     )
@@ -140,9 +146,7 @@ def dense(gradient, shape):
 @pytest.mark.parametrize(("negatives", "batch_size", "dim"), [(1, 500, 3), (3, 40, 9)])
 @pytest.mark.parametrize("split", [SMALL, WEIGHTED], ids=["without weights", "with weights"])
 def test_gradients_are_those_of_the_loss(split, negatives, batch_size, dim, reg):
-    model = BPRModel(
-        split, BPROptions(dim=dim, negatives=negatives, batch_size=batch_size, reg=reg, init_std=1.0)
-    )
+    model = BPRModel(split, bpr(dim=dim, negatives=negatives, batch_size=batch_size, reg=reg, init_std=1.0))
     batch = copies(split, model.options)[0]
     loss, *gradients = model._loss_and_gradients(batch)
     tables = [model.user_table.astype(np.float64), model.item_table.astype(np.float64)]
@@ -163,7 +167,7 @@ def test_gradients_are_those_of_the_loss(split, negatives, batch_size, dim, reg)
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_scores_far_apart_do_not_overflow(scale):
-    model = BPRModel(SMALL, BPROptions(dim=1, reg=0.0))
+    model = BPRModel(SMALL, bpr(dim=1, reg=0.0))
     model.user_table[:] = 1
     model.item_table[:] = scale * np.arange(SMALL.train.n_items)[:, None]
     batch = copies(SMALL, model.options)[0]
@@ -175,7 +179,7 @@ def test_scores_far_apart_do_not_overflow(scale):
 
 
 def test_a_step_lowers_the_loss_of_its_batch():
-    model = BPRModel(SMALL, BPROptions(dim=4, lr=0.05))
+    model = BPRModel(SMALL, bpr(dim=4, lr=0.05))
     batch = copies(SMALL, model.options)[0]
     losses = [model._train_batch(batch) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
@@ -209,7 +213,7 @@ def test_the_mean_is_of_what_is_trained_on():
 
 
 def result(split, **options):
-    model = BPRModel(split, BPROptions(**options))
+    model = BPRModel(split, bpr(**options))
     model.fit()
     return model
 
@@ -245,7 +249,7 @@ def test_it_learns_what_was_planted():
 
 def test_history_and_callbacks():
     seen = []
-    model = BPRModel(SMALL, BPROptions(dim=2, epochs=5, eval_every=2, batch_size=50))
+    model = BPRModel(SMALL, bpr(dim=2, epochs=5, eval_every=2, batch_size=50))
     model.fit(lambda n, loss: seen.append((n, loss)), lambda record: seen.append(record))
     batches = -(-model.interactions // 50)
     assert len(seen) == 5 * (batches + 1)
@@ -261,7 +265,7 @@ def test_history_and_callbacks():
 
 
 def test_an_interrupted_training_goes_on_where_it_was():
-    options = BPROptions(dim=2, epochs=4, eval_every=0)
+    options = bpr(dim=2, epochs=4, eval_every=0)
     model, whole = BPRModel(SMALL, options), BPRModel(SMALL, options)
 
     def stop(record):
@@ -278,19 +282,19 @@ def test_an_interrupted_training_goes_on_where_it_was():
 
 def test_train_takes_interactions_or_a_split():
     interactions = generate(40, 30, 6.0, seed=1)
-    options = BPROptions(dim=2, epochs=1, seed=1)
+    options = bpr(dim=2, epochs=1, seed=1)
     assert_same(train(interactions, options), train(hold_out(interactions, 0.2, 1), options))
 
 
 def test_divergence_is_an_error():
     with pytest.raises(NonFiniteGradientError):
-        train(SMALL, BPROptions(dim=2, lr=1e30, epochs=3))
+        train(SMALL, bpr(dim=2, lr=1e30, epochs=3))
 
 
 def test_a_user_without_training_items_keeps_the_initial_vector():
     pairs = UserItems.from_pairs(np.array([0, 0, 2]), np.array([0, 1, 2]), 3, 5)
     split = Split(pairs, pairs.select(np.zeros(3, bool)), np.arange(3), np.arange(5), "")
-    model = BPRModel(split, BPROptions(dim=3, epochs=2, eval_every=0))
+    model = BPRModel(split, bpr(dim=3, epochs=2, eval_every=0))
     before = model.user_table.copy()
     model.fit()
     np.testing.assert_array_equal(model.user_table[1], before[1])
@@ -316,7 +320,7 @@ BAD_OPTIONS = {
     "loss": ["warp", "", None],
     "temperature": [0, -1.0, math.inf, math.nan, "1", 0.5],
     "popularity": [-0.5, math.inf, math.nan, None],
-    "in_batch": [1, None, True],
+    "in_batch": [1, "yes", True],
 }
 
 
@@ -325,8 +329,25 @@ BAD_OPTIONS = {
 )
 def test_bad_options(name, value):
     with pytest.raises(OptionError, match=f"^{name}: expected .*, got "):
-        BPROptions(**{name: value})
+        BPROptions(**{"loss": "bpr", name: value})
 
 
 def test_every_option_has_a_domain():
     assert BAD_OPTIONS.keys() == {option.name for option in fields(BPROptions)}
+
+
+@pytest.mark.parametrize(
+    ("given", "in_batch", "negatives", "reg"),
+    [
+        ({}, True, 63, 0.15),
+        ({"negatives": 9}, True, 9, 0.15),
+        ({"in_batch": False}, False, 20, 0.15),
+        ({"popularity": 0.5}, False, 20, 0.15),
+        ({"loss": "bpr"}, False, 5, 0.03),
+        ({"loss": "bpr", "negatives": 2, "popularity": 1.0, "reg": 0}, False, 2, 0),
+    ],
+)
+def test_what_is_not_given_suits_the_loss(given, in_batch, negatives, reg):
+    options = BPROptions(**given)
+    assert (options.in_batch, options.negatives, options.reg) == (in_batch, negatives, reg)
+    assert BPROptions(**asdict(options)) == options

@@ -79,7 +79,7 @@ def in_batch_loss(batch, user_table, item_table, popularity, options):
 @pytest.mark.parametrize(
     ("formula", "options"),
     [
-        (sampled_loss, {"negatives": 1, "batch_size": 500, "dim": 3}),
+        (sampled_loss, {"negatives": 1, "batch_size": 500, "dim": 3, "in_batch": False}),
         (sampled_loss, {"negatives": 4, "batch_size": 40, "dim": 9, "popularity": 0.7}),
         (in_batch_loss, {"negatives": 500, "batch_size": 90, "dim": 3, "in_batch": True}),
         (in_batch_loss, {"negatives": 12, "batch_size": 61, "dim": 9, "in_batch": True}),
@@ -172,7 +172,7 @@ def test_the_exponential(numbers):
 # --- in training ------------------------------------------------------------------------------------------
 
 LOSSES = [
-    {"popularity": 0.75},
+    {"loss": "bpr", "negatives": 1, "popularity": 0.75},
     {"loss": "softmax", "negatives": 7, "popularity": 0.5},
     {"loss": "softmax", "negatives": 100, "in_batch": True, "temperature": 0.5},
     {"loss": "softmax", "negatives": 1000, "in_batch": True},
@@ -186,7 +186,7 @@ LOSSES = [
 )
 def test_same_seed_same_bits_on_any_number_of_threads(options, weighting):
     split = weighting(hold_out(generate(400, 150, 12.0)))
-    options = {"dim": 16, "epochs": 2, "batch_size": 512, "seed": 4, **options}
+    options = {"dim": 16, "epochs": 2, "batch_size": 512, "lr": 0.005, "reg": 0.01, "seed": 4, **options}
 
     def trained(threads):
         return train(split, BPROptions(threads=threads, **options))
@@ -272,7 +272,9 @@ def test_a_batch_of_one_has_nothing_to_be_compared_with():
 
 
 def test_with_more_popularity_the_rest_of_an_epoch_stays_the_same():
-    uniform, popular = (copies(SMALL, BPROptions(popularity=power, negatives=2))[0] for power in (0.0, 1.0))
+    uniform, popular = (
+        copies(SMALL, BPROptions(loss="bpr", popularity=power, negatives=2))[0] for power in (0.0, 1.0)
+    )
     np.testing.assert_array_equal(uniform.users, popular.users)
     np.testing.assert_array_equal(uniform.positives, popular.positives)
     assert not np.array_equal(uniform.negatives, popular.negatives)
@@ -288,7 +290,7 @@ def test_samples_are_by_popularity_among_what_the_user_does_not_have(power):
     popularity = np.bincount(split.train.indices, minlength=split.train.n_items)
     sampled = [
         batch.negatives[at]
-        for batch in copies(split, BPROptions(negatives=20_000, popularity=power, batch_size=64))
+        for batch in copies(split, BPROptions(loss="bpr", negatives=20_000, popularity=power, batch_size=64))
         for at in np.flatnonzero(batch.users == 0)
     ]
     counts = np.bincount(np.concatenate(sampled), minlength=split.train.n_items)
@@ -337,7 +339,7 @@ def test_every_rank_finds_its_item(data):
 def test_items_that_nobody_has_are_not_sampled_by_popularity():
     pairs = UserItems.from_pairs(np.array([0, 0, 1]), np.array([0, 2, 4]), 2, 6)
     split = Split(pairs, pairs.select(np.zeros(3, bool)), np.arange(2), np.arange(6), "")
-    for batch in copies(split, BPROptions(negatives=50, popularity=0.1)):
+    for batch in copies(split, BPROptions(loss="bpr", negatives=50, popularity=0.1)):
         assert set(batch.negatives[batch.users == 0].ravel()) == {4}
         assert set(batch.negatives[batch.users == 1].ravel()) == {0, 2}
 
@@ -345,12 +347,12 @@ def test_items_that_nobody_has_are_not_sampled_by_popularity():
 def test_who_is_trained_on_depends_on_what_can_be_sampled():
     pairs = UserItems.from_pairs(np.array([0, 0, 1]), np.array([0, 2, 2]), 2, 6)  # user 0 has all that is had
     split = Split(pairs, pairs.select(np.zeros(3, bool)), np.arange(2), np.arange(6), "")
-    assert len(Batches(split, BPROptions()).interactions) == 3
-    assert Batches(split, BPROptions(popularity=1.0)).interactions.tolist() == [2]
+    assert len(Batches(split, BPROptions(loss="bpr")).interactions) == 3
+    assert Batches(split, BPROptions(loss="bpr", popularity=1.0)).interactions.tolist() == [2]
     assert len(Batches(split, BPROptions(loss="softmax", in_batch=True)).interactions) == 3
     everything = split_of([0, 0], [0, 1])
     with pytest.raises(InteractionsError, match="nothing to train on"):
-        BPRModel(everything, BPROptions(popularity=1.0))
+        BPRModel(everything, BPROptions(loss="bpr", popularity=1.0))
 
 
 # --- options ----------------------------------------------------------------------------------------------
@@ -359,8 +361,11 @@ def test_who_is_trained_on_depends_on_what_can_be_sampled():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.5}, r"^temperature: expected 1\.0 with loss='bpr'.* got 0\.5; .*softmax"),
-        ({"in_batch": True}, "^in_batch: expected False with loss='bpr', got True; .*softmax"),
+        (
+            {"loss": "bpr", "temperature": 0.5},
+            r"^temperature: expected 1\.0 with loss='bpr'.* got 0\.5; .*softmax",
+        ),
+        ({"loss": "bpr", "in_batch": True}, "^in_batch: expected False with loss='bpr', got True; .*softmax"),
         ({"loss": "softmax", "in_batch": True, "popularity": 0.5}, "^popularity: expected 0.0 with in_batch"),
     ],
 )

@@ -51,7 +51,7 @@ def test_the_loss_curve_is_torchs(negatives, weighting):
     split = weighting(hold_out(generate(400, 200, 15.0)))
     options = BPROptions(
         dim=16, epochs=EPOCHS, batch_size=256, lr=0.05, reg=0.02, negatives=negatives,
-        step_counts="global", eps_hat=True, eval_every=0,
+        step_counts="global", eps_hat=True, eval_every=0, loss="bpr", init_std=0.1,
     )  # fmt: skip
     model = BPRModel(split, options)
     theirs, user_table, item_table = torch_losses(split, options, model.user_table, model.item_table)

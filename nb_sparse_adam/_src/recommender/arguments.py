@@ -18,13 +18,14 @@ _HELP = {
     "epochs": "passes over the training interactions",
     "batch_size": "interactions in a batch",
     "lr": "learning rate",
-    "reg": "weight of the squared norms in the loss",
-    "loss": "bpr (Rendle et al. 2009) or softmax (of the item and its negatives, corrected by log Q)",
+    "reg": "weight of the squared norms in the loss (default: 0.15 for softmax, 0.03 for bpr)",
+    "loss": "softmax (of the item and its negatives, corrected by log Q) or bpr (Rendle et al. 2009)",
     "temperature": "what softmax divides scores by",
     "negatives": "items sampled for each interaction, that its user has no training interaction with; with "
-    "--in-batch, at most so many others of the batch",
+    "--in-batch, at most so many others of the batch (default: 63 then, else 20 for softmax, 5 for bpr)",
     "popularity": "sample negatives in proportion to their training interactions to this power; 0: uniformly",
-    "in_batch": "softmax over the items of a part of the batch, none sampled",
+    "in_batch": "softmax over the items of a part of the batch, none sampled (default: with softmax, unless "
+    "--popularity is given)",
     "init_std": "standard deviation of the initial vectors",
     "seed": "of the hold-out, the initial vectors, the order, the samples (and the data, if generated)",
     "top": "k of recall@k and NDCG@k",
@@ -37,6 +38,8 @@ _HELP = {
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {"step_counts": STEP_COUNTS, "loss": LOSS_NAMES}
+
+_FLAGS = ("in_batch", "eps_hat")
 
 READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 """Names of the arguments, which are those of `read_interactions`, too."""
@@ -103,8 +106,8 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         default: Any = option.default
         flag, text = f"--{name.replace('_', '-')}", _HELP[name]
         passes, domain = DOMAINS[name]
-        if isinstance(default, bool):
-            text += f" (default: {'on' if default else 'off'})"
+        if name in _FLAGS:
+            text += "" if default is None else f" (default: {'on' if default else 'off'})"
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif name in _CHOICES:
             group.add_argument(flag, choices=_CHOICES[name], help=f"{text} (default: {default})")
@@ -114,7 +117,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
             group.add_argument(flag, type=one, nargs=2, metavar=("BETA1", "BETA2"), help=text)
         else:
             text += "" if default is None else f" (default: {default})"
-            metavar = "N" if default is None or isinstance(default, int) else "X"
+            metavar = "X" if isinstance(default, float) or name == "reg" else "N"
             group.add_argument(flag, type=number(passes, domain), metavar=metavar, help=text)
 
 

@@ -34,15 +34,16 @@ class MatrixFactorization(Serving):
     ----------
     dim : int, default 64
         Length of the vectors.
-    loss : {"bpr", "softmax"}, default "bpr"
-        Bayesian personalized ranking, or a sampled softmax.
-    epochs : int, default 40
+    loss : {"softmax", "bpr"}, default "softmax"
+        A sampled softmax, over the items of the batch if nothing else is said, or Bayesian personalized
+        ranking.
+    epochs : int, default 28
         Passes over the interactions, at most.
     batch_size, lr, reg
-        Of the training and of its `SparseAdam`.
+        Of the training and of its `SparseAdam`; a `reg` of None is what suits the loss.
     negatives, popularity, temperature, in_batch
-        What interactions are compared with, and how.
-    init_std : float, default 0.1
+        What interactions are compared with, and how. None is what suits the loss.
+    init_std : float, default 0.01
         Standard deviation of the initial vectors.
     seed : int, default 0
         Same seed, same interactions: the same bits, with any number of threads.
@@ -78,18 +79,18 @@ class MatrixFactorization(Serving):
         self,
         dim: int = 64,
         *,
-        loss: LossName = "bpr",
-        epochs: int = 40,
-        batch_size: int = 1024,
-        lr: float = 0.005,
-        reg: float = 0.01,
-        negatives: int = 1,
+        loss: LossName = "softmax",
+        epochs: int = 28,
+        batch_size: int = 512,
+        lr: float = 0.004,
+        reg: float | None = None,
+        negatives: int | None = None,
         popularity: float = 0.0,
         temperature: float = 1.0,
-        in_batch: bool = False,
-        init_std: float = 0.1,
+        in_batch: bool | None = None,
+        init_std: float = 0.01,
         seed: int = 0,
-        step_counts: StepCounts = "element",
+        step_counts: StepCounts = "row",
         eps_hat: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -51,11 +51,20 @@ DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Option -> (test of a value, the values that pass it in words)."""
 
+NEGATIVES = {"in_batch": 63, "softmax": 20, "bpr": 5}
+"""Kind of loss -> negatives, where none are given."""
+
+REGS = {"softmax": 0.15, "bpr": 0.03}
+"""Loss -> weight of the squared norms, where none is given."""
+
 
 @public("nb_sparse_adam.recommender")
 @dataclass(frozen=True)
 class BPROptions:
     """Options of the training; each is checked, and refused by name.
+
+    The defaults are the same for all data. They were chosen by a search on three sets, which the page "The
+    recommender" describes. They are named after BPR, the first loss that there was.
 
     Attributes
     ----------
@@ -68,23 +77,26 @@ class BPROptions:
     lr, betas, eps, step_counts, eps_hat
         Of `SparseAdam`.
     reg : float
-        Weight of the squared norms in the loss.
-    loss : {"bpr", "softmax"}
-        BPR (Rendle et al. 2009), or the sampled softmax with the correction by log Q: over sampled negatives
-        (Bengio & Senécal 2008; Jean et al. 2015), or ``in_batch`` (Yi et al. 2019). The formulas are on the
-        page "The recommender", section "The model".
+        Weight of the squared norms in the loss. None stands for what suits the loss: 0.15 with a softmax,
+        0.03 with BPR.
+    loss : {"softmax", "bpr"}
+        The softmax with the correction by log Q, ``in_batch`` (Yi et al. 2019) or over sampled negatives
+        (Bengio & Senécal 2008; Jean et al. 2015), or BPR (Rendle et al. 2009). The formulas are on the page
+        "The recommender", section "The model".
     temperature : float
         What the softmax loss divides scores by. It spreads them: the vectors grow until differences of scores
         are some multiples of it. Of ``loss="softmax"`` only.
     negatives : int
         Items that each interaction is compared with: sampled among those with which the user has no training
-        interaction or, with ``in_batch``, the items of so many other interactions of the batch.
+        interaction or, with ``in_batch``, the items of so many other interactions of the batch. None stands
+        for what suits the loss: 63 with ``in_batch``, 20 with another softmax, 5 with BPR.
     popularity : float
         Negatives are sampled in proportion to this power of the items' numbers of training interactions; 0:
         uniformly. With another number, an item without training interactions is never sampled.
     in_batch : bool
         Take the items of other interactions of the batch for negatives, and sample none. A batch is cut into
-        groups of equal size, at most ``negatives + 1``. Of ``loss="softmax"`` only.
+        groups of equal size, at most ``negatives + 1``. Of ``loss="softmax"`` only. None stands for True
+        where that can be: with ``loss="softmax"`` and ``popularity=0``.
     init_std : float
         Standard deviation of the initial vectors, which are normal with mean 0.
     seed : int
@@ -103,26 +115,29 @@ class BPROptions:
     """
 
     dim: int = 64
-    epochs: int = 40
-    batch_size: int = 1024
-    lr: float = 0.005
-    reg: float = 0.01
-    negatives: int = 1
-    init_std: float = 0.1
+    epochs: int = 28
+    batch_size: int = 512
+    lr: float = 0.004
+    reg: float = None  # type: ignore[assignment]  # __post_init__ makes it a float
+    negatives: int = None  # type: ignore[assignment]  # __post_init__ makes it an int
+    init_std: float = 0.01
     seed: int = 0
     top: int = 20
     eval_every: int = 5
-    step_counts: StepCounts = "element"
+    step_counts: StepCounts = "row"
     eps_hat: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     threads: int | None = None
-    loss: LossName = "bpr"
+    loss: LossName = "softmax"
     temperature: float = 1.0
     popularity: float = 0.0
-    in_batch: bool = False
+    in_batch: bool = None  # type: ignore[assignment]  # __post_init__ makes it a bool
 
     def __post_init__(self) -> None:
+        self._fill("in_batch", self.loss == "softmax" and self.popularity == 0)
+        self._fill("negatives", NEGATIVES.get("in_batch" if self.in_batch else str(self.loss), 1))
+        self._fill("reg", REGS.get(str(self.loss), 0.0))
         for option in fields(self):
             value = getattr(self, option.name)
             passes, domain = DOMAINS[option.name]
@@ -143,3 +158,8 @@ class BPROptions:
                 "popularity: expected 0.0 with in_batch=True, where an item is a negative as often as it is "
                 f"in the batch, got {self.popularity!r}; with in_batch=False negatives are sampled"
             )
+
+    def _fill(self, name: str, value: Any) -> None:
+        """Give an option a value, if it has none."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)

@@ -89,7 +89,7 @@ def draw(random: np.random.Generator, given: Mapping[str, Any]) -> BPROptions:
     def one_of(*values: Any) -> Any:
         return values[random.integers(len(values))]
 
-    kind = one_of(*[kind for kind in _KINDS if _is_possible({**kind, **given})] or [{}])
+    kind = one_of(*[kind for kind in _KINDS if _is_possible({**kind, **given})])
     drawn = {
         **kind,
         "lr": log_uniform(5e-4, 2e-2),
@@ -101,9 +101,9 @@ def draw(random: np.random.Generator, given: Mapping[str, Any]) -> BPROptions:
         "temperature": log_uniform(0.2, 2.0),
     }
     values = {**drawn, **given}
-    if values.get("in_batch"):
+    if values["in_batch"]:
         drawn |= {"negatives": one_of(31, 63, 127, 255, 511), "popularity": 0.0}
-    if values.get("loss", "bpr") == "bpr":
+    if values["loss"] == "bpr":
         drawn |= {"temperature": 1.0}
     return BPROptions(**{**drawn, **given})
 

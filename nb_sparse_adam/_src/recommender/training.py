@@ -102,7 +102,7 @@ def _checked(optimizer: SparseAdam, name: str, shape: tuple[int, int]) -> npt.ND
 class BPRModel:
     """Matrix factorization for the ranking of items, trained by one `SparseAdam`.
 
-    The loss is BPR's or, if the options say so, a sampled softmax.
+    The loss is a softmax or BPR's, as the options say; BPR's was the first, and gave the name.
 
     Parameters
     ----------

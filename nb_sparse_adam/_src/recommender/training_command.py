@@ -50,8 +50,8 @@ def add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a recommender on interactions",
-        description="Train a matrix-factorization recommender with the BPR loss (Rendle et al. 2009) or "
-        "a sampled softmax, compare it with a popularity ranking on held-out items, and save its vectors.",
+        description="Train a matrix-factorization recommender with a softmax over items or the BPR loss "
+        "(Rendle et al. 2009), compare it with a popularity ranking on held-out items, and save its vectors.",
     )
     data = train.add_argument_group("data")
     data.add_argument(
