@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         help="of each contender (default: all for torch; ours then finds out how many pay)",
     )
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="interactions in a batch")
+    parser.add_argument("--batch-size", type=int, default=1024, help="interactions in a batch")
     parser.add_argument("--dim", type=int, default=defaults.dim, help="length of the vectors")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians there too")
     args = parser.parse_args(argv)
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     contenders = {
         "torch, nn.Embedding(sparse=True), SparseAdam": Torch(split, like_torch, threads),
         "ours, step_counts='global', eps_hat=True": Ours(split, like_torch),
-        "ours, step_counts='element' (default)": Ours(split, BPROptions(**shared)),
+        "ours, step_counts='element'": Ours(split, BPROptions(step_counts="element", **shared)),
     }
     print(
         f"nb_sparse_adam {nb_sparse_adam.__version__}, numba {numba.__version__}, torch {torch.__version__}, "
