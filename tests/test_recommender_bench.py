@@ -283,7 +283,7 @@ def test_one_that_fails_takes_its_figures_only():
     unusable, found = {}, {}
     numbers = recommender_runs.measure(LINE, BOTH, unusable, found, answers(failing=["LightFM WARP"]))
     assert unusable["LightFM WARP"] == "no luck"
-    assert set(found) == {"BPR", "softmax", "implicit BPR", "implicit ALS"}
+    assert set(found) == {"BPR", "softmax", "as by default", "implicit BPR", "implicit ALS"}
     assert found["BPR"] == {"seconds": [[10.0, 20.0]], "recall": [[0.1, 0.2]]}
     missing = comparison._missing(LINE, numbers, comparison._by_number(LINE, unusable))
     assert missing == {
@@ -296,7 +296,9 @@ def test_without_peers_there_are_our_own_figures():
     unusable, found = {}, {}
     ours = LINE._replace(entries=tuple(entry for entry in LINE.entries if entry.peer is None))
     numbers = recommender_runs.measure(ours, ALONE, unusable, found, answers())
-    assert [figure["label"] for figure in comparison.figures(LINE, numbers)] == ["recall@20, softmax / BPR"]
+    assert [figure["label"] for figure in comparison.figures(LINE, numbers)] == [
+        "recall@20, by default / softmax"
+    ]
     missing = comparison._missing(LINE, numbers, comparison._left_out(LINE, ALONE))
     assert all(PEERS[name].install in missing[figure] or "left out" in missing[figure] for name, figure in (
         ("implicit", "an epoch, BPR / implicit's"), ("lightfm", "recall@20, softmax / WARP"),
@@ -349,7 +351,9 @@ def test_the_whole_line_quickly(tmp_path, capsys, fakes):
     numbers = {name for entry in LINE.entries for name in LINE.numbers_of(entry)}
     assert set(line["numbers"]) <= numbers
     absent = {name for name in numbers - set(line["numbers"]) if UNTIL not in name}
-    assert absent == {"BPR, compiling", "softmax, compiling", "LightFM WARP, recommend"}
+    assert absent == {
+        "BPR, compiling", "softmax, compiling", "as by default, compiling", "LightFM WARP, recommend"
+    }  # fmt: skip
     assert set(line["curves"]) == {entry.name for entry in LINE.entries if entry.threads is None}
     for curve in line["curves"].values():
         assert [len(points) for points in curve["seconds"]] == [len(points) for points in curve["recall"]]
@@ -372,7 +376,7 @@ def test_a_file_of_yours(tmp_path, capsys):
     (line,) = comparison.run([LINES["recommender-file"]], settings)
     assert line["title"] == "recommenders, mine.csv"
     assert line["skipped"] is None
-    assert set(line["curves"]) == {"BPR", "softmax"}
+    assert set(line["curves"]) == {"BPR", "softmax", "as by default"}
     assert next(text.text_lines(line)) == line["title"]
 
 

@@ -13,7 +13,8 @@ Result = dict[str, Any]
 PICTURE = "recommender.png"
 NAMES = {
     "softmax": 'this library, `loss="softmax"`',
-    "BPR": "this library, as by default",
+    "as by default": "this library, as by default",
+    "BPR": 'this library, `loss="bpr", negatives=1`',
     "implicit ALS": "implicit, ALS",
     "implicit BPR": "implicit, BPR",
     "LightFM WARP": "LightFM, WARP",

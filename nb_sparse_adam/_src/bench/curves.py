@@ -12,7 +12,8 @@ from nb_sparse_adam._src.bench.chart import new_figure
 
 _STYLES = {
     "softmax": ("#1f5a96", "o", "this library, softmax"),
-    "BPR": ("#6fa8dc", "s", "this library, BPR as by default"),
+    "as by default": ("#3fa7a0", "P", "this library, as by default"),
+    "BPR": ("#6fa8dc", "s", "this library, BPR"),
     "implicit ALS": ("#c0392b", "D", "implicit, ALS"),
     "implicit BPR": ("#e59866", "v", "implicit, BPR"),
     "LightFM WARP": ("#6c7a89", "^", "LightFM, WARP"),
