@@ -283,7 +283,9 @@ def test_one_that_fails_takes_its_figures_only():
     unusable, found = {}, {}
     numbers = recommender_runs.measure(LINE, BOTH, unusable, found, answers(failing=["LightFM WARP"]))
     assert unusable["LightFM WARP"] == "no luck"
-    assert set(found) == {"BPR", "softmax", "as by default", "implicit BPR", "implicit ALS"}
+    assert set(found) == {
+        "BPR", "softmax", "in a hurry", "as by default", "implicit BPR", "implicit ALS"
+    }  # fmt: skip
     assert found["BPR"] == {"seconds": [[10.0, 20.0]], "recall": [[0.1, 0.2]]}
     missing = comparison._missing(LINE, numbers, comparison._by_number(LINE, unusable))
     assert missing == {
@@ -352,7 +354,8 @@ def test_the_whole_line_quickly(tmp_path, capsys, fakes):
     assert set(line["numbers"]) <= numbers
     absent = {name for name in numbers - set(line["numbers"]) if UNTIL not in name}
     assert absent == {
-        "BPR, compiling", "softmax, compiling", "as by default, compiling", "LightFM WARP, recommend"
+        "BPR, compiling", "softmax, compiling", "in a hurry, compiling", "as by default, compiling",
+        "LightFM WARP, recommend"
     }  # fmt: skip
     assert set(line["curves"]) == {entry.name for entry in LINE.entries if entry.threads is None}
     for curve in line["curves"].values():
@@ -376,7 +379,7 @@ def test_a_file_of_yours(tmp_path, capsys):
     (line,) = comparison.run([LINES["recommender-file"]], settings)
     assert line["title"] == "recommenders, mine.csv"
     assert line["skipped"] is None
-    assert set(line["curves"]) == {"BPR", "softmax", "as by default"}
+    assert set(line["curves"]) == {"BPR", "softmax", "in a hurry", "as by default"}
     assert next(text.text_lines(line)) == line["title"]
 
 

@@ -13,6 +13,7 @@ Result = dict[str, Any]
 PICTURE = "recommender.png"
 NAMES = {
     "softmax": 'this library, `loss="softmax"`',
+    "in a hurry": "this library, in a hurry",
     "as by default": "this library, as by default",
     "BPR": 'this library, `loss="bpr", negatives=1`',
     "implicit ALS": "implicit, ALS",

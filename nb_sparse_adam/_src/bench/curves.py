@@ -12,6 +12,7 @@ from nb_sparse_adam._src.bench.chart import new_figure
 
 _STYLES = {
     "softmax": ("#1f5a96", "o", "this library, softmax"),
+    "in a hurry": ("#16324f", "X", "this library, in a hurry"),
     "as by default": ("#3fa7a0", "P", "this library, as by default"),
     "BPR": ("#6fa8dc", "s", "this library, BPR"),
     "implicit ALS": ("#c0392b", "D", "implicit, ALS"),
