@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
@@ -31,22 +32,45 @@ def padded(n: int) -> int:
     return -(-n // COLUMNS) * COLUMNS
 
 
+def _tile_of_numpy(rows: int) -> Any:
+    """Make the tile that is stepped through: of NumPy's products, for loops of Python would take minutes."""
+
+    def tile(
+        a: Any, at: Any, row: Any, step: Any, b: Any, b_at: Any, b_step: Any, n: Any,
+        out: Any, to: Any, to_row: Any,
+    ) -> None:  # fmt: skip
+        k = np.arange(n)
+        right = b.reshape(-1)[b_at + k[:, None] * b_step + np.arange(COLUMNS)]
+        for r in range(rows):
+            left = a.reshape(-1)[at + r * row + k * step]
+            out.reshape(-1)[to + r * to_row : to + r * to_row + COLUMNS] = left @ right
+
+    return tile
+
+
+def _tile_of_loops(rows: int) -> Any:
+    """Make the tile whose every load and store is checked."""
+
+    def tile(
+        a: Any, at: Any, row: Any, step: Any, b: Any, b_at: Any, b_step: Any, n: Any,
+        out: Any, to: Any, to_row: Any,
+    ) -> None:  # fmt: skip
+        for r in range(rows):
+            for c in range(COLUMNS):
+                total = a.dtype.type(0)
+                for k in range(n):
+                    total += a.reshape(-1)[at + r * row + k * step] * b.reshape(-1)[b_at + k * b_step + c]
+                out.reshape(-1)[to + r * to_row + c] = total
+
+    return register_jitable(tile)
+
+
 def _tile(rows: int) -> Any:
     """Make ``tile(a, at, row, step, b, b_at, b_step, n, out, to, to_row)`` for some rows, and 16 columns."""
-    if numba.config.DISABLE_JIT or numba.config.BOUNDSCHECK:  # to be stepped through, or to be checked
-
-        def plain(
-            a: Any, at: Any, row: Any, step: Any, b: Any, b_at: Any, b_step: Any, n: Any,
-            out: Any, to: Any, to_row: Any,
-        ) -> None:  # fmt: skip
-            for r in range(rows):
-                for c in range(COLUMNS):
-                    total = a.dtype.type(0)
-                    for k in range(n):
-                        total += a.reshape(-1)[at + r * row + k * step] * b.reshape(-1)[b_at + k * b_step + c]
-                    out.reshape(-1)[to + r * to_row + c] = total
-
-        return register_jitable(plain)
+    if numba.config.DISABLE_JIT:
+        return _tile_of_numpy(rows)
+    if numba.config.BOUNDSCHECK:
+        return _tile_of_loops(rows)
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def tile(
