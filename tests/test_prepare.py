@@ -190,6 +190,7 @@ def test_long_segments(form, parts):
     check([given], min(parts, THREADS))
 
 
+@pytest.mark.jit
 @given(
     st.lists(
         st.sampled_from([1, 2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 3000]), min_size=1, max_size=12

@@ -16,6 +16,7 @@ from nb_sparse_adam._src import extras
 from nb_sparse_adam._src.recommender.search import Search, draw, searched, table
 from nb_sparse_adam.recommender import BPROptions, MatrixFactorization, generate, hold_out
 
+pytestmark = pytest.mark.jit
 for _package in extras.EXTRAS["train"]:
     need(_package)
 

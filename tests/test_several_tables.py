@@ -284,6 +284,7 @@ def test_one_table_whose_counts_are_widened_by_the_step(which, batches):
     assert batches == [4]
 
 
+@pytest.mark.jit
 def test_batches_keep_memory_for_one_batch():
     """Whichever table is the largest."""
     tables = {f"t{i}": np.zeros((100, 1), np.float32) for i in range(20)}
