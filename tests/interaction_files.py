@@ -19,6 +19,11 @@ def lines_of(pairs, separator=","):
     return "".join(f"{separator.join(map(str, pair))}\n" for pair in pairs)
 
 
+def csv_of(pairs):
+    """The rows of users and items as a file with a header."""
+    return "user,item\n" + lines_of(zip(pairs.users(), pairs.indices, strict=True))
+
+
 def weighted(split, weights=None):
     """The same split, whose training interactions have weights: these, or some from 0.05 to 20."""
     train = split.train

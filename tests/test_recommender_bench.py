@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interaction_files import csv_of
 from needs import need
 
 from nb_sparse_adam.__main__ import main
@@ -372,9 +373,7 @@ def re_number(name, said):
 @pytest.mark.jit
 def test_a_file_of_yours(tmp_path, capsys):
     path = tmp_path / "mine.csv"
-    pairs = SPLIT.train
-    rows = (f"{user},{item}" for user, item in zip(pairs.users(), pairs.indices, strict=True))
-    path.write_text("\n".join(["user,item", *rows]))
+    path.write_text(csv_of(SPLIT.train))
     settings = ALONE._replace(interactions=str(path))
     (line,) = comparison.run([LINES["recommender-file"]], settings)
     assert line["title"] == "recommenders, mine.csv"

@@ -9,6 +9,7 @@ from statistics import median
 
 import numpy as np
 import pytest
+from interaction_files import csv_of
 from needs import need
 
 from nb_sparse_adam.__main__ import main
@@ -133,10 +134,8 @@ def test_an_interrupt_leaves_what_was_found(split):
 
 @pytest.fixture(scope="module")
 def ratings(tmp_path_factory):
-    interactions = generate(80, 50, 9.0)
     path = tmp_path_factory.mktemp("data") / "ratings.csv"
-    pairs = zip(interactions.pairs.users(), interactions.pairs.indices, strict=True)
-    path.write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in pairs))
+    path.write_text(csv_of(generate(80, 50, 9.0).pairs))
     return str(path)
 
 

@@ -233,10 +233,7 @@ def table(trials: list[Trial]) -> tuple[list[str], list[list[Any]]]:
     rows = []
     for one in ranked:
         quality = [one.recall, one.ndcg] if one.epoch else [None, None]
-        values = [" ".join(map(str, x)) if isinstance(x, tuple) else x for x in _values(one.options, names)]
+        given = (getattr(one.options, name) for name in names)
+        values = [" ".join(map(str, x)) if isinstance(x, tuple) else x for x in given]
         rows.append([one.number, *quality, one.epoch, one.epochs, round(one.seconds, 3), one.ended, *values])
     return header, rows
-
-
-def _values(options: BPROptions, names: list[str]) -> list[Any]:
-    return [getattr(options, name) for name in names]
