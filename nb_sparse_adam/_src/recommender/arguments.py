@@ -41,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {"step_counts": STEP_COUNTS, "loss": LOSS
 
 _FLAGS = ("in_batch", "eps_hat")
 
-READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
+_READING = ("user_column", "item_column", "separator", "header", "min_rating", "rating_column")
 """Names of the arguments, which are those of `read_interactions`, too."""
 
 
@@ -76,11 +76,15 @@ def add_reading(data: argparse._ArgumentGroup) -> None:
     )
 
 
+def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the arguments that `add_reading` has added say, as `read_interactions` takes it."""
+    return {name: getattr(arguments, name) for name in _READING}
+
+
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """Return what the arguments of `train` say about its files."""
-    reading = {name: getattr(arguments, name) for name in READING}
     return ReadOptions(
-        arguments.format, **reading, sample_weights=arguments.sample_weights,
+        arguments.format, **reading_of(arguments), sample_weights=arguments.sample_weights,
         times=arguments.validation == "latest", time_column=arguments.time_column,
     )  # fmt: skip
 
@@ -88,7 +92,7 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
 def refuse_what_needs_files(arguments: argparse.Namespace) -> None:
     """Exit if there is an argument that says something about files, where there are none."""
     given = {"test": arguments.test, "format": None if arguments.format == "auto" else arguments.format}
-    given |= {name: getattr(arguments, name) for name in READING}
+    given |= reading_of(arguments)
     given["sample_weights"], given["time_column"] = arguments.sample_weights or None, arguments.time_column
     if arguments.resume is None and arguments.validation == "latest":
         given["validation latest"] = True

@@ -14,7 +14,7 @@ import numpy as np
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.files import write_whole
-from nb_sparse_adam._src.recommender.arguments import READING, add_reading, count
+from nb_sparse_adam._src.recommender.arguments import add_reading, count, reading_of
 from nb_sparse_adam._src.recommender.columns import FORMATS
 from nb_sparse_adam._src.recommender.factorization import MatrixFactorization
 from nb_sparse_adam._src.recommender.ids import Ids
@@ -129,8 +129,7 @@ def _similar(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     model = MatrixFactorization.load(arguments.folder)
-    reading = {name: getattr(arguments, name) for name in READING}
-    test = read_interactions(arguments.test, arguments.format, **reading)
+    test = read_interactions(arguments.test, arguments.format, **reading_of(arguments))
     for name, ids, ours in (
         ("users", test.user_ids, model.user_ids_),
         ("items", test.item_ids, model.item_ids_),
