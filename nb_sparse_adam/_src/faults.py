@@ -116,7 +116,7 @@ def _nonfinite_error(what: str, place: tuple[int, ...], got: float, target: Targ
 def _overflow_error(target: Target, row: int, ids: int) -> GradientError:
     return target.refuse(
         NonFiniteGradientError,
-        f"the gradient of row {row}, "
+        f"the gradient of {target.name_of_row(row)}, "
         + (f"a sum over {ids} ids, " if ids > 1 else "")
         + f"or its square, overflows {target.dtype} (at most {np.finfo(target.dtype).max:.3g}); nothing "
         "was updated. Clip the gradient, or set on_nonfinite='skip' to leave such rows out",

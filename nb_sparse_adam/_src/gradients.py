@@ -9,8 +9,8 @@ The user's own objects are never modified, and copied only where their dtype or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -226,6 +226,7 @@ class Target(NamedTuple):
     dtype: np.dtype[Any]
     reader: Reader
     at: int | None = None  # the gradient's place in a list of them
+    name_of_row: Callable[[int], str] = "row {}".format  # in messages
 
     def refuse(self, kind: type[GradientError], message: str) -> GradientError:
         """Make an error of a gradient for this table."""
@@ -254,6 +255,8 @@ def read(gradient: object, target: Target) -> Given:
         return _read_compressed(
             CSR, "CSRGradient.", gradient.indptr, gradient.indices, gradient.data, target, exact=True
         )
+    if isinstance(gradient, Given):  # our own
+        return gradient
     if _looks_like_scipys(gradient):
         return _read_scipy(gradient, target)
     found = located(gradient, target)
@@ -267,6 +270,25 @@ def read(gradient: object, target: Target) -> Given:
         return given if found.kept is None else _without_padding(given, found.kept)
     got, remedy = for_no_gradient(gradient, target.reader.layouts == ("csr",))
     raise target.refuse(GradientTypeError, f"got {got}, expected {target.reader.forms}{remedy}")
+
+
+def read_named(
+    gradient: RowGradient | BagGradient, rows: NDArray[np.int64], names: Sequence[str], target: Target
+) -> Given:
+    """Read a gradient whose ids are of something else, which has been looked up.
+
+    Parameters
+    ----------
+    gradient : RowGradient or BagGradient
+    rows : (n,) int64
+        What its ids stand for.
+    names : sequence of str
+        What messages call its arrays: ids, values, and of bags offsets and weights.
+    target : Target
+    """
+    if isinstance(gradient, RowGradient):
+        return _read_rows(Names(*names[:2]), rows, gradient.values, target)
+    return _read_bags(replace(gradient, indices=rows), target, Names(*names))
 
 
 def _looks_like_scipys(given: object) -> bool:
@@ -403,26 +425,26 @@ def _read_coo(names: Names, rows: Any, columns: Any, data: Any, target: Target) 
     return Given(COO, names, ids, data, columns=columns)
 
 
-def _read_bags(gradient: BagGradient, target: Target) -> Given:
-    ids = _integers(_BAGS.ids, gradient.indices, target)
-    values = _values(_BAGS.values, gradient.grad_output, target, None, "the bags")
+def _read_bags(gradient: BagGradient, target: Target, names: Names = _BAGS) -> Given:
+    ids = _integers(names.ids, gradient.indices, target)
+    values = _values(names.values, gradient.grad_output, target, None, "the bags")
     n, bags = ids.shape[0], values.shape[0]
-    offsets = _integers(_BAGS.offsets, gradient.offsets, target)
+    offsets = _integers(names.offsets, gradient.offsets, target)
     length = offsets.shape[0]
     if length not in (bags, bags + 1):
         raise target.refuse(
             GradientError,
-            f"{_BAGS.offsets} has {length} entries, expected {bags + 1} (or {bags}, without the last) for "
+            f"{names.offsets} has {length} entries, expected {bags + 1} (or {bags}, without the last) for "
             f"the {bags} rows of grad_output",
         )
     if length == 0 and n:
         raise target.refuse(
-            GradientIndexError, f"{_BAGS.offsets} is empty, expected a bag for the {n} indices"
+            GradientIndexError, f"{names.offsets} is empty, expected a bag for the {n} indices"
         )
     weights = None
     if gradient.weights is not None:
-        weights = _values(_BAGS.weights, gradient.weights, target, n, "indices", matrix=False)
-    return Given(BAGS, _BAGS, ids, values, offsets, weights, gradient.mode == "mean")
+        weights = _values(names.weights, gradient.weights, target, n, "indices", matrix=False)
+    return Given(BAGS, names, ids, values, offsets, weights, gradient.mode == "mean")
 
 
 def _read_compressed(

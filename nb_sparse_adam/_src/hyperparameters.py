@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `SparseAdam` that may be set between steps."""
+"""The options of Adam that may be set between steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _check_threads(self: HyperParameters, value: int | None) -> None:
         )
 
 
-def _leave_device_checks(self: HyperParameters, value: DeviceChecks) -> None:
+def _leave_device_checks(self: Any, value: DeviceChecks) -> None:
     if value != "immediate" and not any(backend.has_streams for backend in self._backends()):
         raise options.needless_checks(value, "table", "host")
     options.refuse_unseen(self.on_nonfinite, value)
@@ -82,19 +82,6 @@ class HyperParameters:
         with self._lock:
             self._options = self._options._replace(**values)
 
-    def synchronize(self) -> None:
-        """Wait until all steps on a GPU are done; with tables of the host there is nothing to wait for.
-
-        Raises
-        ------
-        GradientError
-            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
-            after it, have changed nothing; the next one is a new beginning.
-        """
-        with self._lock:
-            for backend in self._backends():
-                backend.synchronize()
-
     lr = Option[float]("lr", "Learning rate, 0 ≤ lr < ∞; settable between steps.")
     betas = Option[tuple[float, float]]("betas", "Decay rates (β₁, β₂), 0 ≤ β < 1; settable between steps.")
     eps = Option[float]("eps", "Term added to the denominator, > 0; settable between steps.")
@@ -113,6 +100,26 @@ class HyperParameters:
         "Threads for large steps, None for numba's setting or fewer; settable between steps.",
         _check_threads,
     )
+
+
+class DeviceOptions(HyperParameters):
+    """Options of tables some of which may be on a GPU."""
+
+    __slots__ = ()
+
+    def synchronize(self) -> None:
+        """Wait until all steps on a GPU are done; with tables of the host there is nothing to wait for.
+
+        Raises
+        ------
+        GradientError
+            With ``device_checks="deferred"``, if a step was refused. That step, and all that were called
+            after it, have changed nothing; the next one is a new beginning.
+        """
+        with self._lock:
+            for backend in self._backends():
+                backend.synchronize()
+
     device_checks: Option[DeviceChecks] = Option(
         "device_checks",
         "When gradients of tables on a GPU are checked, and who waits; settable between steps.",

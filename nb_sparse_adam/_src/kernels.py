@@ -92,6 +92,7 @@ def view(table: Any) -> Any:
         nothing,
         nothing,
         nothing,
+        nothing,
     )
 
 

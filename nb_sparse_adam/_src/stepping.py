@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from nb_sparse_adam._src.optimizer import SparseAdam
 
 
-def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
+def step_together(
+    steps: Sequence[tuple[SparseAdam, Any]], others: Sequence[Callable[[], Request]] = ()
+) -> None:
     """Step several optimizers as one: everything is checked before anything is written.
 
     Parameters
     ----------
     steps : sequence of (SparseAdam, gradient)
         Each optimizer once, with what its `SparseAdam.step` takes.
+    others : sequence of callable
+        For tables of no optimizer, which the caller keeps others from stepping: each gives a request.
 
     Raises
     ------
@@ -30,15 +34,17 @@ def step_together(steps: Sequence[tuple[SparseAdam, Any]]) -> None:
     """
     if len({id(optimizer) for optimizer, _ in steps}) != len(steps):
         raise OptionError("step_together got an optimizer twice, expected each of them once")
-    step_alone([(optimizer, gradient, None) for optimizer, gradient in steps])
+    step_alone([(optimizer, gradient, None) for optimizer, gradient in steps], others)
 
 
-def step_alone(steps: Sequence[tuple[SparseAdam, Any, Any]]) -> None:
+def step_alone(
+    steps: Sequence[tuple[SparseAdam, Any, Any]], others: Sequence[Callable[[], Request]] = ()
+) -> None:
     """Step optimizers while no other Python thread steps one of them."""
 
     def work() -> None:
         requests = [each for optimizer, *given in steps for each in optimizer._requests(*given)]
-        finish(prepare(requests))
+        finish(prepare([*requests, *(other() for other in others)]))
 
     alone: Callable[[], None] = work
     for backend in dict.fromkeys(each for optimizer, *_ in steps for each in optimizer._backends()):

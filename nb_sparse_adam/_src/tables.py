@@ -15,7 +15,7 @@ from nb_sparse_adam._src.annotations import StepCounts, Table
 from nb_sparse_adam._src.engine.mapped import StateFolder
 from nb_sparse_adam._src.engine.records import GLOBAL
 from nb_sparse_adam._src.engine.state import MAX_INT64, STATE_VERSION, TableState
-from nb_sparse_adam._src.hyperparameters import HyperParameters
+from nb_sparse_adam._src.hyperparameters import DeviceOptions
 from nb_sparse_adam._src.kernels import LentTable
 from nb_sparse_adam._src.state_dicts import check_state_dict
 from nb_sparse_adam._src.stepping import run_all
@@ -23,7 +23,7 @@ from nb_sparse_adam._src.views import States, StateView
 from nb_sparse_adam.errors import OptionError, StateError, TableError
 
 
-class Tables(HyperParameters):
+class Tables(DeviceOptions):
     """The part of `SparseAdam` that is about its tables between steps."""
 
     __slots__ = ("_folder", "_step_counts", "_unfinished")

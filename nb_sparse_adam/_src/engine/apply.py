@@ -29,7 +29,7 @@ from nb_sparse_adam._src.engine.prefetching import (
     rows_ahead,
 )
 from nb_sparse_adam._src.engine.records import DISTINCT, GLOBAL, SEGMENTS, SKIP
-from nb_sparse_adam._src.engine.rows import row_update
+from nb_sparse_adam._src.engine.rows import note_time, row_update
 from nb_sparse_adam._src.engine.step import open_step
 from nb_sparse_adam._src.engine.sums import (
     first_long,
@@ -49,7 +49,9 @@ class Appliers(NamedTuple):
 
 
 @functools.cache
-def apply_for(real: np.dtype[Any], codec: Codec, count: np.dtype[Any], count_rule: int) -> Appliers:
+def apply_for(
+    real: np.dtype[Any], codec: Codec, count: np.dtype[Any], count_rule: int, one_record: bool = False
+) -> Appliers:
     """Make the kernels that update tables of one combination.
 
     Parameters
@@ -62,13 +64,35 @@ def apply_for(real: np.dtype[Any], codec: Codec, count: np.dtype[Any], count_rul
         Of their counts, int32 or int64.
     count_rule : int
         ELEMENT, ROW or GLOBAL.
+    one_record : bool
+        Whether all of a row is one piece of memory.
     """
-    opened = open_table(real, codec.storage(real), count, count_rule), open_gradient(real)
-    workers = rows_worker(codec, count_rule), entries_worker(codec, count_rule)
-    return Appliers(*(_drivers(worker, *opened, real.type, count.type, count_rule) for worker in workers))
+    view = open_table(real, codec.storage(real), count, count_rule, one_record)
+    opened = view, open_gradient(real)
+    workers = rows_worker(codec, count_rule, one_record), entries_worker(codec, count_rule)
+    counts = count.type, count_rule
+    return Appliers(*(_drivers(worker, *opened, real.type, *counts, one_record) for worker in workers))
 
 
-def _drivers(worker: Any, view: Any, opened: Any, real: Any, count: Any, count_rule: int) -> Drivers:
+@jit
+def advance_clocks(tables: Any, first: Any, last: Any) -> None:
+    """Let the clocks of tables advance: a step begins."""
+    for i in range(first, last):
+        array_at(tables[i]["clock"], 1, np.int64)[0] += 1
+
+
+@jit
+def blocks_of(found: Any, first: Any, last: Any) -> Any:
+    """How many blocks of long segments gradients have."""
+    blocks = np.int64(0)
+    for i in range(first, last):
+        blocks += found[i]["blocks"]
+    return blocks
+
+
+def _drivers(
+    worker: Any, view: Any, opened: Any, real: Any, count: Any, count_rule: int, one_record: bool
+) -> Drivers:
     """Make the driver whose tasks ``worker`` does."""
 
     @jit(entry=True)
@@ -77,10 +101,9 @@ def _drivers(worker: Any, view: Any, opened: Any, real: Any, count: Any, count_r
         tables, _, found, _, tasks = open_step(job)
         first, last = job[0]["first"], job[0]["last"]
         if phase == 0:
-            for i in range(first, last):
-                if found[i]["blocks"] > 0:
-                    return np.int64(len(tasks))
-            return np.int64(0)
+            if one_record:
+                advance_clocks(tables, first, last)
+            return np.int64(len(tasks) if blocks_of(found, first, last) > 0 else 0)
         if phase == 1:
             return np.int64(len(tasks))
         for number in range(len(tasks)):
@@ -129,14 +152,15 @@ def row_of(g: Any, s: Any) -> Any:
 
 
 @functools.cache
-def rows_worker(codec: Codec, count_rule: int) -> Any:
+def rows_worker(codec: Codec, count_rule: int, one_record: bool = False) -> Any:
     """Make ``worker(table, g, lo, hi, scratch, own, check)``, which applies rows.
 
     It updates a `view.View` with the units lo:hi of a `view.Gradient`, which is DISTINCT or SEGMENTS, leaves
     out the rows that are not finite if it is to check, and returns how many these were. ``scratch`` is a 1-D
     array of the table's dtype with room for `rows.SCRATCH_ROWS` rows from ``own`` on.
     """
-    apply_row, prefetch_row = row_update(codec, count_rule), prefetching(count_rule).row
+    apply_row = row_update(codec, count_rule, one_record)
+    prefetch_row = prefetching(count_rule, one_record).row
 
     @jit
     def worker(table: Any, g: Any, lo: Any, hi: Any, scratch: Any, own: Any, check: Any) -> Any:
@@ -170,10 +194,12 @@ def rows_worker(codec: Codec, count_rule: int) -> Any:
                 row = integer(g.ids, s)
                 source, offset = g.values, s * g.values_stride
             if check and is_nonfinite(source, offset, dim, factor):
-                skipped += 1
+                skipped += 1 if np.uint64(row) < rows else 0
                 continue
             if np.uint64(row) < rows:
                 apply_row(table, row, source, offset, factor, scratch, own + dim, following)
+                if one_record:
+                    note_time(table, row)
         return skipped
 
     return worker

@@ -47,6 +47,7 @@ def audit_for(real: np.dtype[Any]) -> Any:
     @jit(entry=True, announced=f"what looks for {real} sums that overflow")
     def audit(tables: Any, gradients: Any, found: Any, i: Any, scratch: Any) -> None:
         record, dim = found[i], tables[i]["dim"]
+        rows = tables[i]["rows"] - tables[i]["spare"]  # what is for the spare one is left out
         g = opened(gradients[i], record)
         one = scratch.dtype.type(1)
         sum_blocks(g, 0, record["blocks"])
@@ -59,8 +60,9 @@ def audit_for(real: np.dtype[Any]) -> Any:
             return
         for s in range(record["units"]):
             if g.kind == DISTINCT:
-                if is_nonfinite(g.values, s * g.values_stride, dim, one):
-                    tell(record, s, integer(g.ids, s), 1)
+                row = integer(g.ids, s)
+                if is_nonfinite(g.values, s * g.values_stride, dim, one) and row < rows:
+                    tell(record, s, row, 1)
                     return
                 continue
             start, end = integer(g.starts, s), integer(g.starts, s + 1)
@@ -72,7 +74,7 @@ def audit_for(real: np.dtype[Any]) -> Any:
                 total = sum_entry(g, s)
                 bad = not total * total < np.inf
                 row, end = row // dim, start + 1  # an entry is told as one number
-            if bad:
+            if bad and row < rows:
                 tell(record, s, row, end - start)
                 return
 

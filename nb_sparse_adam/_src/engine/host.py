@@ -67,7 +67,7 @@ class HostBackend:
     has_streams, has_refused = False, False
 
     def __init__(self, folder: StateFolder | None) -> None:
-        self._folder = folder
+        self.folder = folder
         self.zeros: Callable[[int, Any], NDArray[Any]] = _zeros if folder is None else folder.zeros
         self.reader = HostReader(self)
         self.memory = Memory(())  # what no gradient may share memory with
@@ -86,8 +86,8 @@ class HostBackend:
 
     def before_step(self, options: Options, tables: Mapping[str, TableState]) -> None:  # noqa: ARG002
         """Refuse to go on in a child whose state is the parent's; look again where the tables are."""
-        if self._folder is not None:
-            self._folder.check_process()
+        if self.folder is not None:
+            self.folder.check_process()
         changes = self._changes
         if self._seen != changes:
             here = [table for table in tables.values() if table.backend.kind == self.kind]

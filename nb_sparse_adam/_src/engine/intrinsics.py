@@ -36,6 +36,8 @@ _APART = {
 
 _Access = Callable[..., Any]
 
+CACHE_LINE = 64  # bytes
+
 
 def _plain_load(array: Any, at: Any) -> Any:
     return array.reshape(-1)[at]
@@ -115,6 +117,37 @@ def _pair_copier(source: str, destination: str) -> _Access:
     return copy  # type: ignore[no-any-return]
 
 
+def _line_comparer() -> _Access:
+    """Make ``equal_in_line(array, at, number)``."""
+
+    def plain(array: Any, at: Any, number: Any) -> Any:
+        found = np.int64(0)
+        for i in range(CACHE_LINE // 8):
+            found |= np.int64(array[at + i] == number) << np.int64(i)
+        return found
+
+    if numba.config.DISABLE_JIT or numba.config.BOUNDSCHECK:
+        return register_jitable(plain)  # type: ignore[no-any-return]
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def compare(typingctx: Any, array: Any, at: Any, number: Any) -> Any:  # noqa: ARG001
+        """Say which of the 8 int64 from ``at`` on, a cache line, are a number: a bit of each."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i64, i32 = ir.IntType(64), ir.IntType(32)
+            line = ir.VectorType(i64, CACHE_LINE // 8)
+            start = _address(context, builder, signature.args[0], *args[:2])
+            numbers = builder.load(builder.bitcast(start, line.as_pointer()), align=8)
+            one = builder.insert_element(ir.Constant(line, ir.Undefined), args[2], i32(0))
+            zeros = ir.Constant(ir.VectorType(i32, CACHE_LINE // 8), [0] * (CACHE_LINE // 8))
+            equal = builder.icmp_signed("==", numbers, builder.shuffle_vector(one, one, zeros))
+            return builder.zext(builder.bitcast(equal, ir.IntType(CACHE_LINE // 8)), i64)
+
+        return types.int64(array, types.intp, types.int64), codegen
+
+    return compare  # type: ignore[no-any-return]
+
+
 load_param, store_param = _accesses("param")
 load_exp_avg, store_exp_avg = _accesses("exp_avg")
 load_exp_avg_sq, store_exp_avg_sq = _accesses("exp_avg_sq")
@@ -125,9 +158,8 @@ load_row_correction, store_row_correction = _accesses("row correction")  # scrat
 copy_correction = _pair_copier("correction", "row correction")
 load_value, _ = _accesses("value")  # what is summed
 load_sum, store_sum = _accesses("sum")
+equal_in_line = _line_comparer()
 
-
-CACHE_LINE = 64  # bytes
 
 if numba.config.DISABLE_JIT:
 
@@ -158,6 +190,14 @@ if numba.config.DISABLE_JIT:
         turns[0] += 1
         return int(turns[0]) - 1
 
+    def count_on(counts: Any, at: Any) -> None:
+        """Count ``counts[at]`` on."""
+        counts[at] += counts.dtype.type(1)
+
+    def first_bit(bits: Any) -> int:
+        """Return the place of the lowest bit that is set, of an int64 that is not 0."""
+        return (int(bits) & -int(bits)).bit_length() - 1
+
     def select(condition: Any, one: Any, other: Any) -> Any:
         """Return ``one if condition else other``, both of which have been computed."""
         return one if condition else other
@@ -169,6 +209,10 @@ if numba.config.DISABLE_JIT:
     def real_of_bits8(bits: Any) -> Any:
         """Return the float64 that has these bits."""
         return np.int64(bits).view(np.float64)
+
+    def bits_of_real8(real: Any) -> Any:
+        """Return the bits of a float64, as int64."""
+        return np.float64(real).view(np.int64)
 
 else:
 
@@ -247,6 +291,15 @@ else:
         return made(), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def first_bit(typingctx: Any, bits: Any) -> Any:  # noqa: ARG001
+        """Return the place of the lowest bit that is set, of an int64 that is not 0."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.cttz(args[0], ir.IntType(1)(1))
+
+        return types.int64(types.int64), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def select(typingctx: Any, condition: Any, one: Any, other: Any) -> Any:  # noqa: ARG001
         """Return ``one if condition else other``, both of which have been computed.
 
@@ -278,6 +331,15 @@ else:
         return types.float64(types.int64), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def bits_of_real8(typingctx: Any, real: Any) -> Any:  # noqa: ARG001
+        """Return the bits of a float64, as int64."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            return builder.bitcast(args[0], ir.IntType(64))
+
+        return types.int64(types.float64), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def take_turn(typingctx: Any, turns: Any) -> Any:  # noqa: ARG001
         """Return ``turns[0]`` of an int64 array, and count it on; threads that meet get different numbers."""
 
@@ -286,6 +348,18 @@ else:
             return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
         return types.int64(turns), codegen
+
+    @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+    def count_on(typingctx: Any, counts: Any, at: Any) -> Any:  # noqa: ARG001
+        """Count ``counts[at]`` on; of threads that meet none gets lost."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            one = context.get_constant(signature.args[0].dtype, 1)
+            place = _address(context, builder, signature.args[0], *args)
+            builder.atomic_rmw("add", place, one, "monotonic")
+            return context.get_dummy_value()
+
+        return types.void(counts, types.intp), codegen
 
     @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
     def call_at(typingctx: Any, at_address: Any, like: Any, arguments: Any) -> Any:  # noqa: ARG001

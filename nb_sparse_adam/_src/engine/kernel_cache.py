@@ -45,11 +45,11 @@ SOURCES = (
     "engine/compile.py", "engine/driver.py", "engine/entries.py", "engine/formula.py",
     "engine/grouping.py", "engine/inner.py", "engine/integers.py", "engine/intrinsics.py",
     "engine/kernel_cache.py", "engine/layout.py", "engine/parallel.py", "engine/prefetching.py",
-    "engine/prepare.py", "engine/records.py", "engine/rows.py", "engine/scanning.py",
-    "engine/scratch.py", "engine/screening.py", "engine/settling.py", "engine/stages.py",
-    "engine/step.py", "engine/sums.py", "engine/view.py", "cuda/checks.py", "cuda/device.py",
-    "cuda/opening.py", "cuda/records.py", "cuda/sums.py", "recommender/bpr.py", "recommender/products.py",
-    "recommender/sampling.py",
+    "engine/prepare.py", "engine/random.py", "engine/rearranging.py", "engine/records.py",
+    "engine/rows.py", "engine/scanning.py", "engine/scratch.py", "engine/screening.py",
+    "engine/settling.py", "engine/stages.py", "engine/step.py", "engine/sums.py", "engine/view.py",
+    "cuda/checks.py", "cuda/device.py", "cuda/opening.py", "cuda/records.py", "cuda/sums.py",
+    "recommender/bpr.py", "recommender/products.py", "recommender/sampling.py",
 )  # fmt: skip
 
 # Of numba's configuration, what changes code; the processor and its features are in a key of numba's.

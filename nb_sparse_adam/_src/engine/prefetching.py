@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import CACHE_LINE, address, prefetch_line
 from nb_sparse_adam._src.engine.layout import count_offset, exp_avg_offset, exp_avg_sq_offset, param_offset
@@ -22,6 +24,7 @@ PREFETCH_ELEMENTS = 512
 MIN_ROWS_AHEAD, MAX_ROWS_AHEAD = 4, 12
 ENTRIES_AHEAD = 16  # of rows of entries, each of which is a place in memory of its own
 PIECE = 16  # elements of a row that are asked for at once, between other arithmetic
+MOST_OF_A_RECORD = 4096  # bytes
 
 
 class Prefetching(NamedTuple):
@@ -55,9 +58,43 @@ def prefetch_element(table: Any, r: Any, j: Any) -> None:
     prefetch_line(address(table.counts, count_offset(table, r) + j))
 
 
+@jit
+def _lines(table: Any, r: Any, first: Any, last: Any) -> None:
+    """Ask for the lines that begin in the bytes first:last of a record, and for the one that it begins in."""
+    start = address(table.param, param_offset(table, r)) - table.count_span
+    line = (start + first + CACHE_LINE - 1) & -CACHE_LINE if first > 0 else start & -CACHE_LINE
+    while line < start + last:
+        prefetch_line(line)
+        line += CACHE_LINE
+
+
+@jit
+def _record(table: Any, r: Any) -> None:
+    """Ask for the record of row r; the hardware follows a wide one by itself."""
+    _lines(table, r, np.int64(0), min(table.state_span, MOST_OF_A_RECORD))
+
+
+@jit
+def _piece_of_record(table: Any, r: Any, start: Any) -> None:
+    """Ask for as much of row r as PIECE elements from ``start`` on are of its elements."""
+    first = start // PIECE * table.param_span
+    _lines(table, r, first, first + table.param_span)
+
+
+@jit
+def _rest_of_record(table: Any, r: Any, start: Any) -> None:
+    """Ask for what the pieces of row r before ``start`` have left out."""
+    _lines(table, r, start // PIECE * table.param_span, table.state_span)
+
+
 @functools.cache
-def prefetching(count_rule: int) -> Prefetching:
-    """Make what asks for rows under a count rule: ELEMENT, ROW or GLOBAL."""
+def prefetching(count_rule: int, one_record: bool = False) -> Prefetching:
+    """Make what asks for rows under a count rule: ELEMENT, ROW or GLOBAL.
+
+    ``one_record``: a row is one piece of memory, each line of which is asked for once.
+    """
+    if one_record:
+        return Prefetching(_record, _piece_of_record, _rest_of_record)
 
     @jit
     def prefetch_row(table: Any, r: Any) -> None:

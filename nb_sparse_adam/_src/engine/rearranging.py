@@ -58,6 +58,20 @@ def checked_source(where: str, given: Any, length: int, rows: int) -> NDArray[np
     return array.astype(np.int64, copy=False)
 
 
+@jit
+def copy_row(old: Any, first: Any, new: Any, into: Any, columns: Any) -> None:
+    """Copy so many words of a row of state."""
+    for j in range(columns):
+        store_param(new, into + j, load_gradient(old, first + j))
+
+
+@jit
+def reset_row(words: Any, first: Any, columns: Any) -> None:
+    """Make a row of state that of one that took no step."""
+    for j in range(columns):
+        store_param(words, first + j, words.dtype.type(0))
+
+
 @jit(entry=True)
 def take_rows(source: Any, old: Any, columns: Any, new: Any) -> None:
     """Copy rows of state, as bits; what is all zeros is not written: fresh memory costs nothing until it is.
@@ -80,5 +94,4 @@ def take_rows(source: Any, old: Any, columns: Any, new: Any) -> None:
         for j in range(1, columns):
             used |= load_gradient(old, first + j)
         if used != 0:
-            for j in range(columns):
-                store_param(new, into + j, load_gradient(old, first + j))
+            copy_row(old, first, new, into, columns)

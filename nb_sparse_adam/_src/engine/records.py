@@ -44,6 +44,10 @@ def record(*fields: str, reals: tuple[str, ...] = ()) -> np.dtype[np.void]:
 TABLE = record(
     # The user's parameters: row r begins at r * param_stride.
     "param", "param_length", "param_stride", "rows", "dim",
+    # Of rows that are records of their own: bytes of one, and how many of these lie before its parameters; in
+    # which of those the time of the last step is noted, and the address of the clock, int64.
+    "row_size", "lead", "noted_at", "clock",
+    "spare",  # 1: the last row is none; gradients may name it, and what they have for it is left out
     # Moments: exp_avg of row r begins at r * state_stride, its exp_avg_sq exp_avg_sq_offset behind.
     "state", "state_length", "state_stride", "exp_avg_sq_offset",
     # Counts of active steps: those of row r begin at r * count_stride. One for the table: 0.

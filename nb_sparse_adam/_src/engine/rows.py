@@ -19,6 +19,8 @@ from nb_sparse_adam._src.engine.codecs import Codec, compiled
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.formula import adam, correction, counts_agree, highest_count, one_more
 from nb_sparse_adam._src.engine.intrinsics import (
+    address,
+    array_at,
     copy_correction,
     load_count,
     load_exp_avg,
@@ -187,8 +189,15 @@ def look_up_corrections(
         store_row_correction(scratch, own + 2 * j + 1, scale)
 
 
+@jit
+def note_time(table: Any, r: Any) -> None:
+    """Note in the record of row r when it has taken a step."""
+    place = address(table.param, param_offset(table, r)) - table.count_span + table.noted_at
+    array_at(place, 1, np.int64)[0] = table.time
+
+
 @functools.cache
-def row_update(codec: Codec, count_rule: int) -> Any:
+def row_update(codec: Codec, count_rule: int, one_record: bool = False) -> Any:
     """Make ``apply_row(table, r, g, offset, factor, scratch, own, following)`` for one codec and count rule.
 
     Row r is present in the gradient with ``factor * g``: what the rule calls active takes a step. ``scratch``
@@ -197,12 +206,14 @@ def row_update(codec: Codec, count_rule: int) -> Any:
     cannot calculate until all of that is on its way. Three loops and not one with branches in it, which took
     a tenth longer. Of a piece, whose length is known, no loop is left.
     """
-    return _by_element(codec) if count_rule == ELEMENT else _whole_rows(codec, count_rule)
+    if count_rule == ELEMENT:
+        return _by_element(codec, one_record)
+    return _whole_rows(codec, count_rule, one_record)
 
 
-def _by_element(codec: Codec) -> Any:
+def _by_element(codec: Codec, one_record: bool) -> Any:
     _, update_active, update_active_each, _ = updates(codec)
-    _, prefetch_piece, prefetch_rest = prefetching(ELEMENT)
+    _, prefetch_piece, prefetch_rest = prefetching(ELEMENT, one_record)
 
     @jit
     def walk_active(table: Any, r: Any, g: Any, offset: Any, factor: Any, following: Any) -> None:
@@ -261,9 +272,9 @@ def _by_element(codec: Codec) -> Any:
     return apply_row
 
 
-def _whole_rows(codec: Codec, count_rule: int) -> Any:
+def _whole_rows(codec: Codec, count_rule: int, one_record: bool) -> Any:
     update_all = updates(codec).all
-    _, prefetch_piece, prefetch_rest = prefetching(count_rule)
+    _, prefetch_piece, prefetch_rest = prefetching(count_rule, one_record)
 
     @jit
     def apply_row(

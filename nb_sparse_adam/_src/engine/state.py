@@ -57,6 +57,8 @@ class TableState:
     of what a touched row occupies.
     """
 
+    one_record = False  # whether all of a row, its parameters too, is one piece of memory
+
     def __init__(self, name: str, param: Any, step_counts: str, backend: Backend) -> None:
         self.name = name
         self.backend = backend
@@ -261,6 +263,7 @@ class TableState:
         pairs, place = self._pairs_of(known), self._place_in_memory
         return (
             place(self.matrix), self.matrix.size, self.param_stride, self.rows, self.dim,
+            0, 0, 0, 0, 0,
             place(words), words.size, arrays.state_stride, arrays.exp_avg_sq_offset,
             place(counts), counts.size, arrays.count_stride, self.mode,
             place(pairs), pairs.size, known.complete, known.eps_hat,
@@ -279,7 +282,7 @@ class TableState:
 
     def _appliers(self, arrays: State) -> Any:
         """Return what applies gradients to tables of its kind."""
-        return apply_for(self._dtype, PLAIN, arrays.counts.dtype, self.mode)
+        return apply_for(self._dtype, PLAIN, arrays.counts.dtype, self.mode, self.one_record)
 
     def make_room_for_a_step(self) -> None:
         """Widen the counts before one of them could overflow. Changes no value."""

@@ -17,6 +17,7 @@ from nb_sparse_adam._src.engine.formula import after, most_of
 from nb_sparse_adam._src.engine.integers import integers
 from nb_sparse_adam._src.engine.intrinsics import array_at
 from nb_sparse_adam._src.engine.layout import state_spans
+from nb_sparse_adam._src.engine.prefetching import PIECE
 from nb_sparse_adam._src.engine.records import COMPRESSED, DISTINCT, ELEMENT, ENTRIES, ROW
 
 MOST_PREFETCHED = 256  # elements of a wide row; the hardware follows the rest by itself
@@ -52,15 +53,19 @@ class View(NamedTuple):
     complete: Any
     global_step: Any  # GLOBAL: the count of this step
     # How many elements of a row are prefetched in each of its arrays; 0 counts: they are among the words.
+    # Where a row is one record: bytes of it for each piece of elements, all of its bytes, those before param.
     param_span: Any
     state_span: Any
     count_span: Any
+    # Where a row is one record: in which byte of it the time is noted, and what time it is.
+    noted_at: Any
+    time: Any
 
 
 @jit
 def viewed(
     record: Any, param: Any, state: Any, counts: Any, corrections: Any, global_step: Any, param_span: Any,
-    state_span: Any, count_span: Any,
+    state_span: Any, count_span: Any, time: Any,
 ) -> Any:  # fmt: skip
     """Return the `View` of a record of `records.TABLE` and of the arrays that it has the addresses of."""
     real = param.dtype.type
@@ -81,7 +86,7 @@ def viewed(
         real(record["lr"]),
         real(record["eps"]),
         real(record["sign"]),
-        record["rows"],
+        record["rows"] - record["spare"],
         record["dim"],
         record["param_stride"],
         record["state_stride"],
@@ -93,11 +98,15 @@ def viewed(
         param_span,
         state_span,
         count_span,
+        record["noted_at"],
+        time,
     )
 
 
 @functools.cache
-def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], count_rule: int) -> Any:
+def open_table(
+    real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], count_rule: int, one_record: bool = False
+) -> Any:
     """Make ``view(record)`` for tables of one kind.
 
     Parameters
@@ -106,6 +115,8 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
         Of parameters, of the words of the state, of counts.
     count_rule : int
         ELEMENT, ROW or GLOBAL.
+    one_record : bool
+        Whether all of a row is one piece of memory.
     """
     real_type, word_type, count_type = real.type, word.type, count.type
     word_size, count_size = word.itemsize, count.itemsize
@@ -123,7 +134,11 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
             columns = np.int64(1)
         else:
             global_step = after(counts[0], most_of(counts))
+        span, time = min(dim, MOST_PREFETCHED), np.int64(0)
         words, count_span = state_spans(record, word_size, count_size, columns, MOST_PREFETCHED)
+        if one_record:
+            span, words, count_span = record["row_size"] * PIECE // dim, record["row_size"], record["lead"]
+            time = array_at(record["clock"], 1, np.int64)[0]
         return viewed(
             record,
             array_at(record["param"], record["param_length"], real_type),
@@ -131,9 +146,10 @@ def open_table(real: np.dtype[Any], word: np.dtype[Any], count: np.dtype[Any], c
             counts,
             array_at(record["corrections"], record["corrections_length"], real_type),
             global_step,
-            min(dim, MOST_PREFETCHED),
+            span,
             words,
             count_span,
+            time,
         )
 
     return view

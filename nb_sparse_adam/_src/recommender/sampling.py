@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.driver import Drivers
 from nb_sparse_adam._src.engine.intrinsics import address, prefetch_line
+from nb_sparse_adam._src.engine.random import random_bits, splitmix64
 from nb_sparse_adam._src.engine.threads import Partition, run, usable_threads
 
 BLOCK = 64  # interactions that a thread takes at a time; the losses of each block are summed on their own
 
-_STRIDE = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _AHEAD = 8  # interactions between the one that is looked up and the one that is prefetched
 _MASS = 0.99 * 2**52  # of all items, about; below 2⁵², so that float64 holds every mass
 _PER_BIT = 2.0**-53
@@ -85,21 +83,6 @@ def launch(kernel: Drivers, requested: int | None, interactions: int, *arguments
     """Run a kernel on the threads of the options, or on this one alone if there is little to do."""
     threads = 1 if interactions < 4 * BLOCK else usable_threads(requested)
     run(kernel, Partition(threads, threads), arguments)
-
-
-@jit
-def splitmix64(key: Any, counter: Any) -> Any:
-    """Return number `counter` of splitmix64 (Steele, Lea & Flood 2014): 64 random bits."""
-    x = key + np.uint64(counter) * _STRIDE
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-@jit
-def random_bits(key: Any, counter: Any) -> Any:
-    """Return 32 random bits: the upper half of number `counter` of splitmix64."""
-    return splitmix64(key, counter) >> np.uint64(32)
 
 
 @jit

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nb_sparse_adam._src.checkpoint.saving import load, save
+from nb_sparse_adam._src.checkpoint.api import load, save
 from nb_sparse_adam._src.files import write_whole
 from nb_sparse_adam._src.optimizer import SparseAdam
 from nb_sparse_adam._src.recommender.interactions import UserItems
