@@ -16,6 +16,8 @@ from nb_sparse_adam._src.warming import warm_up
 __all__ = [
     "BagGradient",
     "CSRGradient",
+    "EmbeddingTable",
+    "Eviction",
     "RowGradient",
     "SparseAdam",
     "__version__",
@@ -27,18 +29,23 @@ __all__ = [
 keep_names(__name__, "gradients", "kernels", "optimizer", "views")
 
 _WHEN_ASKED_FOR = ("checkpoint", "recommender", "torch")
+_TABLES = {"EmbeddingTable": "embedding_table", "Eviction": "eviction"}  # loaded when asked for, too
 
 if TYPE_CHECKING:
     from nb_sparse_adam import checkpoint as checkpoint
     from nb_sparse_adam import recommender as recommender
     from nb_sparse_adam import torch as torch
+    from nb_sparse_adam._src.table.embedding_table import EmbeddingTable as EmbeddingTable
+    from nb_sparse_adam._src.table.eviction import Eviction as Eviction
 else:
 
     def __getattr__(name):
-        if name not in _WHEN_ASKED_FOR:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
+        if name in _TABLES:
+            return getattr(importlib.import_module(f"{__name__}._src.table.{_TABLES[name]}"), name)
+        if name not in _WHEN_ASKED_FOR:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
             return importlib.import_module(f"{__name__}.{name}")
         except errors.MissingExtraError as error:  # so that hasattr is False, and inspect goes on

@@ -3,9 +3,9 @@
 
 `Table` is what `SparseAdam` updates, and `Gradient` what its `step` takes. `StepCounts`, `OnNonfinite`,
 `DeviceChecks` and `BagMode` are the choices of the options of these names. `Array` is what gradients are made
-of; `StateView` is what `SparseAdam.state` shows of a table, and `LentTable` what `SparseAdam.kernel_table`
-lends. `GradientForm` is a choice of `warm_up`, and `WarmUp` what it returns. The others are protocols: arrays
-and matrices of other libraries, known by their attributes.
+of; `StateView` is what `SparseAdam.state` shows of a table, `LentTable` what `SparseAdam.kernel_table` lends,
+and `RowState` what `EmbeddingTable.state` returns. `GradientForm` is a choice of `warm_up`, and `WarmUp` what
+it returns. The others are protocols: arrays and matrices of other libraries, known by their attributes.
 """
 
 from nb_sparse_adam._src.annotations import (
@@ -24,7 +24,7 @@ from nb_sparse_adam._src.annotations import (
 )
 from nb_sparse_adam._src.gradients import Gradient
 from nb_sparse_adam._src.kernels import LentTable
-from nb_sparse_adam._src.views import StateView
+from nb_sparse_adam._src.views import RowState, StateView
 from nb_sparse_adam._src.warming import WarmUp
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "IndexedSlices",
     "LentTable",
     "OnNonfinite",
+    "RowState",
     "StateView",
     "StepCounts",
     "Table",

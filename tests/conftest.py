@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("backends", "checks", "oracle", "preparing")
+pytest.register_assert_rewrite(
+    "backends", "checks", "dynamic_layers", "oracle", "preparing", "table_model", "table_saves"
+)
 
 # The first example of a test compiles kernels for seconds: no deadline, and slowness says nothing.
 shared = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -122,3 +124,9 @@ def write(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """Do not wait for the disk: what is written is there, but for a crash of the machine."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -15,11 +15,13 @@ import pytest
 from needs import need
 
 import nb_sparse_adam
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, errors
+from nb_sparse_adam import BagGradient, CSRGradient, EmbeddingTable, Eviction, RowGradient, SparseAdam, errors
 
 PUBLIC = [
     "BagGradient",
     "CSRGradient",
+    "EmbeddingTable",
+    "Eviction",
     "RowGradient",
     "SparseAdam",
     "__version__",
@@ -120,12 +122,12 @@ def test_public_modules_show_what_they_list(module):
 
 
 def test_public_classes_know_their_home_and_are_documented():
-    for public in (BagGradient, CSRGradient, RowGradient, SparseAdam):
+    for public in (BagGradient, CSRGradient, EmbeddingTable, Eviction, RowGradient, SparseAdam):
         assert public.__module__ == "nb_sparse_adam"
         assert getattr(nb_sparse_adam, public.__name__) is public
         assert inspect.getdoc(public)
         assert pickle.loads(pickle.dumps(public)) is public
-    for name in ("LentTable", "StateView", "WarmUp"):
+    for name in ("LentTable", "RowState", "StateView", "WarmUp"):
         assert getattr(nb_sparse_adam.typing, name).__module__ == "nb_sparse_adam.typing"
     for made in (BagGradient, CSRGradient, RowGradient):
         assert typing.get_type_hints(made)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nb_sparse_adam._src.public import public
 
@@ -45,6 +46,26 @@ class Shown(property, Generic[T]):
         def __get__(self, instance: Any, owner: type | None = None) -> Any: ...
 
         def __set__(self, instance: Any, value: NoReturn) -> None: ...
+
+
+@public("nb_sparse_adam.typing")
+class RowState(NamedTuple):
+    """State of some rows of an `EmbeddingTable`, copied.
+
+    Attributes
+    ----------
+    exp_avg, exp_avg_sq : (n, dim) array of the table's dtype
+        Running means of the gradient and of its square.
+    steps : integer array
+        Active steps so far: (n,), (n, dim) with ``step_counts="element"``, 0-d with "global".
+    seen : (n,) uint32 array
+        How often look-ups in training have seen the id since it has a row.
+    """
+
+    exp_avg: NDArray[Any]
+    exp_avg_sq: NDArray[Any]
+    steps: NDArray[Any]
+    seen: NDArray[np.uint32]
 
 
 @public("nb_sparse_adam.typing")

@@ -49,7 +49,8 @@ SOURCES = (
     "engine/rows.py", "engine/scanning.py", "engine/scratch.py", "engine/screening.py",
     "engine/settling.py", "engine/stages.py", "engine/step.py", "engine/sums.py", "engine/view.py",
     "cuda/checks.py", "cuda/device.py", "cuda/opening.py", "cuda/records.py", "cuda/sums.py",
-    "recommender/bpr.py", "recommender/products.py", "recommender/sampling.py",
+    "recommender/bpr.py", "recommender/products.py", "recommender/sampling.py", "table/cells.py",
+    "table/initial.py", "table/records.py",
 )  # fmt: skip
 
 # Of numba's configuration, what changes code; the processor and its features are in a key of numba's.
