@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -25,6 +25,7 @@ _TRIES = 10  # more, of reading a checkpoint that is being replaced meanwhile
 TOO_MANY = (errno.EMFILE, errno.ENFILE)  # files are open, in this process or in all
 _KEPT_OPEN = 100  # files, while a checkpoint is read: of a usual limit of 256 or 1,024 for the whole process
 _T = TypeVar("_T")
+_File = TypeVar("_File", bound="TableFile")
 
 
 class _CannotOpenError(Exception):
@@ -32,32 +33,53 @@ class _CannotOpenError(Exception):
 
 
 def reading(folder: Path, work: Callable[[dict[str, Any], list[TableFile]], _T]) -> _T:
-    """Call `work` with a manifest and its files, headers checked; again, if a save replaces them meanwhile.
+    """Call `work` with an optimizer's manifest and its files: see `reading_all`."""
+    return reading_all([folder], _files_of_optimizer, lambda manifests, files: work(manifests[0], files))
+
+
+def _files_of_optimizer(folder: Path, manifest: dict[str, Any]) -> list[TableFile]:
+    if "kind" in manifest:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of {manifest['kind']}s, expected one of a SparseAdam"
+        )
+    step_counts = manifest["options"]["step_counts"]
+    return [TableFile(folder, record, step_counts) for record in manifest["tables"]]
+
+
+def reading_all(
+    folders: Sequence[Path],
+    files_of: Callable[[Path, dict[str, Any]], list[_File]],
+    work: Callable[[list[dict[str, Any]], list[_File]], _T],
+) -> _T:
+    """Call `work` with manifests and files, headers checked; again, if a save replaces them meanwhile.
 
     Some files are kept open, and read to their end whatever a save deletes; others, should there be many,
     are opened again by their names, which no later checkpoint has.
     """
     tries, keep = _TRIES, _KEPT_OPEN
     while True:
-        manifest = read_manifest(folder)
-        step_counts = manifest["options"]["step_counts"]
+        manifests = [read_manifest(folder) for folder in folders]
         try:
             with ExitStack() as stack:
-                files = [TableFile(folder, record, step_counts) for record in manifest["tables"]]
+                files = [
+                    file
+                    for folder, manifest in zip(folders, manifests, strict=True)
+                    for file in files_of(folder, manifest)
+                ]
                 for i, file in enumerate(files):
                     file.open(stack if i < keep else None)
-                return work(manifest, files)
+                return work(manifests, files)
         except _CannotOpenError as caught:
             (error,) = caught.args
             if error.errno in TOO_MANY:
                 if not keep:
                     raise error from caught
                 keep = 0
-            elif tries and read_manifest(folder)["tables"] != manifest["tables"]:
+            elif tries and [read_manifest(folder) for folder in folders] != manifests:
                 tries -= 1
             else:
                 raise CheckpointError(
-                    f"{error.filename} is missing, which {folder / MANIFEST} names"
+                    f"{error.filename} is missing, which {Path(error.filename).parent / MANIFEST} names"
                 ) from error
 
 
@@ -125,12 +147,17 @@ class TableFile:
                 digest = read_pieces(opened, self.entries, into, check, tell, verify)
         except TensorFileError as error:
             raise CheckpointError(f"{self.path} is damaged: it {error}") from error
-        if verify and digest != self.record["sha256"]:
+        if verify:
+            self.check_digest(digest)
+        self._seen = seen
+
+    def check_digest(self, digest: str) -> None:
+        """Refuse a file whose SHA-256 is not that of the manifest."""
+        if digest != self.record["sha256"]:
             raise CheckpointError(
                 f"{self.path} is damaged: its SHA-256 is {digest}, expected {self.record['sha256']}; go back "
                 "to an older checkpoint"
             )
-        self._seen = seen
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

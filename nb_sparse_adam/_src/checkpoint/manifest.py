@@ -2,7 +2,7 @@
 """The manifest of a checkpoint: what it holds, how it is checked, and what a caller may add to it.
 
 ``manifest.json`` names a file for each table and says what is in it, holds the optimizer's options and the
-caller's ``extra``, and has a checksum of all that.
+caller's ``extra``, and has a checksum of all that. One of `EmbeddingTable` says so (`table_manifest`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from nb_sparse_adam._src import options
+from nb_sparse_adam._src.checkpoint import table_manifest
 from nb_sparse_adam._src.checkpoint.tensor_files import array_size, begins_as_written, unique_keys
 from nb_sparse_adam._src.files import NoRegularFileError, open_regular
 from nb_sparse_adam.errors import CheckpointError
@@ -53,9 +54,9 @@ def check_extra(given: Any) -> None:
         raise CheckpointError(f"extra cannot be kept as JSON: {error}") from error
 
 
-def content(options: Mapping[str, Any], tables: list[dict[str, Any]], extra: Any) -> bytes:
-    """Make the content of the file."""
-    manifest = {"format": FORMAT, "version": VERSION, "options": options, "tables": tables, "extra": extra}
+def content(head: Mapping[str, Any], tables: list[dict[str, Any]], extra: Any) -> bytes:
+    """Make the content of the file; ``head`` is what comes before the tables."""
+    manifest = {"format": FORMAT, "version": VERSION, **head, "tables": tables, "extra": extra}
     return _write({**manifest, "sha256": digest(manifest)})
 
 
@@ -145,27 +146,32 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 def _check(manifest: dict[str, Any]) -> None:
     """Check what a manifest says, by types and ranges."""
-    if set(manifest) != {"format", "version", "options", "tables", "extra"}:
-        raise ValueError(f"it has {sorted(manifest)}")
-    options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
     if type(manifest["tables"]) is not list or not manifest["tables"]:
         raise ValueError(f"tables is {manifest['tables']!r}, expected one table or more")
+    if "kind" in manifest:
+        table_manifest.check_tables(manifest)
+    else:
+        _check_optimizer(manifest)
     for record in manifest["tables"]:
-        _check_record(record)
+        if not _OURS.fullmatch(record["file"]):
+            raise ValueError(f"file is {record['file']!r}")
     for what in ("name", "file"):
         if len({record[what] for record in manifest["tables"]}) != len(manifest["tables"]):
             raise ValueError(f"a {what} is there twice")
 
 
+def _check_optimizer(manifest: dict[str, Any]) -> None:
+    """Check what a manifest says of an optimizer."""
+    if set(manifest) != {"format", "version", "options", "tables", "extra"}:
+        raise ValueError(f"it has {sorted(manifest)}")
+    options.choice("step_counts", manifest["options"]["step_counts"], options.STEP_COUNTS)
+    for record in manifest["tables"]:
+        _check_record(record)
+
+
 def _check_record(record: Any) -> None:
     """Check what a manifest says of a table."""
-    if set(record) != set(_RECORD):
-        raise ValueError(f"a table has {sorted(record)}")
-    for key, kind in _RECORD.items():
-        if type(record[key]) is not kind:
-            raise ValueError(f"{key} is {record[key]!r}")
-    if not _OURS.fullmatch(record["file"]):
-        raise ValueError(f"file is {record['file']!r}")
+    table_manifest.check_types(record, _RECORD)
     if record["dtype"] not in ("float32", "float64") or record["steps"] not in ("int32", "int64"):
         raise ValueError(f"dtypes are {record['dtype']!r} and {record['steps']!r}")
     if not 0 <= record["skipped_rows"] < 2**63:
@@ -233,7 +239,7 @@ def _is_ours(file: Path) -> bool:
             return True  # begun, or somebody else's without content: no loss
         if file.suffix == ".json":
             return _begins_as_manifest(opened.read(100))
-        return begins_as_written(opened, ARRAYS)
+        return begins_as_written(opened, (ARRAYS, table_manifest.ARRAYS))
 
 
 def _begins_as_manifest(content: bytes) -> bool:

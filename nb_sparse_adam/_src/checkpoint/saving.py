@@ -13,11 +13,11 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,11 @@ from numpy.typing import NDArray
 from nb_sparse_adam._src import options
 from nb_sparse_adam._src.checkpoint.files import TOO_MANY, TableFile, progress_bar, read_all, reading
 from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, check_extra, content, old_files, refuse_foreign
-from nb_sparse_adam._src.checkpoint.tensor_files import array_size, write_tensors
+from nb_sparse_adam._src.checkpoint.tensor_files import PieceReader, array_size, write_tensors
 from nb_sparse_adam._src.engine import locks
-from nb_sparse_adam._src.engine.state import TableState
 from nb_sparse_adam._src.files import descriptor
 from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.optimizer import SparseAdam, tables_of
-from nb_sparse_adam._src.public import public
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
 
 
@@ -42,49 +40,23 @@ def _reached(point: str) -> None:
 # --- saving -----------------------------------------------------------------------------------------------
 
 
-@public("nb_sparse_adam.checkpoint")
-def save(
-    path: str | os.PathLike[str], optimizer: SparseAdam, extra: Any = None, *, progress: bool = False
-) -> None:
-    """Save an optimizer, its tables included, so that `load` and `restore` go on with the same bits.
-
-    Parameters
-    ----------
-    path : path
-        A folder, created if need be. A checkpoint that is there already is replaced, by one atomic step.
-    optimizer : SparseAdam
-        Steps of other Python threads wait meanwhile. Not to be called from a signal handler, which may come
-        in the middle of a step: set a flag there, and save after the step.
-    extra : optional
-        Something small of your own, as JSON can hold it: None, booleans, finite numbers, strings, lists, and
-        dicts with strings for keys. Tuples come back as lists, and subclasses as what they are made of.
-    progress : bool, default False
-        Whether to show a bar.
-
-    Raises
-    ------
-    CheckpointError
-        If `extra` cannot be held, another process is saving there, or there is a ``manifest.json`` of
-        something else: nothing is replaced or deleted but what `save` has written.
-    OptionTypeError
-        If `optimizer` is of another kind.
-    StateError
-        If `optimizer` has been restored in part (see `restore`).
-    OSError
-        If something cannot be written; the checkpoint that was there is as it was.
-    """
-    _check_optimizer(optimizer)
+def save_optimizer(folder: Path, optimizer: Any, extra: Any, progress: bool) -> None:
+    """See `api.save`."""
+    check_optimizer(optimizer)
     optimizer._check_whole()
     check_extra(extra)
-    for name in optimizer.state:
-        if json.loads(json.dumps(name)) != name:
-            raise CheckpointError(f"a table is called {name!r}, which JSON cannot hold; give it another name")
-    folder = _folder(path)
-    token = secrets.token_hex(8)
+    check_names(optimizer.state)
+    with saving_in(folder), optimizer._lock:
+        _save(folder, optimizer, extra, progress)
+
+
+@contextmanager
+def saving_in(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and have nobody else save there meanwhile."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_saver(folder), optimizer._lock:
-            _save(folder, token, optimizer, extra, progress)
+        with _only_saver(folder):
+            yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -94,23 +66,51 @@ def save(
         ) from error
 
 
-def _save(folder: Path, token: str, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
+def _save(folder: Path, optimizer: SparseAdam, extra: Any, progress: bool) -> None:
     refuse_foreign(folder)
     optimizer._check_whole()
     optimizer.synchronize()
-    tables = tables_of(optimizer)
-    total = sum(array.nbytes for table in tables.values() for array in table.arrays_to_save().values())
+    parts = [
+        Part(
+            table.name,
+            table.arrays_to_save(),
+            {
+                "shape": list(table.shape),
+                "dtype": table.dtype.name,
+                "steps": table.arrays.counts.dtype.name,
+                "skipped_rows": table.skipped_rows,
+            },
+        )
+        for table in tables_of(optimizer).values()
+    ]
+    write_checkpoint(folder, {"options": optimizer._saved()}, parts, extra, "saving", progress)
+
+
+class Part(NamedTuple):
+    """A table to be written, and what the manifest says of it beside its file."""
+
+    name: str
+    arrays: Mapping[str, PieceReader]
+    described: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path, head: Mapping[str, Any], parts: Sequence[Part], extra: Any, what: str, progress: bool
+) -> None:
+    """Write files and a manifest that names them, and put it in the place of the one that is there."""
+    token = secrets.token_hex(8)
+    total = sum(array_size(array.dtype, array.shape) for part in parts for array in part.arrays.values())
     written: list[Path] = []
     try:
         records = []
-        with progress_bar(total, "saving", progress) as tell:
-            for number, table in enumerate(tables.values()):
+        with progress_bar(total, what, progress) as tell:
+            for number, part in enumerate(parts):
                 file = folder / f"table-{number}-{token}.safetensors"
                 written.append(file)
-                records.append(_save_table(file, table, tell))
+                records.append(_save_part(file, part, tell))
         temporary = folder / f".manifest-{token}.json"
         written.append(temporary)
-        _write_synced(temporary, content(optimizer._saved(), records, extra))
+        _write_synced(temporary, content(head, records, extra))
         _reached("manifest written")
         _sync_folder(folder)  # its files are there before the manifest is
         os.replace(temporary, folder / MANIFEST)
@@ -140,29 +140,27 @@ def _names(folder: Path, token: str) -> bool:
         return not isinstance(error, FileNotFoundError)
 
 
-def _save_table(file: Path, table: TableState, tell: Callable[[int], None]) -> dict[str, Any]:
-    arrays = table.arrays_to_save()
+def _save_part(file: Path, part: Part, tell: Callable[[int], None]) -> dict[str, Any]:
     with open(file, "xb") as opened:
         _reached("a file begun")
-        digest = write_tensors(opened, arrays, tell)
+        digest = write_tensors(opened, part.arrays, tell)
         opened.flush()
         _reached("a file written")
         os.fsync(opened.fileno())
         size = opened.tell()
     _reached("a file synced")
-    return {
-        "name": table.name,
-        "file": file.name,
-        "size": size,
-        "sha256": digest,
-        "shape": list(table.shape),
-        "dtype": table.dtype.name,
-        "steps": table.arrays.counts.dtype.name,
-        "skipped_rows": table.skipped_rows,
-    }
+    return {"name": part.name, "file": file.name, "size": size, "sha256": digest, **part.described}
 
 
-def _folder(path: Any) -> Path:
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that would not come back."""
+    for name in names:
+        if json.loads(json.dumps(name)) != name:
+            raise CheckpointError(f"a table is called {name!r}, which JSON cannot hold; give it another name")
+
+
+def folder_of(path: Any) -> Path:
+    """Check a path that a caller gave."""
     try:
         folder = Path(path)
     except TypeError as error:
@@ -172,10 +170,12 @@ def _folder(path: Any) -> Path:
     return folder
 
 
-def _check_optimizer(given: Any) -> None:
+def check_optimizer(given: Any) -> None:
+    """Refuse what is no optimizer that is saved here."""
     if not isinstance(given, SparseAdam):
         raise OptionTypeError(
-            f"optimizer is a {type_name(given)}, expected a nb_sparse_adam.SparseAdam; those of torch, "
+            f"optimizer is a {type_name(given)}, expected a nb_sparse_adam.SparseAdam, an "
+            "EmbeddingTable or a mapping of names to EmbeddingTables; those of torch, "
             "nb_sparse_adam.torch's too, are saved by torch.save(optimizer.state_dict(), file)"
         )
 
@@ -218,44 +218,8 @@ def _sync_folder(folder: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-@public("nb_sparse_adam.checkpoint")
-def load(
-    path: str | os.PathLike[str],
-    mmap: bool = False,
-    verify: bool | None = None,
-    *,
-    progress: bool = False,
-) -> tuple[SparseAdam, Any]:
-    """Make an optimizer of a checkpoint, with tables of its own: ``optimizer.tables``.
-
-    Parameters
-    ----------
-    path : path
-        A folder that `save` wrote.
-    mmap : bool, default False
-        Map the parameters instead of reading them: parts that are looked at are read when they are, and parts
-        that are changed are copied; the file stays as it is. Moments and counts are read.
-    verify : bool, optional
-        Whether to compute the SHA-256 of every file; by default, unless mapped. Sizes and headers are checked
-        in any case.
-    progress : bool, default False
-        Whether to show a bar.
-
-    Returns
-    -------
-    optimizer : SparseAdam
-        With ``num_threads=None``.
-    extra
-        What was given to `save`.
-
-    Raises
-    ------
-    CheckpointError
-        If something is missing, incomplete, damaged or not a checkpoint; it names the file.
-    OSError
-        If a file cannot be read.
-    """
-    folder = _folder(path)
+def load_optimizer(folder: Path, mmap: bool, verify: bool | None, progress: bool) -> tuple[SparseAdam, Any]:
+    """See `api.load`."""
     verify = not mmap if verify is None else verify
 
     def make(manifest: dict[str, Any], files: list[TableFile]) -> tuple[SparseAdam, Any]:
@@ -294,41 +258,9 @@ def _map(file: TableFile) -> NDArray[Any]:
             ) from error
 
 
-@public("nb_sparse_adam.checkpoint")
-def restore(path: str | os.PathLike[str], optimizer: SparseAdam, *, progress: bool = False) -> Any:
-    """Put a checkpoint's parameters, state and options into an optimizer, which goes on with the same bits.
-
-    Parameters
-    ----------
-    path : path
-        A folder that `save` wrote, of an optimizer with the same names, shapes and dtypes of tables, and the
-        same ``step_counts``: nothing is converted.
-    optimizer : SparseAdam
-        Its tables are written to where they are. What ends this in the middle (an interrupt, a disk that
-        fails, a file that somebody changes after it was verified) leaves it restored in part: it then
-        refuses to step and to be saved, with a StateError, until it is restored again.
-    progress : bool, default False
-        Whether to show a bar.
-
-    Returns
-    -------
-    extra
-        What was given to `save`.
-
-    Raises
-    ------
-    CheckpointError
-        If it does not fit, or is missing, incomplete, damaged or not a checkpoint. Nothing has been changed
-        then: every file is verified before the first write. Files are read twice, and nothing is copied
-        that is not what was verified: if one changes in between, the message says what has become of the
-        optimizer.
-    OptionTypeError
-        If `optimizer` is of another kind.
-    OSError
-        If a file cannot be read.
-    """
-    _check_optimizer(optimizer)
-    folder = _folder(path)
+def restore_optimizer(folder: Path, optimizer: Any, progress: bool) -> Any:
+    """See `api.restore`."""
+    check_optimizer(optimizer)
     return reading(folder, partial(_restore, folder, optimizer, progress))
 
 

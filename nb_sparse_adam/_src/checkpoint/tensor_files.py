@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ PIECE_BYTES = 32 << 20  # bytes read, hashed or written at a time
 ALIGNMENT = 64  # of the first array in the file, so that it can be mapped; the format allows spaces in front
 MOST_HEADER = 100 << 20  # as the package has it
 _NAMES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "U32": np.dtype("<u4"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
     "I32": np.dtype("<i4"),
@@ -29,6 +31,18 @@ _NAMES: dict[str, np.dtype[Any]] = {
 _CODES = {dtype: name for name, dtype in _NAMES.items()}
 
 Progress = Callable[[int], None]  # is told the number of bytes done since the last call
+
+
+class PieceReader(Protocol):
+    """What can be written: an array, or what gives the rows of one when they are asked for."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, part: Any, /) -> NDArray[Any]: ...
 
 
 class TensorFileError(Exception):
@@ -75,10 +89,10 @@ def framed(header: dict[str, Any], multiple: int, separators: tuple[str, str] = 
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: Progress) -> str:
-    """Write arrays of float32, float64, int32 or int64, of any strides; return the SHA-256 of all that."""
+def write_tensors(file: BinaryIO, arrays: Mapping[str, PieceReader], progress: Progress) -> str:
+    """Write arrays of the dtypes in `_NAMES`, of any strides; return the SHA-256 of all that."""
     described = [
-        (name, _CODES[array.dtype.newbyteorder("<")], array.shape, array.nbytes)
+        (name, _CODES[array.dtype.newbyteorder("<")], array.shape, array_size(array.dtype, array.shape))
         for name, array in arrays.items()
     ]
     head = framed(header_of(described, {"format": "np"}), ALIGNMENT, (",", ":"))
@@ -91,20 +105,26 @@ def write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], progress: 
     return digest.hexdigest()
 
 
-def _in_order(arrays: Iterable[NDArray[Any]]) -> Iterator[Any]:
+def _in_order(arrays: Iterable[PieceReader]) -> Iterator[Any]:
     for array in arrays:
-        flat = array.reshape(1) if array.ndim == 0 else array
-        for rows in _runs(flat.shape, flat.dtype):
+        whole: Any = array  # an array, if it has no rows; perhaps on a GPU
+        flat = array if array.shape else whole.reshape(1)
+        for rows in runs(flat.shape, flat.dtype):
             piece = np.ascontiguousarray(flat[rows], dtype=flat.dtype.newbyteorder("<"))
             if piece.size:
                 yield piece.reshape(-1).view(np.uint8).data
 
 
-def _runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
+def rows_of_size(dtype: np.dtype[Any], shape: tuple[int, ...], size: int) -> int:
+    """Return how many rows of an array have so many bytes, at least one."""
+    return max(1, size // max(1, array_size(dtype, shape[1:])))
+
+
+def runs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
     """Cut an array into runs of rows of a piece each; without elements, there are none."""
     if not array_size(dtype, shape):
         return
-    at_once = max(1, PIECE_BYTES // max(1, array_size(dtype, shape[1:])))
+    at_once = rows_of_size(dtype, shape, PIECE_BYTES)
     for first in range(0, shape[0], at_once):
         yield slice(first, min(first + at_once, shape[0]))
 
@@ -140,13 +160,14 @@ def check_header(file: BinaryIO, size: int) -> dict[str, StoredArray]:
     return entries
 
 
-def begins_as_written(file: BinaryIO, names: Collection[str]) -> bool:
-    """Whether a file begins as `write_tensors` writes arrays of these names; it may end anywhere."""
+def begins_as_written(file: BinaryIO, names: Iterable[Collection[str]]) -> bool:
+    """Whether a file begins as `write_tensors` writes arrays of some of these names; it may end anywhere."""
     length = int.from_bytes(file.read(8), "little")
     if length > 64 * 1024:  # ours are far smaller
         return False
     try:
-        return set(json.loads(file.read(length))) == {"__metadata__", *names}
+        found = set(json.loads(file.read(length)))
+        return any(found == {"__metadata__", *each} for each in names)
     except (ValueError, TypeError, RecursionError):
         return False
 
@@ -183,7 +204,7 @@ def read_pieces(
     """
     digest = hashlib.sha256()
     file.seek(0)
-    digest.update(_read(file, min(entry.start for entry in entries.values())))
+    digest.update(read_exactly(file, min(entry.start for entry in entries.values())))
     for name, entry in entries.items():
         shape = entry.shape or (1,)
         target = into.get(name)
@@ -192,9 +213,9 @@ def read_pieces(
         file.seek(entry.start)
         if target is not None and not entry.shape:
             target = target.reshape(1)
-        for rows in _runs(shape, entry.dtype):
+        for rows in runs(shape, entry.dtype):
             size = array_size(entry.dtype, (rows.stop - rows.start, *shape[1:]))
-            piece = _read(file, size)
+            piece = read_exactly(file, size)
             if whole:
                 digest.update(piece)
             values = np.frombuffer(piece, entry.dtype).reshape(rows.stop - rows.start, *shape[1:])
@@ -205,7 +226,8 @@ def read_pieces(
     return digest.hexdigest()
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
+def read_exactly(file: BinaryIO, size: int) -> bytes:
+    """Read so many bytes; a file that ends before is refused."""
     piece = file.read(size)
     if len(piece) != size:
         raise TensorFileError(f"ends after {file.tell()} bytes")
