@@ -12,15 +12,20 @@ from nb_sparse_adam import errors
 
 torch = need("torch")
 
-from nb_sparse_adam.torch import Embedding, EmbeddingBag, accumulate  # noqa: E402
+from nb_sparse_adam.torch import DynamicEmbedding, Embedding, EmbeddingBag, accumulate  # noqa: E402
 
 ROWS, DIM = 6, 4
 FOLDER = Path(nb_sparse_adam.__file__).parent / "_src" / "torch"
-NAMES = ("backward.py", "deferred.py", "fused.py", "layers.py", "sharing.py")
+NAMES = (
+    "backward.py", "deferred.py", "dynamic.py", "dynamic_layers.py", "functions.py", "fused.py", "layer.py",
+    "layers.py", "sharing.py",
+)  # fmt: skip
 OURS = tuple(str(FOLDER / name) for name in NAMES)
 
 
 def steps(layer):
+    if isinstance(layer, DynamicEmbedding):
+        return layer.table.stats()["steps"]
     return layer.optimizer.state[layer.weight]["step"] if layer.weight in layer.optimizer.state else 0
 
 
@@ -36,7 +41,7 @@ def accumulated(layers):
 @pytest.mark.jit
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
 def test_after_an_interrupt_anywhere_the_next_pass_is_a_step_of_its_own():
-    layers = [Embedding(ROWS, DIM), EmbeddingBag(ROWS, DIM)]
+    layers = [Embedding(ROWS, DIM), EmbeddingBag(ROWS, DIM), DynamicEmbedding(DIM)]
     accumulated(layers)
     number, place = 0, ""
     while place is not None:
@@ -46,7 +51,7 @@ def test_after_an_interrupt_anywhere_the_next_pass_is_a_step_of_its_own():
         after = {steps(layer) for layer in layers}
         assert after in ({before}, {before + 1}), number  # of both, or of none
         passes(layers).backward()
-        assert [steps(layer) for layer in layers] == [max(after) + 1] * 2, number
+        assert [steps(layer) for layer in layers] == [max(after) + 1] * 3, number
     assert number > 300
 
 

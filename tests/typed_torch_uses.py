@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 import nb_sparse_adam
-from nb_sparse_adam.torch import Embedding, EmbeddingBag, SparseAdam, accumulate
+from nb_sparse_adam.torch import (
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    Embedding,
+    EmbeddingBag,
+    SparseAdam,
+    accumulate,
+)
 
 
 def optimizers(module: torch.nn.Module, parameter: torch.nn.Parameter) -> None:
@@ -48,3 +55,14 @@ def layers(ids: Tensor, offsets: Tensor, module: torch.nn.Module) -> Tensor:
     bags.forward(ids, 3)  # wrong
     rows(ids, offsets)  # wrong
     return other(ids)
+
+
+def dynamic_layers(ids: Tensor, offsets: Tensor, table: nb_sparse_adam.EmbeddingTable) -> Tensor:
+    rows = DynamicEmbedding(4, lr=0.1, admission=2)
+    bags = DynamicEmbeddingBag.from_table(table, mode="sum")
+    rows.lr = 0.1
+    print(len(rows.table), bags.table.stats(), bags.lr * 2)
+    DynamicEmbeddingBag(4, mode="max")  # wrong
+    rows.table = table  # wrong
+    rows(ids, offsets)  # wrong
+    return rows(ids) + bags(ids, offsets)

@@ -12,8 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nb_sparse_adam
-from nb_sparse_adam import BagGradient, CSRGradient, RowGradient, SparseAdam, apply_row_gradient, errors
-from nb_sparse_adam.typing import Gradient, StateView, StepCounts, Table
+from nb_sparse_adam import (
+    BagGradient,
+    CSRGradient,
+    EmbeddingTable,
+    Eviction,
+    RowGradient,
+    SparseAdam,
+    apply_row_gradient,
+    errors,
+)
+from nb_sparse_adam.typing import Gradient, RowState, StateView, StepCounts, Table
 
 
 class OnGpu:
@@ -157,6 +166,37 @@ def state(optimizer: SparseAdam, table: NDArray[np.float32], ids: NDArray[np.int
     optimizer.state["table"] = view  # wrong
     optimizer.rearrange([table], ids)  # wrong
     return optimizer.state_dict()
+
+
+def values_of(ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.ones((len(ids), 4))
+
+
+def embedding_tables(ids: NDArray[np.uint64], grads: NDArray[np.float32]) -> NDArray[np.int64]:
+    table = EmbeddingTable(4, capacity=10, eviction=Eviction(older_than_steps=5, when_full=True))
+    other = EmbeddingTable(4, initializer=values_of, admission=0.5, state_dir=Path("x"), dtype="f8")
+    vectors: NDArray[np.float64] = other.lookup(["user:1", "user:2"], train=False)
+    table.lookup([2**63, 7])
+    table.lookup_bags(ids, [0, 2], weights=grads[0], include_last_offset=True)
+    table.update(ids, grads)
+    table.update_bags(ids, [0, 2], grads, mode="mean")
+    EmbeddingTable.update_together({table: RowGradient(ids, grads), other: BagGradient(ids, [0], grads)})
+    seen: NDArray[np.uint32] = table.state(ids).seen
+    state: RowState = table.state(ids)
+    table.lr = state.steps.mean().item()
+    there, values = table.export()
+    other.load(there, values)
+    print(len(table), table.contains(ids).all(), seen, vectors, table.stats()["dropped"])
+    EmbeddingTable(4, step_counts="rows")  # wrong
+    EmbeddingTable(4, missing="ignore")  # wrong
+    EmbeddingTable(4, initializer=5)  # wrong
+    EmbeddingTable(4, eviction={"when_full": True})  # wrong
+    EmbeddingTable.update_together([table])  # wrong
+    EmbeddingTable.update_together({table: grads})  # wrong
+    table.update(ids)  # wrong
+    table.capacity = 5  # wrong
+    table.evict(10)  # wrong
+    return table.evict(down_to=5)
 
 
 def modules(optimizer: SparseAdam, path: Path) -> None:

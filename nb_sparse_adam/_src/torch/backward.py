@@ -19,19 +19,20 @@ from torch import Tensor
 
 from nb_sparse_adam._src.annotations import BagMode
 from nb_sparse_adam._src.gradients import BagGradient, RowGradient
-from nb_sparse_adam._src.torch import deferred, sharing
+from nb_sparse_adam._src.table.updates import Updates
+from nb_sparse_adam._src.torch import bags, deferred, sharing
 from nb_sparse_adam._src.torch.steps import in_turn, step_jobs
 from nb_sparse_adam._src.torch.tensors import Gpu, array_of
 from nb_sparse_adam.errors import GradientError
 
 if TYPE_CHECKING:
-    from nb_sparse_adam._src.torch.fused import Fused
+    from nb_sparse_adam._src.torch.layer import Layer
 
 
 class Lookup(NamedTuple):
     """Ids that were looked up, one by one or, with ``starts``, pooled."""
 
-    weight: Tensor  # the table
+    weight: Tensor  # the table, or what stands for it
     ids: Tensor  # (n,)
     grad_output: Tensor  # (n, dim) or (bags, dim)
     starts: Tensor | None = None  # (bags,)
@@ -45,7 +46,7 @@ class Lookup(NamedTuple):
         return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone(), starts=starts)
 
 
-Found: TypeAlias = "dict[Fused, list[Lookup]]"  # the lookups of each layer
+Found: TypeAlias = "dict[Layer, list[Lookup]]"  # the lookups of each layer
 
 
 class _Pass:
@@ -132,7 +133,7 @@ def _refuse_compiled() -> None:
     )
 
 
-def collect(layer: Fused, lookup: Lookup) -> None:
+def collect(layer: Layer, lookup: Lookup) -> None:
     """Keep a lookup until the end of the backward pass that is going on."""
     current = _pass_of(this_pass())
     if _open_block(layer) is not None:
@@ -142,13 +143,13 @@ def collect(layer: Fused, lookup: Lookup) -> None:
     current.lookups.setdefault(layer, []).append(lookup)
 
 
-def _open_block(layer: Fused) -> Accumulating | None:
+def _open_block(layer: Layer) -> Accumulating | None:
     """The block that a layer's lookups wait for the end of."""
     block = None if layer.accumulated is None else layer.accumulated()
     return block if block is not None and block.is_open else None
 
 
-def is_pending(layer: Fused) -> bool:
+def is_pending(layer: Layer) -> bool:
     """Whether lookups of a layer have been met by a backward pass, and wait for a step."""
     passes = [reference() for reference in list(_passes.values())]
     return _open_block(layer) is not None or any(each and layer in each.lookups for each in passes)
@@ -161,7 +162,7 @@ class Accumulating(ContextDecorator):
     no layer waits for a block that is gone.
     """
 
-    def __init__(self, layers: Sequence[Fused]) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers, self.is_open = layers, False
         self.passes: list[Found] = []
 
@@ -193,17 +194,25 @@ def _step(lookups: Found) -> None:
         _wait_for(lookup)
     if not lookups or _scaler_will_skip(lookups):
         return
-    in_turn((layer.optimizer for layer in lookups), lambda: _step_in_turn(lookups))
+    of_weights: dict[Any, list[Lookup]] = {}
+    of_tables: dict[Updates, list[Lookup]] = {}  # of layers that share one: its gradients are summed
+    for layer, found in lookups.items():
+        if layer._table is None:
+            of_weights[layer] = found
+        else:
+            layer.before_step()
+            of_tables.setdefault(layer._table, []).extend(found)
+    in_turn((layer.optimizer for layer in of_weights), lambda: _step_in_turn(of_weights, of_tables))
 
 
-def _step_in_turn(lookups: Found) -> None:
-    deferred.raise_what_is_known(each for layer in lookups for each in layer.optimizer.param_states)
-    jobs = [layer.job(_gradient(found)) for layer, found in lookups.items()]
-    sharing.refuse(list(lookups), [job.param_state for job in jobs])
-    step_jobs(jobs)
+def _step_in_turn(of_weights: dict[Any, list[Lookup]], of_tables: dict[Updates, list[Lookup]]) -> None:
+    deferred.raise_what_is_known(each for layer in of_weights for each in layer.optimizer.param_states)
+    jobs = [layer.job(_gradient(found)) for layer, found in of_weights.items()]
+    sharing.refuse(list(of_weights), [job.param_state for job in jobs])
+    step_jobs(jobs, {table: _gradient(found) for table, found in of_tables.items()})
 
 
-def _refuse_other_weights(layer: Fused, found: list[Lookup]) -> None:
+def _refuse_other_weights(layer: Layer, found: list[Lookup]) -> None:
     weight = layer.weight
     for lookup in found:
         if lookup.weight is not weight:
@@ -211,7 +220,7 @@ def _refuse_other_weights(layer: Fused, found: list[Lookup]) -> None:
             raise GradientError(
                 f"{name}.weight is not the Parameter that was looked up, which was exchanged since (by hand, "
                 "or by torch.func.functional_call): the layer's optimizer is that of its own weight. Call "
-                f"backward before, or use torch.nn.{name}(sparse=True)"
+                f"backward before, or use {layer.instead}(sparse=True)"
             )
 
 
@@ -245,7 +254,9 @@ def _scaler_will_skip(lookups: Found) -> bool:
 
 
 def _gradient(lookups: list[Lookup]) -> RowGradient | BagGradient:
-    """Make the lookups of one layer one gradient; a single one is not copied."""
+    """Make the lookups in one table one gradient; a single one is not copied."""
+    if len({(lookup.starts is None, lookup.mode) for lookup in lookups}) > 1:
+        lookups = [_as_sums(lookup) for lookup in lookups]
     first = lookups[0]
     on_gpu = Gpu.has(first.weight)
 
@@ -270,3 +281,14 @@ def _gradient(lookups: list[Lookup]) -> RowGradient | BagGradient:
             ]
         )
     return BagGradient(ids, joined(starts), grad_output, weights, first.mode)
+
+
+def _as_sums(lookup: Lookup) -> Lookup:
+    """Give lookups of different layers, which share a table, one form: that of weighted sums."""
+    if lookup.starts is None:
+        return lookup._replace(starts=torch.arange(len(lookup.ids)))
+    if lookup.mode == "sum":
+        return lookup
+    in_bag = bags.bags_of(lookup.ids, lookup.starts)
+    lengths = torch.bincount(in_bag, minlength=len(lookup.starts))
+    return lookup._replace(weights=(1 / lengths.to(lookup.grad_output.dtype))[in_bag], mode="sum")

@@ -37,14 +37,14 @@ def settle(param_states: Iterable[ParamState]) -> None:
 
 
 @contextmanager
-def one_step(param_states: list[ParamState]) -> Iterator[None]:
-    """Take a step of these parameters in the body."""
+def one_step(param_states: list[ParamState], beside_others: bool = False) -> Iterator[None]:
+    """Take a step of these parameters in the body; ``beside_others``: of other tables of the host, too."""
     on_gpu = [each for each in param_states if each.on_gpu]
     if all(each.checks != "deferred" for each in on_gpu):
         yield
         return
     _join(on_gpu)
-    if len(on_gpu) < len(param_states) or any(each.checks == "immediate" for each in on_gpu):
+    if beside_others or len(on_gpu) < len(param_states) or any(each.checks == "immediate" for each in on_gpu):
         settle(on_gpu)  # the engine is going to wait, and must find errors of this step only
     try:
         yield

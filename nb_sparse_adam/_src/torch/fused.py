@@ -1,42 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused layers have in common: their optimizer, what cannot be trained, and their state."""
+"""What layers have in common whose weight is the table: their optimizer, and their state."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from nb_sparse_adam._src.gradients import BagGradient, RowGradient
 from nb_sparse_adam._src.torch import layer_state, sharing
-from nb_sparse_adam._src.torch.backward import Accumulating, is_pending
+from nb_sparse_adam._src.torch.backward import is_pending
+from nb_sparse_adam._src.torch.layer import Layer
 from nb_sparse_adam._src.torch.optimizer import SparseAdam
 from nb_sparse_adam._src.torch.param_state import has_state
 from nb_sparse_adam._src.torch.steps import Job
 from nb_sparse_adam._src.torch.tensors import check_parameter
 from nb_sparse_adam.errors import (
-    GradientError,
     OptionError,
     OptionTypeError,
     SparseAdamError,
-    SparseAdamWarning,
     StateError,
     TableError,
     TableTypeError,
 )
 
 OPTIONS = ("lr", "betas", "eps", "maximize", "step_counts", "eps_hat", "on_nonfinite", "device_checks")
-
-if TYPE_CHECKING:
-    _Module = torch.nn.Module
-else:
-    _Module = object
 
 
 class LayerOptimizer(SparseAdam):
@@ -66,15 +56,11 @@ def _never_called(what: str) -> OptionError:
     )
 
 
-class Fused(_Module):
+class Fused(Layer):
     """What both layers have in common."""
 
-    weight: Tensor
     num_embeddings: int
-    padding_idx: int | None
     optimizer: SparseAdam
-    accumulated: weakref.ref[Accumulating] | None
-    grad_scaler: Any
 
     def _set_up(self, given: Mapping[str, Any] | None) -> None:
         given = {} if given is None else given
@@ -93,8 +79,7 @@ class Fused(_Module):
         device_checks = given.pop("device_checks", "immediate")
         self.optimizer = LayerOptimizer([(f"{name}.weight", self.weight)], **given)
         self.optimizer.set_device_checks(device_checks)  # layers are moved to a GPU when they have been made
-        self.accumulated = None
-        self.grad_scaler = None
+        self._set_up_passes()
         sharing.register(self)
 
     @property
@@ -107,79 +92,19 @@ class Fused(_Module):
     def lr(self, value: float | Tensor) -> None:
         self.optimizer.param_groups[0]["lr"] = value
 
-    def _is_training(self) -> bool:
-        """Whether a lookup is to update the table when the backward pass comes to it."""
-        return self.training and torch.is_grad_enabled() and self.weight.requires_grad
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _train(self, function: Any, *args: Any) -> Tensor:
-        """Look up by an autograd function, which updates the table when the backward pass comes to it."""
-        self._check_training()
-        out: Tensor = function.apply(self.weight, *args)
-        return out
-
-    def _check_training(self) -> None:
-        """Refuse what cannot be trained."""
+    def _check_weight(self) -> None:
         name, weight = type(self).__name__, self.weight
-        if torch._C._are_functorch_transforms_active():
-            raise GradientError(
-                f"a training {name} was looked up under torch.func (grad, vmap, jacrev, ...): its table is "
-                "updated at the end of a backward pass, which these transforms do not have. Call layer.eval()"
-                f" before, if the table is not to be updated, or use torch.nn.{name}"
-            )
         _refuse_meta(name, weight)
         check_parameter(f"{name}.weight", weight)
         _refuse_strides(name, weight)
         if self.optimizer.device_checks != "immediate":
             self._group()
             self.optimizer.check_device_checks(self.optimizer.device_checks)
-        if not weight.is_leaf or "weight" not in self._parameters:
-            raise TableError(
-                f"{name}.weight is computed from other parameters (by parametrize, weight_norm or prune), "
-                "expected a Parameter: the table is updated in place, and has no gradient to give to them. "
-                f"Use torch.nn.{name}(sparse=True)"
-            )
-        if DistributedDataParallel._active_ddp_module is not None:
-            raise TableError(
-                f"{name} in DistributedDataParallel: its table is updated in the backward pass, from the "
-                "process's own batch, and the processes' tables would drift apart. Keep it outside of the "
-                "module that is wrapped, or use nn.EmbeddingBag(sparse=True) there"
-            )
-        if self.grad_scaler is None and any(
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-            for device in ("cpu", "cuda", "xpu", "mps")
-        ):
-            raise OptionError(
-                f"{name} under float16 autocast: it cannot know how a GradScaler has scaled the loss. Set "
-                "layer.grad_scaler = scaler, or, if there is none, layer.grad_scaler = 1.0; bfloat16 needs "
-                "no scaler"
-            )
-
-        if weight._backward_hooks:
-            warnings.warn(
-                f"{name}.weight has a hook, which is called with None: the table has no gradient. Remove it, "
-                f"put it on the output of the layer, or use torch.nn.{name}(sparse=True)",
-                SparseAdamWarning,
-                stacklevel=2,
-            )
-
-    def unscaled(self, grad_output: Tensor) -> Tensor:
-        """Divide the gradient of an output by what the loss has been scaled with."""
-        grad_output = grad_output.resolve_neg()
-        if self.grad_scaler is None:
-            return grad_output
-        scale = self.grad_scaler.get_scale() if hasattr(self.grad_scaler, "get_scale") else self.grad_scaler
-        return grad_output if scale == 1 else grad_output / scale
 
     def job(self, gradient: RowGradient | BagGradient) -> Job:
         """Make a gradient of the table a part of a step."""
         name, weight = f"{type(self).__name__}.weight", self.weight
-        if weight.grad is not None:
-            raise GradientError(
-                f"{name} has a .grad too: something besides lookups uses the table (tied weights, a "
-                f"penalty), and there is no optimizer for it. Use torch.nn.{type(self).__name__}"
-                "(sparse=True), or look the rows up; if it is an old one, set weight.grad = None"
-            )
+        self.check_grad()
         _refuse_strides(type(self).__name__, weight)
         param_state = self.optimizer.ready(weight, self._group(), name, 1)
         self.optimizer._opt_called = True  # type: ignore[attr-defined] # so that schedulers know of the step
@@ -270,28 +195,11 @@ class Fused(_Module):
             finally:  # an interrupt that came in between is raised when all has been exchanged
                 exchange()
 
-    def __prepare_scriptable__(self) -> Any:
-        """Refuse torch.jit.script, which asks for this."""
-        name = type(self).__name__
-        raise TableError(
-            f"torch.jit.script of a fused {name}: how it updates its table cannot be scripted. For evaluation"
-            " use torch.jit.trace, torch.compile or torch.export after eval(), or script a torch.nn."
-            f"{name} that has its weight: load_state_dict(layer.state_dict(), strict=False)"
+    def _without_script(self) -> str:
+        return (
+            "For evaluation use torch.jit.trace, torch.compile or torch.export after eval(), or script a "
+            f"{self.instead} that has its weight: load_state_dict(layer.state_dict(), strict=False)"
         )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy the layer with its optimizer; a GradScaler goes on to be shared, for it scales one loss."""
-        if hasattr(self.grad_scaler, "get_scale"):
-            memo.setdefault(id(self.grad_scaler), self.grad_scaler)
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        # The class that parametrize makes has a __getstate__ that raises.
-        is_parametrized = torch.nn.utils.parametrize.is_parametrized(self)
-        state = Fused.__getstate__(self) if is_parametrized else self.__getstate__()
-        copied.__setstate__(copy.deepcopy(state, memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "accumulated": None}  # a copy is in nobody's `accumulate`
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

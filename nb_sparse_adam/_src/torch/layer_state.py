@@ -35,6 +35,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U32": torch.uint32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -43,7 +44,12 @@ _OF_OPTIMIZER = ("params", "param_names")  # which a layer's optimizer has of it
 _LEFT_OUT = object()
 
 
-def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapping[str, Tensor]) -> Tensor:
+def pack(
+    group: Mapping[Any, Any],
+    entry: Mapping[Any, Any] | None,
+    unused: Mapping[str, Tensor],
+    layer_format: str = LAYER_FORMAT,
+) -> Tensor:
     """Put the state of a table into one tensor, where its moments are.
 
     Parameters
@@ -54,13 +60,15 @@ def pack(group: Mapping[Any, Any], entry: Mapping[Any, Any] | None, unused: Mapp
         The table's entry of the state; None before the first step.
     unused : mapping
         Tensors that stand for those of the entry before the first step, and take no memory themselves.
+    layer_format : str
+        What says of which kind of layer it is.
     """
     given = dict(unused if entry is None else entry)
     tensors = {
         k: v for k, v in given.items() if isinstance(k, str) and isinstance(v, Tensor) and v.dtype in _CODES
     }
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so all are aligned
-    metadata = {"format": LAYER_FORMAT, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
+    metadata = {"format": layer_format, "group": json.dumps(_all_plain(group, _OF_OPTIMIZER))}
     if entry is not None:
         metadata.update(entry=json.dumps(_all_plain(entry, tensors)), crc32="0" * 8)
     described = [
@@ -107,7 +115,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else _LEFT_OUT
 
 
-def unpack(where: str, packed: Tensor) -> dict[str, Any] | None:
+def unpack(where: str, packed: Tensor, layer_format: str = LAYER_FORMAT) -> dict[str, Any] | None:
     """Read what `pack` has made, as an optimizer's state dict; None, with a warning, if it has been averaged.
 
     The tensors are parts of the one that is given.
@@ -132,8 +140,8 @@ def unpack(where: str, packed: Tensor) -> dict[str, Any] | None:
     try:
         header = json.loads(bytes(packed[8 : 8 + length].cpu().numpy()))
         metadata = header.pop("__metadata__")
-        if metadata["format"] != LAYER_FORMAT:
-            raise _damaged(where, f"its format is {metadata['format']!r}, expected {LAYER_FORMAT!r}")
+        if metadata["format"] != layer_format:
+            raise _damaged(where, f"its format is {metadata['format']!r}, expected {layer_format!r}")
         group = json.loads(metadata["group"])
         group["betas"] = tuple(group["betas"])
         entry = json.loads(metadata["entry"]) if "entry" in metadata else None

@@ -15,10 +15,12 @@ from nb_sparse_adam._src.annotations import BagMode
 from nb_sparse_adam._src.options import BAG_MODES
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam._src.torch import bags
-from nb_sparse_adam._src.torch.backward import Accumulating, Lookup, check_pass, collect, this_pass
+from nb_sparse_adam._src.torch.backward import Accumulating
+from nb_sparse_adam._src.torch.functions import Bags, Rows
 from nb_sparse_adam._src.torch.fused import Fused
+from nb_sparse_adam._src.torch.layer import Layer
 from nb_sparse_adam._src.torch.tensors import Gpu
-from nb_sparse_adam.errors import GradientError, OptionError, TableError
+from nb_sparse_adam.errors import OptionError, TableError
 
 
 @public("nb_sparse_adam.torch")
@@ -130,8 +132,12 @@ class Embedding(Fused, torch.nn.Embedding):
             The rows, of the shape of `input` and (dim,) after it.
         """
         if self._is_training():
-            return self._train(_Rows, self, input)
-        return functional.embedding(input, self.weight.detach(), self.padding_idx)
+            return self._train(Rows, self, input)
+        return self.look_up(self.weight.detach(), input)
+
+    def look_up(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """Look up in a tensor of the table's shape, with the options of this layer."""
+        return functional.embedding(ids, weight, self.padding_idx)
 
 
 @public("nb_sparse_adam.torch")
@@ -265,12 +271,12 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
             If offsets are malformed (also a ValueError).
         """
         if self._is_training():
-            return self._train(_Bags, per_sample_weights, self, input, offsets)
+            return self._train(Bags, per_sample_weights, self, input, offsets)
         if _is_there(offsets) and bags.are_offsets(input, offsets):
             bags.check_order("EmbeddingBag", offsets, len(input))
         return self.pool(self.weight.detach(), input, offsets, per_sample_weights)
 
-    def _checked(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def checked(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Give offsets as the step is to see them, and such as can be read with, or refuse them."""
         n, last, checks = len(ids), self.include_last_offset, self.optimizer.device_checks
         bags.check_number("EmbeddingBag", offsets, n, last)
@@ -289,6 +295,28 @@ class EmbeddingBag(Fused, torch.nn.EmbeddingBag):
             ids, weight, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset, padding_idx=self.padding_idx,
         )  # fmt: skip
+
+    def grad_of_weights(
+        self, ctx: Any, grad_output: Tensor, ids: Tensor, starts: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return the gradient of `per_sample_weights`, from the table as it was in the forward pass."""
+        if ctx.weight._version != ctx.version:
+            raise RuntimeError(
+                "backward of EmbeddingBag: its table has been changed in place since the forward pass "
+                f"(version {ctx.weight._version}, expected {ctx.version}), by a step or by hand: the "
+                "gradient of per_sample_weights needs it as it was. Call backward before the table "
+                "changes, or pass per_sample_weights.detach()"
+            )
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
+        if Gpu.has(ctx.weight):
+            bag_of = bags.bags_of(ids, bags.within(starts, len(ids)))
+        else:
+            bag_of = starts.new_empty(0)
+        weights_grad: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_output, ctx.weight.detach(), ids, starts, bag_of, 0, padding
+        ).reshape(weights.shape)
+        return weights_grad
 
 
 @public("nb_sparse_adam.torch")
@@ -315,96 +343,7 @@ def accumulate(module: torch.nn.Module) -> AbstractContextManager[None]:
     >>> model[0].optimizer.state[model[0].weight]["step"]
     1
     """
-    return Accumulating([layer for layer in module.modules() if isinstance(layer, Fused)])
-
-
-# --- autograd ---------------------------------------------------------------------------------------------
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, layer: Embedding, ids: Tensor) -> Tensor:
-        ctx.layer, ctx.weight, ctx.seen_in = layer, weight, this_pass()
-        ctx.save_for_backward(ids)
-        return functional.embedding(ids, weight, layer.padding_idx)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        check_pass(ctx.seen_in)
-        if _is_wanted(ctx):
-            (ids,) = ctx.saved_tensors
-            layer = ctx.layer
-            ids = ids.reshape(-1)
-            grads = layer.unscaled(grad_output).reshape(len(ids), layer.embedding_dim)
-            if layer.padding_idx is not None:
-                kept = ids != layer.padding_idx
-                if not kept.all():
-                    ids, grads = ids[kept], grads[kept]
-            collect(layer, Lookup(ctx.weight, ids, grads))
-        return None, None, None
-
-
-class _Bags(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        per_sample_weights: Tensor | None,
-        layer: EmbeddingBag,
-        ids: Tensor,
-        offsets: Tensor | None,
-    ) -> Tensor:
-        ctx.layer, ctx.seen_in = layer, this_pass()
-        ctx.weight, ctx.version = weight, weight._version
-        read = offsets
-        if offsets is not None and bags.are_offsets(ids, offsets):
-            offsets, read = layer._checked(ids, offsets)
-        ctx.save_for_backward(ids, offsets, per_sample_weights)
-        return layer.pool(weight, ids, read, per_sample_weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        check_pass(ctx.seen_in)
-        ids, offsets, weights = ctx.saved_tensors
-        layer = ctx.layer
-        ids, starts = bags.starts_of(ids, offsets, layer.include_last_offset)
-        weights_grad = None
-        if weights is not None and ctx.needs_input_grad[1]:
-            if ctx.weight._version != ctx.version:
-                raise RuntimeError(
-                    "backward of EmbeddingBag: its table has been changed in place since the forward pass "
-                    f"(version {ctx.weight._version}, expected {ctx.version}), by a step or by hand: the "
-                    "gradient of per_sample_weights needs it as it was. Call backward before the table "
-                    "changes, or pass per_sample_weights.detach()"
-                )
-            padding = -1 if layer.padding_idx is None else layer.padding_idx
-            # On the CPU torch finds the ids' bags itself, on a GPU it reads whatever it is given.
-            if Gpu.has(ctx.weight):
-                bag_of = bags.bags_of(ids, bags.within(starts, len(ids)))
-            else:
-                bag_of = starts.new_empty(0)
-            weights_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_output, ctx.weight.detach(), ids, starts, bag_of, 0, padding
-            ).reshape(weights.shape)
-        if _is_wanted(ctx):
-            weights = None if weights is None else weights.detach().resolve_neg().reshape(-1).clone()
-            grads = layer.unscaled(grad_output)
-            if layer.padding_idx is not None:
-                ids, starts, weights = bags.without(layer.padding_idx, ids, starts, weights)
-            collect(layer, Lookup(ctx.weight, ids, grads, starts, weights, layer.mode))
-        return None, weights_grad, None, None, None
-
-
-def _is_wanted(ctx: Any) -> bool:
-    """Whether the pass that is going on wants a gradient of the table, or only of other things."""
-    accumulate_grad = ctx.next_functions[0][0]  # the table is the first argument
-    try:
-        return bool(torch._C._will_engine_execute_node(accumulate_grad))
-    except RuntimeError as error:  # torch.autograd.grad(..., [weight])
-        raise GradientError(
-            "the gradient of a fused embedding's weight was asked for, and is never made. Use "
-            "torch.nn.EmbeddingBag(sparse=True)"
-        ) from error
+    return Accumulating([layer for layer in module.modules() if isinstance(layer, Layer)])
 
 
 def _is_there(tensor: Tensor | None) -> TypeGuard[Tensor]:

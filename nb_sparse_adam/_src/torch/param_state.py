@@ -287,10 +287,7 @@ class ParamState:
         """Use no more threads than torch may."""
         if self.on_gpu:
             return
-        # Whoever has limited torch's threads has meant ours too: DataLoader does so in its workers.
-        allowed = torch.get_num_threads()
-        is_limit = allowed == 1 or (allowed < max_threads() and allowed < numba_threads())
-        num_threads = allowed if is_limit else None
+        num_threads = threads_of_torch()
         if self.engine.num_threads != num_threads:
             self.engine.num_threads = num_threads
 
@@ -341,6 +338,15 @@ class ParamState:
             param.detach()[places] = self.shadow[places]
         else:
             torch.autograd.graph.increment_version(param)
+
+
+def threads_of_torch() -> int | None:
+    """How many threads torch may use, if that limits us.
+
+    Whoever has limited torch's threads has meant ours too: DataLoader does so in its workers.
+    """
+    allowed = torch.get_num_threads()
+    return allowed if allowed == 1 or (allowed < max_threads() and allowed < numba_threads()) else None
 
 
 def _one_count(where: str, step: Any) -> int:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from nb_sparse_adam._src.engine import locks
 from nb_sparse_adam._src.gradients import BagGradient, RowGradient
-from nb_sparse_adam._src.stepping import step_together
+from nb_sparse_adam._src.table.updates import Updates, step_tables
 from nb_sparse_adam._src.torch import deferred
 from nb_sparse_adam._src.torch.param_state import ParamState
 from nb_sparse_adam.errors import TableError
@@ -35,17 +35,24 @@ def in_turn(optimizers: Iterable[SparseAdam], work: Callable[[], None]) -> None:
     locks.hold(turns, work)
 
 
-def step_jobs(jobs: Sequence[Job]) -> None:
-    """Update parameters of one optimizer or several, all or none of them; the caller has their turn."""
+# What messages call the arrays of a gradient of an `EmbeddingTable`: what they were in the lookup.
+_NAMES = ("input", "grad_output", "offsets", "per_sample_weights")
+
+
+def step_jobs(jobs: Sequence[Job], tables: Mapping[Updates, RowGradient | BagGradient] | None = None) -> None:
+    """Update parameters of one optimizer or several, all or none of them; the caller has their turn.
+
+    So are ``tables``, with the gradient of each `EmbeddingTable`.
+    """
+    tables = {} if tables is None else tables
     param_states = [job.param_state for job in jobs]
     _refuse_several_gpus([each for each in param_states if each.on_gpu])
     shown = [each.has_run for each in param_states]
     try:
         try:
-            with deferred.one_step(param_states):
-                step_together(
-                    [(job.param_state.engine, {job.param_state.name: job.gradient}) for job in jobs]
-                )
+            with deferred.one_step(param_states, beside_others=bool(tables)):
+                steps = [(job.param_state.engine, {job.param_state.name: job.gradient}) for job in jobs]
+                step_tables(tables, _NAMES, steps)
         finally:  # an interrupt is raised when everything has been written
             _show(jobs, shown)
     finally:  # and shown: one that came just now has left the rest to this
