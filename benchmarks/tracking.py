@@ -111,6 +111,27 @@ class SmallOverTorch(_Ratio):
     params = [list(pairs)]
 
 
+def _table_and_fixed(case: str, after_lookup: bool) -> tuple[Contender, Contender]:
+    try:
+        from nb_sparse_adam._src.bench.tables import TableUpdate
+    except ImportError as error:
+        raise NotImplementedError("this commit has no EmbeddingTable") from error
+    fixed = _make(Ours, case, step_counts="row")
+    return _make(TableUpdate, case, after_lookup=after_lookup), fixed
+
+
+class TableOverFixed(_Ratio):
+    """A step of a table whose rows are named by ids, over one of a table whose rows are numbered."""
+
+    unit = "of a fixed table's time"
+    pairs = {
+        "long-tailed ids, just looked up": lambda: _table_and_fixed("rows-zipf", True),
+        "long-tailed ids": lambda: _table_and_fixed("rows-zipf", False),
+        "uniform ids of rows of 16": lambda: _table_and_fixed("rows-2Mx16-shuffled", False),
+    }
+    params = [list(pairs)]
+
+
 class TwoThreads(_Ratio):
     """A step on two threads over one on one thread: 0.5 is perfect."""
 

@@ -176,12 +176,19 @@ _ALL = [
     Case("rows-3Mx32", 3_000_000, 32, 4, functools.partial(_unique_rows, n=150_000, ordered=True)),
     Case("rows-10Mx16", 10_000_000, 16, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
     Case("rows-80Mx16", 80_000_000, 16, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
+    Case("rows-20Mx16", 20_000_000, 16, 4, functools.partial(_unique_rows, n=100_000, ordered=True)),
+    Case("rows-2Mx16-shuffled", 2_000_000, 16, 4, functools.partial(_unique_rows, n=200_000, ordered=False)),
     Case("rows-1Mx128", 1_000_000, 128, 4, functools.partial(_unique_rows, n=50_000, ordered=True)),
     # Bags: a batch of a recommender or a language model; ids evenly spread, and long-tailed.
     Case("bag-uniform", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=False)),
     Case("bag-zipf", 2_000_000, 64, 4, functools.partial(_bag, bags=4096, lookups=20, zipf=True)),
     Case("rows-zipf", 2_000_000, 64, 4, functools.partial(_rows_again, n=82_000, zipf=True)),
     Case("rows-uniform", 2_000_000, 64, 4, functools.partial(_rows_again, n=82_000, zipf=False)),
+    Case("rows-zipf-16", 2_000_000, 16, 4, functools.partial(_rows_again, n=82_000, zipf=True)),
+    *(
+        Case(f"rows-{compact(n)}x16-again", n, 16, 4, functools.partial(_rows_again, n=100_000, zipf=False))
+        for n in (10_000, 100_000, 1_000_000, 10_000_000, 50_000_000)
+    ),
     # One row that takes half of all ids, and the batch without it.
     Case("bag-hot", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=True)),
     Case("bag-hot-without", 2_000_000, 64, 4, functools.partial(_hot_bag, bags=4096, lookups=20, hot=False)),

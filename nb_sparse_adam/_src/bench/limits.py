@@ -27,12 +27,15 @@ from numpy.typing import NDArray
 from nb_sparse_adam._src.annotations import StepCounts
 from nb_sparse_adam._src.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam._src.bench.contenders import WithOptimizer
+from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import (
+    address,
     load_count,
     load_exp_avg,
     load_exp_avg_sq,
     load_gradient,
     load_param,
+    prefetch_line,
     store_count,
     store_exp_avg,
     store_exp_avg_sq,
@@ -276,3 +279,17 @@ class Limit(WithOptimizer):
             self._kernel(bounds, self._table.settings, *others)
         finally:
             numba.set_num_threads(before)
+
+
+_LINES_AHEAD = 32
+
+
+@jit(entry=True)
+def read_lines(words: Any, lines: Any, out: Any) -> None:
+    """Read a word of each of some cache lines, asking for each some time before."""
+    total = np.int64(0)
+    for i in range(len(lines)):
+        if i + _LINES_AHEAD < len(lines):
+            prefetch_line(address(words, lines[np.uint64(i + _LINES_AHEAD)] * 8))
+        total += words[np.uint64(lines[np.uint64(i)] * 8)]
+    out[0] = total

@@ -125,8 +125,9 @@ class Line(NamedTuple):
         They take turns.
     figures : tuple of Figure
         Made of medians in seconds, or of what `measure` gives.
-    measure : {"times", "processes", "scratch", "resident", "first_step", "recommenders"}
-        How it is measured; see `worker`. Only of "recommenders" entries are `Trained`.
+    measure : {"times", "processes", "scratch", "resident", "first_step", "stream", "index", "recommenders"}
+        How it is measured; see `worker`. Only of "recommenders" entries are `Trained`; of "stream"
+        and "index" they are numbers of one measurement.
     layer : str
         Of "processes": numba's threading layer.
     loop : int

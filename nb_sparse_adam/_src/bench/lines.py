@@ -15,6 +15,7 @@ from nb_sparse_adam._src.bench.limits import Limit
 from nb_sparse_adam._src.bench.line import Entry, Figure, Line
 from nb_sparse_adam._src.bench.peers import FbgemmBag, PaddleRows, TorchBag, TorchEntries, TorchRows
 from nb_sparse_adam._src.bench.recommender_lines import RECOMMENDER_LINES
+from nb_sparse_adam._src.bench.table_lines import TABLE_LINES
 
 
 def _ours(
@@ -389,6 +390,7 @@ _ALL = [
         measure="scratch",
     ),
     _first_step(),
+    *TABLE_LINES,
     *RECOMMENDER_LINES,
 ]
 

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nb_sparse_adam._src.bench import recommender_runs
+from nb_sparse_adam._src.bench import recommender_runs, table_runs
 from nb_sparse_adam._src.bench.cases import Arrays, Bag, Case, Rows
 from nb_sparse_adam._src.bench.contenders import Contender, Ours, WithOptimizer, gradient
 from nb_sparse_adam._src.bench.line import Entry, Line, Trained
@@ -306,12 +306,19 @@ def _step_once(entry: Entry, threads: int) -> None:
     print(time.perf_counter() - start)
 
 
+def _one_case(line: Line, settings: Settings) -> tuple[Case, int]:
+    """Give the case that all entries of a line share, and the threads."""
+    return line.steppers[0].sized(settings.quick), settings.threads
+
+
 _MEASURES: dict[str, Callable[[Line, Settings], dict[str, float]]] = {
     "times": _times,
     "scratch": _scratch,
     "resident": _resident,
     "processes": _processes,
     "first_step": _first_step,
+    "stream": lambda line, settings: table_runs.stream(*_one_case(line, settings)),
+    "index": lambda line, settings: table_runs.index(*_one_case(line, settings)),
 }
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an `EmbeddingTable` takes when it grows, and how fast its index is."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam import EmbeddingTable
+from nb_sparse_adam._src.bench.cases import SEED, Case
+from nb_sparse_adam._src.bench.contenders import HYPER
+
+BATCH = 1 << 16  # ids of a call
+ASKED = 1 << 21  # ids that are looked up to time the index
+
+STREAM = ("half of the calls", "999 in 1000", "longest", "longest, plain writes", "seconds an id")
+STREAM_MEMORY = ("bytes of rows, beside what they are made of", "bytes of the index, an id")
+INDEX = ("a look-up", "a look-up of what is not there", "a random line", "an insert", "an insert, one thread")
+
+
+def stream(case: Case, threads: int) -> dict[str, float]:
+    """Give a table as many new ids as the case has rows, a batch at a time; time each call.
+
+    Beside each call as many bytes are written to memory that is as new, for a machine that stops for others
+    stops for both.
+    """
+    table = EmbeddingTable(case.dim, num_threads=threads, **HYPER)
+    rng = np.random.default_rng(SEED)
+    table.lookup(np.arange(BATCH))
+    table.evict(down_to=0)
+    before = resident()
+    calls, writes = [], []
+    worst = 0.0
+    for _ in range(max(case.rows // BATCH, 1)):
+        ids = rng.integers(-(2**63), 2**63 - 1, BATCH)
+        calls.append(seconds_of(lambda ids=ids: table.lookup(ids)))  # type: ignore[misc]
+        writes.append(seconds_of(lambda: np.ones(BATCH * 8 * (case.dim * 3 * 4 // 8 + 4), np.uint8)))
+        numbers = table.stats()
+        if numbers["rows"] >= min(1_000_000, case.rows // 2):
+            worst = max(worst, (resident() - before - numbers["bytes_of_index"]) / numbers["bytes_of_rows"])
+    seconds = np.sort(calls)
+    of_calls = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.999)], seconds[-1]
+    of_an_id = seconds.sum() / len(table)
+    index = table.stats()["bytes_of_index"] / len(table)
+    numbers_of_it = (*of_calls, max(writes), of_an_id)
+    return {
+        **dict(zip(STREAM, map(float, numbers_of_it), strict=True)),
+        **dict(zip(STREAM_MEMORY, (worst, index), strict=True)),
+    }
+
+
+def index(case: Case, threads: int) -> dict[str, float]:
+    """Time look-ups and inserts of the index of a table alone, and reads of random lines of its memory."""
+    rng = np.random.default_rng(SEED)
+    names = rng.integers(-(2**63), 2**63 - 1, case.rows)
+    table = EmbeddingTable(1, initializer="zeros", capacity=case.rows + 4 * BATCH)
+    store = table._store
+    for first in range(0, case.rows, 4 * BATCH):
+        store.insert(names[first : first + 4 * BATCH], None, None)
+    asked = rng.choice(names, ASKED)
+    absent = rng.integers(-(2**63), 2**63 - 1, ASKED)
+    found = [_median(lambda ids=ids: store.find(ids, 1)) / ASKED for ids in (asked, absent)]  # type: ignore[misc]
+    line = _median(_line_reader(store._cells[: store.bytes_of_index // 8], rng)) / ASKED
+    inserts = []
+    for number in (threads, 1):
+        new = rng.integers(-(2**63), 2**63 - 1, BATCH)
+        inserts.append(seconds_of(lambda new=new, number=number: store.insert(new, None, number)) / BATCH)  # type: ignore[misc]
+    return dict(zip(INDEX, (*found, line, *inserts), strict=True))
+
+
+def _line_reader(words: NDArray[np.int64], rng: np.random.Generator) -> Callable[[], Any]:
+    """Make what reads random lines of memory, as many as are looked up."""
+    from nb_sparse_adam._src.bench.limits import read_lines
+
+    lines = rng.integers(0, words.size // 8, ASKED)
+    out = np.zeros(1, np.int64)
+    return lambda: read_lines(words, lines, out)
+
+
+def resident() -> int:
+    """How many bytes of memory the process has now; 0 where the system does not say."""
+    try:
+        return 1024 * int(re.findall(r"^VmRSS:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[0])
+    except OSError:
+        return 0
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Time a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _median(work: Callable[[], Any], times: int = 7) -> float:
+    work()
+    return float(np.median([seconds_of(work) for _ in range(times)]))
