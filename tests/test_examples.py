@@ -4,6 +4,8 @@
 import importlib
 import math
 import re
+import signal
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import need
 
-from nb_sparse_adam import RowGradient
+from nb_sparse_adam import EmbeddingTable, RowGradient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -43,6 +45,11 @@ def dlrm_cpu(monkeypatch):
 def machine(monkeypatch):
     need("polars")
     return example("factorization_machine", monkeypatch)
+
+
+@pytest.fixture
+def online(monkeypatch):
+    return example("online_recommender", monkeypatch)
 
 
 @pytest.mark.jit
@@ -409,4 +416,131 @@ def test_the_factorization_machine_says_what_is_wrong(
     Path("one.csv").write_text("a,b,c,d\n1,2,3,4\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         machine.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+A_FEW_DAYS = ["--days", "11", "--events", "2500", "--dim", "8", "--vocabulary", "3", "--keep", "4"]
+FEWER = ["--days", "6", "--events", "300", "--dim", "4"]
+
+
+@pytest.mark.jit
+def test_the_online_recommender_forgets_and_still_knows_what_comes_next(online, tmp_path, capsys):
+    need("matplotlib")
+    history = online.main([*A_FEW_DAYS, "--out", str(tmp_path)])
+    assert [each["day"] for each in history] == list(range(1, 11))
+    last = {name: [each["models"][name] for each in history] for name in online.MODELS}
+    rows = {name: [each["rows"] for each in of] for name, of in last.items()}
+    assert np.all(np.less(rows["forgets"], rows["never forgets"]))
+    assert rows["forgets"][-1] < 0.5 * rows["never forgets"][-1]
+    assert np.all(np.diff(rows["never forgets"]) > 0)
+    assert rows["fixed vocabulary"][2:] == [rows["never forgets"][2]] * 8
+    recall = {name: np.mean([each["recall"] for each in of[-4:]]) for name, of in last.items()}
+    popular = np.mean([each["popular"] for each in history[-4:]])
+    assert min(recall["forgets"], recall["never forgets"]) > 1.1 * popular
+    assert recall["fixed vocabulary"] < 0.9 * popular
+    assert last["fixed vocabulary"][2] == last["never forgets"][2]  # the same till then
+    said = capsys.readouterr().out
+    assert said.endswith(f"{tmp_path / 'recall.png'}\n")
+    assert len(re.findall(r"^ +\d+ +0\.\d{4} ", said, re.MULTILINE)) == 10
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.jit
+def test_the_online_recommender_goes_on_after_a_kill_9(online, tmp_path, monkeypatch, capsys):
+    program = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import online_recommender as online; "
+        "online.FULL_EVERY = 2; online.main(sys.argv[1:])"
+    )
+    out = ["--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *FEWER, *out], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        for line in process.stdout:
+            if line.split()[0] == "4":  # the checkpoint of this day is written now
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+    monkeypatch.setattr(online, "FULL_EVERY", 2)
+    monkeypatch.setattr(online, "draw", lambda *_: None)
+    through = online.main(FEWER)
+    expected = capsys.readouterr().out
+    assert online.main([*FEWER, *out]) == through
+    first, _, rest = capsys.readouterr().out.partition("\n")
+    assert re.match("goes on after day [34] of ", first)
+    assert rest == expected
+    with pytest.raises(SystemExit):
+        online.main([*FEWER, *out, "--lr", "0.01"])
+    assert "expected" in capsys.readouterr().err
+
+
+def test_the_online_recommenders_gradients_are_the_differences_of_its_loss(online):
+    rng = np.random.default_rng(0)
+    x, y, often = rng.normal(size=(5, 3)), rng.normal(size=(5, 3)), rng.normal(size=5)
+    ids = np.array([1, 2, 1, 3, 4])
+
+    def loss(scores):
+        total = 0.0
+        for i, own in enumerate(scores):
+            others = [np.exp(own[j] - often[j]) for j in range(5) if j == i or ids[j] != ids[i]]
+            total -= own[i] - often[i] - np.log(np.sum(others))
+        return total / 5
+
+    differences = np.empty((5, 5))
+    for at in np.ndindex(5, 5):
+        change = np.zeros((5, 5))
+        change[at] = 1e-5
+        differences[at] = (loss(x @ y.T + change) - loss(x @ y.T - change)) / 2e-5
+    np.testing.assert_allclose(online.softmax_errors(x, y, ids, often), differences, atol=1e-9)
+
+
+@pytest.mark.jit
+def test_the_online_recommenders_recall_is_that_of_its_definition(online):
+    rng = np.random.default_rng(0)
+    users, items = EmbeddingTable(3), EmbeddingTable(4)
+    users.load(np.arange(10), rng.normal(size=(10, 3)).astype(np.float32))
+    items.load(np.arange(60)[::-1], rng.normal(size=(60, 4)).astype(np.float32))
+    asked = np.stack([rng.integers(12, size=200), rng.integers(70, size=200)], axis=1)  # some have no row
+    y, hits = items.lookup(np.arange(60), train=False), 0
+    for user, item in asked:
+        x = np.append(users.lookup([user], train=False), np.float32(1))
+        hits += item in np.argsort(-(y @ x))[:20]
+    assert 0 < hits < 200
+    assert online.recall(users, items, asked) == hits / 200
+    assert online.recall(users, EmbeddingTable(4), asked) == 0
+
+
+@pytest.mark.jit
+def test_the_online_recommender_reads_ratings_in_the_order_of_time(online, tmp_path, capsys):
+    file = tmp_path / "ratings.csv"
+    file.write_text(RATINGS, encoding="utf-8")
+    days = online.read_ratings(str(file), 3)
+    assert [day.tolist() for day in days] == [
+        [[5, 10], [7, 20], [7, 30]],
+        [[5, 30], [7, 10]],
+        [[7, 40], [7, 50]],
+    ]
+    history = online.main(["--data", str(file), "--days", "3", "--dim", "2"])
+    assert [each["models"]["never forgets"]["rows"] for each in history] == [5, 5]
+    assert "popular" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.csv"], "missing.csv: expected a header, and users, items, ratings and times"),
+        (["--data", "words.csv"], "words.csv: expected a header, and users, items, ratings and times"),
+        (["--data", "one.csv"], "one.csv holds 1 ratings, expected one for each day"),
+        (["--data", "none.csv"], "none.csv holds 0 ratings"),
+        (["--days", "1"], "--days is 1, expected at least 2"),
+        (["--admission", "0"], "admission is 0, expected"),
+        (["--lr", "-1"], "lr"),
+    ],
+)
+def test_the_online_recommender_says_what_is_wrong(online, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("words", "1,2,good,then\n"), ("one", "1,2,3,4\n"), ("none", "")):
+        Path(f"{name}.csv").write_text(f"a,b,c,d\n{text}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        online.main([*FEWER, *arguments])
     assert message in capsys.readouterr().err
