@@ -234,8 +234,9 @@ def take_out(cells: Any, number: Any) -> Any:
 # --- growth -----------------------------------------------------------------------------------------------
 
 # In thousandths of the cells: when the index begins to grow, and when it must have grown. A segment has about
-# as many ids as the others: the square root of 3600 more or less, and twenty times that until it is full.
-BEGINS, ENDS = 700, 740
+# as many ids as the others: the square root of 4200 more or less, and fourteen times that until it is full.
+BEGINS, ENDS = 700, 820
+_BUCKETS_AHEAD = 3  # of a segment that is emptied: whose ids' new buckets are asked for
 
 
 @jit
@@ -251,6 +252,10 @@ def empty_segment(index: Any, scratch: Any) -> None:
         scratch[np.uint64(i)] = cells.words[first + np.uint64(i)]
         cells.words[first + np.uint64(i)] = 0
     for bucket in range(BUCKETS):
+        if bucket + _BUCKETS_AHEAD < BUCKETS:
+            for cell in range(CELLS):  # of those that are not taken, too: it does no harm
+                number = scratch[np.uint64((bucket + _BUCKETS_AHEAD) * WORDS + cell)]
+                ask_for(cells, bucket_of(cells, hash_of(cells, number)))
         taken = (scratch[np.uint64((bucket + 1) * WORDS - 1)] >> np.int64(32)) & np.int64(PASSED - 1)
         for cell in range(taken):
             rows = scratch[np.uint64(bucket * WORDS + CELLS + cell // 2)]
