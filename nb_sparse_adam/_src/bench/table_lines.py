@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nb_sparse_adam._src.bench import table_runs
 from nb_sparse_adam._src.bench.cases import CASES, Case
 from nb_sparse_adam._src.bench.contenders import Contender, Ours
@@ -37,31 +39,24 @@ def _entries(case: str, updates: bool) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-def _updates(
-    key: str, what: str, case: str, at_most: float | None = None, by_name: bool = False, gigabytes: float = 8
-) -> Line:
-    entries = _entries(case, updates=True)
-    figures = [
+def _line(key: str, title: str, entries: tuple[Entry, ...], *figures: Figure, **options: Any) -> Line:
+    """Make a line, with a figure of the dict where there is one."""
+    of_dict = (Figure("dict and torch / table", "dict", "table"),) if entries[-1].name == "dict" else ()
+    return Line(f"table-{key}", f"{title} in {{table}}", _SECTION, entries, (*figures, *of_dict), **options)
+
+
+def _updates(key: str, what: str, case: str, at_most: float | None = None, **options: Any) -> Line:
+    return _line(
+        f"update-{key}", f"update of {what}", _entries(case, updates=True),
         Figure("times a fixed table's, ids just looked up", "looked up", "fixed", at_most=at_most),
         Figure("times a fixed table's, other ids", "table", "fixed"),
-    ]
-    if any(entry.name == "dict" for entry in entries):
-        figures.append(Figure("dict and torch / table", "dict", "table"))
-    return Line(
-        f"table-update-{key}", f"update of {what} in {{table}}", _SECTION, entries, tuple(figures),
-        by_name=by_name, gigabytes=gigabytes,
+        **options,
     )  # fmt: skip
 
 
-def _lookups(key: str, what: str, case: str, by_name: bool = False, gigabytes: float = 8) -> Line:
-    entries = _entries(case, updates=False)
-    figures = [Figure("times numpy's, of an array's rows", "table", "numpy")]
-    if any(entry.name == "dict" for entry in entries):
-        figures.append(Figure("dict and torch / table", "dict", "table"))
-    return Line(
-        f"table-lookup-{key}", f"look-up of {what} in {{table}}", _SECTION, entries, tuple(figures),
-        by_name=by_name, gigabytes=gigabytes,
-    )  # fmt: skip
+def _lookups(key: str, what: str, case: str, **options: Any) -> Line:
+    figure = Figure("times numpy's, of an array's rows", "table", "numpy")
+    return _line(f"lookup-{key}", f"look-up of {what}", _entries(case, updates=False), figure, **options)
 
 
 _SIZES = ("10k", "100k", "1M", "10M", "50M")
@@ -71,9 +66,9 @@ _UNIFORM = "{n} uniform ids"
 
 def _of_size(size: str) -> tuple[Line, Line]:
     """Lines of a table of that many rows."""
-    options = {"by_name": True, "gigabytes": _GIGABYTES.get(size, 8)}
+    options: dict[str, Any] = {"by_name": True, "gigabytes": _GIGABYTES.get(size, 8)}
     case = f"rows-{size}x16-again"
-    return _updates(size, _UNIFORM, case, **options), _lookups(size, _UNIFORM, case, **options)  # type: ignore[arg-type]
+    return _updates(size, _UNIFORM, case, **options), _lookups(size, _UNIFORM, case, **options)
 
 
 def _named(names: tuple[str, ...]) -> tuple[Entry, ...]:

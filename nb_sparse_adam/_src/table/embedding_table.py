@@ -320,7 +320,7 @@ class EmbeddingTable(Updates):
         new = numbers[places]
         kept = self._admission.kept() if len(new) > self._store.room else None
         admitted = self._admission.see(new)
-        chosen = new if self._admission.at_once else new[admitted]
+        chosen = new[admitted]
         if len(chosen):
             try:
                 values = None if self._values_of is None else self._initial(chosen)
@@ -332,6 +332,5 @@ class EmbeddingTable(Updates):
                 if kept is not None:
                     self._admission.restore(kept)
                 raise
-            self._store.table.room_for(self._store.used)
-            rows[places if self._admission.at_once else places[admitted]] = given
-        return places[:0] if self._admission.at_once else places[~admitted]
+            rows[places[admitted]] = given
+        return places[~admitted]

@@ -32,6 +32,12 @@ def units_of(length: Any) -> Any:
     return (length + UNIT - 1) // UNIT
 
 
+@jit(entry=True)
+def _begin_units(phase: Any, job: Any) -> Any:
+    """One phase, of all ids."""
+    return units_of(job[2][0]["length"]) if phase == 0 else np.int64(-1)
+
+
 # --- ids -> rows ------------------------------------------------------------------------------------------
 
 
@@ -46,7 +52,7 @@ def _begin_find(phase: Any, job: Any) -> Any:
     for unit in range(units):
         missing += counts[unit]
     call["missing"] = missing
-    return np.int64(-1) if missing == 0 else np.int64(-2)  # -1: goes on with the vectors
+    return np.int64(-1)
 
 
 @jit(entry=True)
@@ -95,10 +101,6 @@ def gather_for(dtype: np.dtype[Any]) -> Drivers:
     """Make what copies the vectors of rows into ``out``, marking rows where the call says so."""
     real, size = dtype.type, dtype.itemsize
 
-    @jit(entry=True)
-    def begin(phase: Any, job: Any) -> Any:
-        return units_of(job[2][0]["length"]) if phase == 0 else np.int64(-1)
-
     @jit(entry=True, announced="what looks up rows by ids")
     def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
         store, call = job[1][0], job[2][0]
@@ -128,7 +130,7 @@ def gather_for(dtype: np.dtype[Any]) -> Drivers:
                 for j in range(dim):
                     out[np.uint64(into + j)] = real(0)
 
-    return Drivers(begin, work)
+    return Drivers(_begin_units, work)
 
 
 # --- rows -> sums of vectors ------------------------------------------------------------------------------
@@ -196,10 +198,6 @@ def initial_for(dtype: np.dtype[Any]) -> Drivers:
     real = dtype.type
 
     @jit(entry=True)
-    def begin(phase: Any, job: Any) -> Any:
-        return units_of(job[2][0]["length"]) if phase == 0 else np.int64(-1)
-
-    @jit(entry=True)
     def work(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
         store, call = job[1][0], job[2][0]
         dim, n = store["dim"], call["length"]
@@ -208,4 +206,4 @@ def initial_for(dtype: np.dtype[Any]) -> Drivers:
         for i in range(unit * UNIT, min((unit + 1) * UNIT, n)):
             fill_initial(store, ids[np.uint64(i)], others, i * dim, dim)
 
-    return Drivers(begin, work)
+    return Drivers(_begin_units, work)

@@ -59,16 +59,16 @@ class RowTable(TableState):
         self._one_count = np.zeros(1, np.int64)  # of GLOBAL
         self._of_all = words.view(dtype)
         self._name_of_row = name_of_row
-        super().__init__(name, self._matrix(0, dim, _FIRST_ROWS), step_counts, backend)
+        super().__init__(name, self._matrix(dim, _FIRST_ROWS), step_counts, backend)
         self._go_on(_FIRST_ROWS)
 
     def _check_table(self, name: str, param: Any) -> Any:  # noqa: ARG002 (it is our own)
         return param
 
-    def _matrix(self, first: int, dim: int, rows: int) -> NDArray[Any]:
-        """See so many numbers of each record, from a byte on."""
+    def _matrix(self, dim: int, rows: int) -> NDArray[Any]:
+        """See the parameters of so many records."""
         size = self._of_all.itemsize
-        begin = self._of_all[(HEADER + first) // size :]
+        begin = self._of_all[HEADER // size :]
         return np.lib.stride_tricks.as_strided(begin, (rows, dim), (self._record, size))
 
     def _allocate(self) -> State:
@@ -95,7 +95,7 @@ class RowTable(TableState):
     def _go_on(self, rows: int) -> None:
         """Show so many of the rows that are there. Nothing is copied."""
         old = self.arrays
-        self.param = self.matrix = self._matrix(0, self.dim, rows)
+        self.param = self.matrix = self._matrix(self.dim, rows)
         self._shape = (rows, self.dim)
         self.target = self.target._replace(rows=rows, name_of_row=self._name_of_row)
         self.note_place()
@@ -277,10 +277,8 @@ class Store:
 
     # --- calls --------------------------------------------------------------------------------------------
 
-    def _run(
-        self, drivers: Drivers, n: int, threads: int | None, after: Drivers | None = None, **fields: Any
-    ) -> Any:
-        """Do a job of so many ids; arrays are passed by their addresses."""
+    def _run(self, drivers: Drivers, n: int, threads: int | None, **fields: Any) -> Any:
+        """Do a job of so many ids; arrays are passed by their addresses. Return the record of the call."""
         partition = ALONE
         if n > _ALONE:
             usable = usable_threads(threads)
@@ -296,15 +294,15 @@ class Store:
                 values[field] = value
         _pack_call(call, 0, *values.values())
         with np.errstate(over="ignore"):  # without the JIT, hashes overflow on NumPy's scalars
-            ended = run(drivers, partition, (self.index, self.store, call), after)
-        return ended, call[0]
+            run(drivers, partition, (self.index, self.store, call))
+        return call[0]
 
     def find(self, ids: NDArray[np.int64], threads: int | None) -> tuple[NDArray[np.int64], int]:
         """Return the rows of ids, negative where they have none, and how many have none."""
         n = len(ids)
         rows, later = np.empty(n, np.int64), np.empty(n, np.int64)
         counts = np.empty(-(-n // UNIT), np.int64)
-        _, call = self._run(FIND, n, threads, ids=ids, rows=rows, later=later, counts=counts)
+        call = self._run(FIND, n, threads, ids=ids, rows=rows, later=later, counts=counts)
         return rows, int(call["missing"])
 
     def find_again(self, ids: NDArray[np.int64], threads: int | None) -> tuple[NDArray[np.int64], int]:
