@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nb_sparse_adam import EmbeddingTable
-from nb_sparse_adam._src.bench.cases import SEED
 from nb_sparse_adam._src.bench.comparison import describe
 from nb_sparse_adam._src.bench.machine import memory
 from nb_sparse_adam._src.bench.settings import Settings
-from nb_sparse_adam._src.bench.table_runs import BATCH, resident, seconds_of
+from nb_sparse_adam._src.bench.table_runs import BATCH, growing, seconds_of
 from nb_sparse_adam._src.engine.threads import max_threads
 
 EVERY = 1_000_000  # rows
@@ -31,31 +30,25 @@ EVERY = 1_000_000  # rows
 
 def measure(rows: int, dim: int) -> list[dict[str, float]]:
     """Fill a table, and say what it took, every million rows."""
-    table = EmbeddingTable(dim)
-    rng = np.random.default_rng(SEED)
-    table.lookup(np.arange(BATCH))
-    table.update(np.arange(BATCH), np.ones((BATCH, dim), np.float32))
-    table.evict(down_to=0)
-    before = resident()
     found: list[dict[str, float]] = []
     calls: list[float] = []
     writes: list[float] = []
-    while len(table) < rows:
-        ids = rng.integers(-(2**63), 2**63 - 1, BATCH)
-        calls.append(seconds_of(lambda ids=ids: table.lookup(ids)))  # type: ignore[misc]
-        writes.append(seconds_of(lambda: np.ones(BATCH * (3 * dim + 8) * 4, np.uint8)))
+    for call in growing(rows, dim, max_threads()):
+        table, ids = call.table, call.ids
+        calls.append(call.seconds)
+        writes.append(call.writes)
         if len(table) // EVERY > len(found):
             numbers = table.stats()
             found.append(
                 {
                     "rows": numbers["rows"],
-                    "resident": resident() - before,
+                    "resident": call.grown,
                     "bytes of rows": numbers["bytes_of_rows"],
                     "bytes of the index": numbers["bytes_of_index"],
                     "median of calls": float(np.median(calls)),
                     "longest of calls": max(calls),
                     "longest of writes": max(writes),
-                    "a look-up": seconds_of(lambda ids=ids: table.lookup(ids, train=False)) / BATCH,  # type: ignore[misc]
+                    "a look-up": seconds_of(partial(table.lookup, ids, train=False)) / BATCH,
                 }
             )
             calls.clear()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,34 +24,59 @@ STREAM_MEMORY = ("bytes of rows, beside what they are made of", "bytes of the in
 INDEX = ("a look-up", "a look-up of what is not there", "a random line", "an insert", "an insert, one thread")
 
 
-def stream(case: Case, threads: int) -> dict[str, float]:
-    """Give a table as many new ids as the case has rows, a batch at a time; time each call.
+class Call(NamedTuple):
+    """A look-up of new ids.
 
-    Beside each call as many bytes are written to memory that is as new, for a machine that stops for others
-    stops for both.
+    Attributes
+    ----------
+    table : EmbeddingTable
+        After it.
+    ids : (BATCH,) int64 array
+    seconds : float
+        That it took.
+    writes : float
+        Seconds that it took then to write as many bytes to memory that is as new: a machine that stops for
+        others stops for both.
+    grown : int
+        Bytes of memory that the process has more than when the table was empty.
     """
-    table = EmbeddingTable(case.dim, num_threads=threads, **HYPER)
+
+    table: EmbeddingTable
+    ids: NDArray[np.int64]
+    seconds: float
+    writes: float
+    grown: int
+
+
+def growing(rows: int, dim: int, threads: int) -> Iterator[Call]:
+    """Give a table new ids at random, a batch at a time, until it has as many rows, or one batch."""
+    table = EmbeddingTable(dim, num_threads=threads, **HYPER)
     rng = np.random.default_rng(SEED)
     table.lookup(np.arange(BATCH))
     table.evict(down_to=0)
     before = resident()
-    calls, writes = [], []
-    worst = 0.0
-    for _ in range(max(case.rows // BATCH, 1)):
+    for _ in range(max(rows // BATCH, 1)):
         ids = rng.integers(-(2**63), 2**63 - 1, BATCH)
-        calls.append(seconds_of(lambda ids=ids: table.lookup(ids)))  # type: ignore[misc]
-        writes.append(seconds_of(lambda: np.ones(BATCH * 8 * (case.dim * 3 * 4 // 8 + 4), np.uint8)))
-        numbers = table.stats()
+        seconds = seconds_of(lambda ids=ids: table.lookup(ids))  # type: ignore[misc]
+        writes = seconds_of(lambda: np.ones(BATCH * (3 * dim + 8) * 4, np.uint8))
+        yield Call(table, ids, seconds, writes, resident() - before)
+
+
+def stream(case: Case, threads: int) -> dict[str, float]:
+    """Give a table as many new ids as the case has rows, a batch at a time; time each call."""
+    calls, writes, worst, numbers = [], [], 0.0, {"rows": 0, "bytes_of_index": 0}
+    for call in growing(case.rows, case.dim, threads):
+        calls.append(call.seconds)
+        writes.append(call.writes)
+        numbers = call.table.stats()
         if numbers["rows"] >= min(1_000_000, case.rows // 2):
-            worst = max(worst, (resident() - before - numbers["bytes_of_index"]) / numbers["bytes_of_rows"])
+            worst = max(worst, (call.grown - numbers["bytes_of_index"]) / numbers["bytes_of_rows"])
     seconds = np.sort(calls)
     of_calls = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.999)], seconds[-1]
-    of_an_id = seconds.sum() / len(table)
-    index = table.stats()["bytes_of_index"] / len(table)
-    numbers_of_it = (*of_calls, max(writes), of_an_id)
+    times = (*of_calls, max(writes), seconds.sum() / numbers["rows"])
     return {
-        **dict(zip(STREAM, map(float, numbers_of_it), strict=True)),
-        **dict(zip(STREAM_MEMORY, (worst, index), strict=True)),
+        **dict(zip(STREAM, map(float, times), strict=True)),
+        **dict(zip(STREAM_MEMORY, (worst, numbers["bytes_of_index"] / numbers["rows"]), strict=True)),
     }
 
 
@@ -59,7 +84,7 @@ def index(case: Case, threads: int) -> dict[str, float]:
     """Time look-ups and inserts of the index of a table alone, and reads of random lines of its memory."""
     rng = np.random.default_rng(SEED)
     names = rng.integers(-(2**63), 2**63 - 1, case.rows)
-    table = EmbeddingTable(1, initializer="zeros", capacity=case.rows + 4 * BATCH)
+    table = EmbeddingTable(1, initializer="zeros", capacity=case.rows + 32 * BATCH)
     store = table._store
     for first in range(0, case.rows, 4 * BATCH):
         store.insert(names[first : first + 4 * BATCH], None, None)
@@ -69,8 +94,8 @@ def index(case: Case, threads: int) -> dict[str, float]:
     line = _median(_line_reader(store._cells[: store.bytes_of_index // 8], rng)) / ASKED
     inserts = []
     for number in (threads, 1):
-        new = rng.integers(-(2**63), 2**63 - 1, BATCH)
-        inserts.append(seconds_of(lambda new=new, number=number: store.insert(new, None, number)) / BATCH)  # type: ignore[misc]
+        new = iter(rng.integers(-(2**63), 2**63 - 1, (8, BATCH)))  # other ids each time
+        inserts.append(_median(lambda new=new, number=number: store.insert(next(new), None, number)) / BATCH)  # type: ignore[misc]
     return dict(zip(INDEX, (*found, line, *inserts), strict=True))
 
 
