@@ -7,7 +7,6 @@ Tests marked `gpu` are of tables on a GPU. They run on numba's simulator of one,
 
 import os
 import re
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -25,7 +24,7 @@ settings.register_profile("ci", shared, max_examples=50, derandomize=True, datab
 settings.register_profile("thorough", shared, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
-# A thread of the simulated GPU computes with NumPy's scalars, under the error state that threads start with.
+# A thread of the simulated GPU computes with NumPy's scalars, under the error state that contexts start with.
 SIMULATED_WARNINGS = "ignore:.* encountered in (scalar|cast):RuntimeWarning"
 
 ONLY_WHEN_NAMED = {"docs", "browser", "peers"}
@@ -36,12 +35,17 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="repeat what is tried at random much more often")
 
 
+def missing_of_gpu():
+    """Packages that tests marked `gpu` need and that are not there."""
+    return [package for package in ("numba_cuda", "greenlet") if find_spec(package) is None]
+
+
 def pytest_configure(config):
     if config.option.markexpr != "gpu":
         os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     import numba  # reads the variable when it is imported
 
-    if numba.config.ENABLE_CUDASIM and find_spec("numba_cuda") is not None:
+    if numba.config.ENABLE_CUDASIM and not missing_of_gpu():
         import simulator
 
         simulator.repair()
@@ -76,22 +80,16 @@ def pytest_collection_modifyitems(items, config):
 def _a_gpu_or_its_simulator(request):
     """What tests marked `gpu` need."""
     if request.node.get_closest_marker("gpu") is None:
-        yield
         return
     import numba
     from needs import missing
 
-    if find_spec("numba_cuda") is None:
-        pytest.skip(missing("numba_cuda"))
+    for package in missing_of_gpu():
+        pytest.skip(missing(package))
     if not numba.config.ENABLE_CUDASIM and request.config.option.markexpr != "gpu":
         pytest.skip(
             "NUMBA_ENABLE_CUDASIM=0: tests of the extra `cuda` run on the simulator, or with -m gpu on a GPU"
         )
-    before = sys.getswitchinterval()
-    if numba.config.ENABLE_CUDASIM:
-        sys.setswitchinterval(1e-4)  # a barrier takes some switches of each of its threads
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

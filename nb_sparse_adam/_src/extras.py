@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         *_TRAIN,
         "basedpyright",
         "expecttest",
+        "greenlet",
         "hypothesis",
         "mpmath",
         "mypy",
