@@ -22,8 +22,7 @@ def of_beta(beta):
 
 
 @pytest.mark.jit
-@pytest.mark.parametrize("eps_hat", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("dtype", "eps_hat"), [(np.float32, False), (np.float64, True)])
 @pytest.mark.parametrize("step_counts", STEP_COUNTS)
 def test_ten_thousand_steps(step_counts, dtype, eps_hat):
     rng = np.random.default_rng(0)
