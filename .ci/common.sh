@@ -13,7 +13,7 @@ new_environment() { # FOLDER [PYTHON]
     "$1/bin/python" -m pip install -qq --upgrade pip
 }
 
-LANE_LIMIT=1800 # seconds for one run of pytest
+LANE_LIMIT=2700 # seconds for one run of pytest: three times what it takes
 
 pytest_lane() { # LOG [VAR=VALUE...] -- ARGUMENTS...: run pytest and keep what it prints.
     local log=$work/$1 variables=() pytest

@@ -77,8 +77,9 @@ def draw(points: list[dict[str, float]], file: Path) -> None:
     time_axes.plot(rows, curve("longest of calls", 1e3), ".", label="longest of these since the last million")
     time_axes.plot(rows, curve("longest of writes", 1e3), ".", label="longest of plain writes beside them")
     time_axes.set(xlabel="million rows", ylabel="ms", title="How long calls take", ylim=0)
+    time_axes.set_ylim(top=1.5 * time_axes.get_ylim()[1])  # room for the legend
     for axes in (memory_axes, time_axes):
-        axes.legend()
+        axes.legend(loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 

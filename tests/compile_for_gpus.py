@@ -4,11 +4,13 @@
 Steps of all forms are called on arrays of the host that pretend to be on a GPU. A launch compiles the kernel
 for the types of its arguments instead of running it, and assembles what it becomes. Prints a JSON list.
 
-    python tests/compile_for_gpus.py MAJOR MINOR   # the compute capability
+    python tests/compile_for_gpus.py MAJOR MINOR [--few]   # the compute capability
+
+Each kernel is compiled for every kind of count and dtype, with wide rows or with those of 5 numbers; with
+``--few`` not for every pair of these.
 """
 
 import contextlib
-import itertools
 import json
 import re
 import sys
@@ -141,8 +143,12 @@ def pretend(capability):
     return compiled
 
 
-def steps():
-    """Call steps of all forms, of all kinds of table."""
+FEW = [("element", np.float32, 64), ("row", np.float64, 5), ("global", np.float32, 5)]
+ALL = [*FEW, ("element", np.float64, 5), ("row", np.float32, 64), ("global", np.float64, 64)]
+
+
+def steps(kinds):
+    """Call steps of all forms, of several kinds of table."""
     n, bags = 5000, 250
     offsets, weights = np.arange(bags + 1) * (n // bags), np.ones(n)
 
@@ -150,9 +156,7 @@ def steps():
         return [OnHost(array) for array in arrays]
 
     ids = np.arange(n)
-    for step_counts, dtype, dim in itertools.product(
-        ("element", "row", "global"), (np.float32, np.float64), (64, 5)
-    ):
+    for step_counts, dtype, dim in kinds:
         table = OnHost(np.zeros((1000, dim), dtype))
         optimizer = SparseAdam(table, step_counts=step_counts, device_checks="deferred")
         values = np.zeros((n, dim), dtype)
@@ -179,7 +183,7 @@ def steps():
 
 def main():
     compiled = pretend((int(sys.argv[1]), int(sys.argv[2])))
-    steps()
+    steps(FEW if "--few" in sys.argv else ALL)
     from nb_sparse_adam._src.cuda import checks
 
     compiled.launch(checks.join, 1, 1, None, 0)  # of steps of very many ids

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from nb_sparse_adam import EmbeddingTable
 from nb_sparse_adam._src.bench.cases import SEED, Case
 from nb_sparse_adam._src.bench.contenders import HYPER
+from nb_sparse_adam._src.table.memory import reserve
 
 BATCH = 1 << 16  # ids of a call
 ASKED = 1 << 21  # ids that are looked up to time the index
@@ -58,7 +59,7 @@ def growing(rows: int, dim: int, threads: int) -> Iterator[Call]:
     for _ in range(max(rows // BATCH, 1)):
         ids = rng.integers(-(2**63), 2**63 - 1, BATCH)
         seconds = seconds_of(lambda ids=ids: table.lookup(ids))  # type: ignore[misc]
-        writes = seconds_of(lambda: np.ones(BATCH * (3 * dim + 8) * 4, np.uint8))
+        writes = seconds_of(lambda: reserve(BATCH * (3 * dim + 8) * 4, "plain writes").fill(1))
         yield Call(table, ids, seconds, writes, resident() - before)
 
 

@@ -32,7 +32,8 @@ class Eviction(NamedTuple):
         Only rows go that look-ups in training have seen fewer times. With an age: a row that is new has
         not been seen often.
     rows_a_step : int, default 4096
-        How many rows each step looks at, in turn: what a step takes longer is bounded by it.
+        How many rows each step looks at, in turn: what a step takes longer is bounded by it. Where the next
+        step goes on is not in checkpoints.
     when_full : bool, default False
         Whether rows that were touched least recently make room for new ones, where a table has ``capacity``.
     """
