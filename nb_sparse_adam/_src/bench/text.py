@@ -77,4 +77,6 @@ def _number(name: str, number: float) -> str:
 def _seconds(seconds: float, digits: int = 1) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.{digits}f} µs"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.2f} ms"
+    return f"{seconds * 1e6:.{digits}f} µs" if seconds >= 1e-6 else f"{seconds * 1e9:.{digits}f} ns"

@@ -6,11 +6,13 @@ the first ones, and how many ids had to go past because all were. An id whose bu
 one; a look-up ends at the first bucket that nothing went past. To take an id out is to count back the buckets
 that it went past: nothing has to be marked, and no cell is lost.
 
-A *segment* is 1024 buckets, and an id never leaves the segment that its hash says: threads own segments. The
-upper half of the hash says which, as a fraction of the number of segments, so that ids lie in the order of
-those bits. So the number can grow where the cells are: from the last segment downwards, each is emptied into
-the segments that its ids belong to now, which are that one or later ones, and those have been emptied before.
-A look-up compares with the segment that is next, and finds each id where it is at this moment.
+A *segment* is 1024 buckets, and an id never leaves the segment that its hash says. The first bits of the hash
+say which of 16 *units* an id belongs to: threads own units. The next 32 bits say in which of the unit's
+segments it is, as a fraction of their number, so that ids lie in the order of those bits. So the number can
+grow where the cells are: from the last segment of a unit downwards, each is emptied into the segments that
+its ids belong to now, which are that one or later ones, and those have been emptied before. A look-up
+compares with the segment that is next, and finds each id where it is at this moment. All units have as many
+segments as each other: the first ones lie side by side, then the second ones.
 
 Ids are mixed by two multiplications whose factors are drawn when the index is made: whoever does not know
 them cannot make ids that meet. Where a row is does not depend on them.
@@ -35,8 +37,8 @@ from nb_sparse_adam._src.engine.records import record
 
 INDEX = record(
     "cells", "cells_length",  # address; of int64
-    "segments", "following",  # how many there are, and how many there will be; the same unless it grows
-    "left",  # the segments that have not been emptied yet
+    "segments", "following",  # of a unit: how many it has, and will have; the same unless it grows
+    "left", "left_before",  # the segments of a unit that have not been emptied yet; before it grew last
     "ids",  # how many are there
     "most",  # how many there may be: there is memory for their cells
     "salt", "first_factor", "second_factor",
@@ -44,14 +46,19 @@ INDEX = record(
 
 CELLS = 5  # of a bucket
 BUCKETS = 1024  # of a segment
+UNITS = 16
 WORDS = 8  # int64 of a bucket: ids, then, of half the size, rows + 1 and the tally
 ROWS_AT, TALLY_AT = 10, 15  # in halves of words
 PASSED = 8  # of a tally: what an id that went past adds; the rest is the number of cells that are taken
 SEGMENT_WORDS = WORDS * BUCKETS
 SEGMENT_CELLS = CELLS * BUCKETS
+LAYER_WORDS, LAYER_CELLS = UNITS * SEGMENT_WORDS, UNITS * SEGMENT_CELLS  # of one segment of each unit
 AHEAD = 16  # ids between the one that is looked up and the one whose bucket is asked for
 
 _HALF = np.uint64(32)
+_UNIT_SHIFT = np.uint64(64 - 4)  # bits of a hash, of which four say the unit
+_FRACTION_SHIFT = np.uint64(64 - 4 - 32)
+_FRACTION = np.uint64(0xFFFFFFFF)
 _IN_SEGMENT = np.uint64(BUCKETS - 1)
 
 
@@ -93,13 +100,18 @@ def hash_of(cells: Any, number: Any) -> Any:
 
 
 @jit
+def unit_of(h: Any) -> Any:
+    """Return the unit that the id of a hash belongs to, as uint64."""
+    return h >> _UNIT_SHIFT
+
+
+@jit
 def bucket_of(cells: Any, h: Any) -> Any:
     """Return the bucket that the id of a hash belongs to, as int64."""
-    upper = h >> _HALF
-    segment = (upper * cells.segments) >> _HALF
-    if segment >= cells.left:
-        segment = (upper * cells.following) >> _HALF
-    return np.int64(segment * np.uint64(BUCKETS) + (h & _IN_SEGMENT))
+    fraction = (h >> _FRACTION_SHIFT) & _FRACTION
+    segment = (fraction * cells.segments) >> _HALF
+    segment = select(segment >= cells.left, (fraction * cells.following) >> _HALF, segment)
+    return np.int64((segment * np.uint64(UNITS) + unit_of(h)) * np.uint64(BUCKETS) + (h & _IN_SEGMENT))
 
 
 @jit
@@ -184,22 +196,54 @@ def find_all(cells: Any, ids: Any, first: Any, last: Any, rows: Any, later: Any)
 
 
 @jit
-def put(cells: Any, number: Any, mark: Any) -> Any:
+def _write(cells: Any, bucket: Any, taken: Any, number: Any, mark: Any) -> Any:
+    """Write an id, and its row + 1, to the first cell of a bucket that is not taken; return where."""
+    half = bucket * (2 * WORDS) + ROWS_AT + taken
+    cells.words[np.uint64(bucket * WORDS + taken)] = number
+    cells.halves[np.uint64(half)] = np.uint32(mark)
+    cells.halves[tally_of(bucket)] += np.uint32(1)
+    return half
+
+
+@jit
+def put(cells: Any, h: Any, number: Any, mark: Any) -> Any:
     """Write an id that is not there, with its row + 1; return where, in ``cells.halves``; -1: no room."""
-    h = hash_of(cells, number)
     bucket = bucket_of(cells, h)
     for _ in range(BUCKETS):
         at = tally_of(bucket)
-        cell = np.int64(cells.halves[at]) & np.int64(PASSED - 1)
-        if cell < CELLS:
-            half = bucket * (2 * WORDS) + ROWS_AT + cell
-            cells.words[np.uint64(bucket * WORDS + cell)] = number
-            cells.halves[np.uint64(half)] = np.uint32(mark)
-            cells.halves[at] += np.uint32(1)
-            return np.int64(half)
+        taken = np.int64(cells.halves[at]) & np.int64(PASSED - 1)
+        if taken < CELLS:
+            return _write(cells, bucket, taken, number, mark)
         cells.halves[at] += np.uint32(PASSED)
         bucket = next_bucket(bucket, h)
     return np.int64(-1)
+
+
+ELSEWHERE = -(1 << 62)
+
+
+@jit
+def put_at_home(cells: Any, h: Any, number: Any, mark: Any) -> Any:
+    """Write an id to the bucket it belongs to, and return where.
+
+    If it is there, -1 - row; `ELSEWHERE`, if it may be in another bucket, or has no room here.
+    """
+    bucket = bucket_of(cells, h)
+    found = look_into(cells, bucket, number)
+    taken = np.int64(cells.halves[tally_of(bucket)]) & np.int64(PASSED - 1)
+    if found == 0 and taken < CELLS:
+        return _write(cells, bucket, taken, number, mark)
+    return -found if found > 0 else np.int64(ELSEWHERE)
+
+
+@jit
+def put_elsewhere(cells: Any, h: Any, number: Any, mark: Any) -> Any:
+    """Do what `put_at_home` does for an id that it has put off.
+
+    It may be at home by now: where ids have gone past, and others have been taken out, there is room.
+    """
+    row = find_from(cells, bucket_of(cells, h), h, number)
+    return -1 - row if row >= 0 else put(cells, h, number, mark)
 
 
 @jit
@@ -233,21 +277,33 @@ def take_out(cells: Any, number: Any) -> Any:
 
 # --- growth -----------------------------------------------------------------------------------------------
 
-# In thousandths of the cells: when the index begins to grow, and when it must have grown. A segment has about
-# as many ids as the others: the square root of 4200 more or less, and fourteen times that until it is full.
-BEGINS, ENDS = 700, 820
+# In thousandths of the cells: when the index begins to grow, and when it must have grown, to seven fifths of
+# what it was: to 21 bytes an id then, and never more than 24. A segment has about as many ids as the others:
+# the square root of 4400 more or less, and ten times that until it is full.
+BEGINS, ENDS = 740, 860
 _BUCKETS_AHEAD = 3  # of a segment that is emptied: whose ids' new buckets are asked for
 
 
 @jit
-def empty_segment(index: Any, scratch: Any) -> None:
-    """Move the ids of the last segment that is left to where they belong in the index that has grown.
+def larger(segments: Any) -> Any:
+    """Return how many segments a unit will have that has so many."""
+    return max(segments + 1, segments * 7 // 5)
+
+
+@jit
+def empty_segments(index: Any, unit: Any, scratch: Any) -> None:
+    """Empty those segments of a unit that `begins_to_grow` has said.
 
     ``scratch`` has room for a segment, and is nobody else's.
     """
-    index["left"] -= 1
-    cells = open_cells(index)
-    first = np.uint64(index["left"] * SEGMENT_WORDS)
+    for segment in range(index["left_before"] - 1, index["left"] - 1, -1):
+        _empty(open_cells(index), segment * UNITS + unit, scratch)
+
+
+@jit
+def _empty(cells: Any, segment: Any, scratch: Any) -> None:
+    """Move the ids of a segment to where they belong in the index that has grown."""
+    first = np.uint64(segment * SEGMENT_WORDS)
     for i in range(SEGMENT_WORDS):
         scratch[np.uint64(i)] = cells.words[first + np.uint64(i)]
         cells.words[first + np.uint64(i)] = 0
@@ -258,29 +314,29 @@ def empty_segment(index: Any, scratch: Any) -> None:
                 ask_for(cells, bucket_of(cells, hash_of(cells, number)))
         taken = (scratch[np.uint64((bucket + 1) * WORDS - 1)] >> np.int64(32)) & np.int64(PASSED - 1)
         for cell in range(taken):
+            number = scratch[np.uint64(bucket * WORDS + cell)]
             rows = scratch[np.uint64(bucket * WORDS + CELLS + cell // 2)]
             row = (rows >> np.int64(32 * (cell & 1))) & np.int64(0xFFFFFFFF)
-            put(cells, scratch[np.uint64(bucket * WORDS + cell)], row)
+            put(cells, hash_of(cells, number), number, row)
 
 
 @jit
-def make_room(index: Any, more: Any, scratch: Any) -> None:
-    """Grow as far as so many more ids need it: a little at a time, at once where the index is small.
+def begins_to_grow(index: Any, more: Any) -> Any:
+    """Say whether segments must be emptied before so many more ids come, and which.
 
     Those of a call may repeat: there are more of them, perhaps, than ever get a cell.
     """
     ids = min(index["ids"] + more, index["most"])
-    while True:
-        capacity = index["segments"] * SEGMENT_CELLS
-        if index["left"] == 0 and ids * 1000 > capacity * BEGINS:
-            index["following"] = max(index["segments"] + 1, index["segments"] * 5 // 4)
-            index["left"] = index["segments"]
-        if index["left"] == 0:
-            return
-        # What may be left once so many ids are there: all of it at BEGINS, nothing at ENDS.
-        may_be_left = index["segments"] * (capacity * ENDS - ids * 1000) // (capacity * (ENDS - BEGINS))
-        while index["left"] > max(may_be_left, 0):
-            empty_segment(index, scratch)
-        if index["left"] > 0:
-            return
+    if index["left"] == 0:
         index["segments"] = index["following"]
+    capacity = index["segments"] * LAYER_CELLS
+    if index["left"] == 0 and ids * 1000 > capacity * BEGINS:
+        index["following"] = larger(index["segments"])
+        index["left"] = index["segments"]
+    # What may be left once so many ids are there: all of it at BEGINS, nothing at ENDS.
+    may_be_left = index["segments"] * (capacity * ENDS - ids * 1000) // (capacity * (ENDS - BEGINS))
+    if index["left"] <= max(may_be_left, 0):
+        return False
+    index["left_before"] = index["left"]
+    index["left"] = max(may_be_left, 0)
+    return True

@@ -49,6 +49,7 @@ CALL = record(
     "offsets", "offsets_length", "weights", "mean",  # of bags
     "first",  # of the order in which ids come: the number of the first one
     "scratch", "scratch_length",  # int64
+    "stage", "piece",  # of `inserting`: what has been done last, of which piece
     "wide", "wide_length", "columns",  # counts that have moved out of the records, int64; so many a row
 )  # fmt: skip
 

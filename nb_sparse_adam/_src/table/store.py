@@ -179,8 +179,8 @@ class Store:
             self._words = memory.reserve(size, where).view(np.int64)
         else:
             self._words = folder.zeros(size // 8, np.dtype(np.int64))
-        segments = self.most_rows * 1000 // (cells.BEGINS * cells.SEGMENT_CELLS) + 2
-        self._cells = memory.reserve(8 * cells.SEGMENT_WORDS * (segments * 5 // 4 + 1), where).view(np.int64)
+        segments = self.most_rows * 1000 // (cells.BEGINS * cells.LAYER_CELLS) + 2
+        self._cells = memory.reserve(8 * cells.LAYER_WORDS * (segments * 7 // 5 + 1), where).view(np.int64)
         self._free = memory.reserve(8 * (self.most_rows + 1), where).view(np.int64)
         self.index = np.zeros(1, cells.INDEX)
         salts = np.frombuffer(os.urandom(24), np.int64)
@@ -273,7 +273,9 @@ class Store:
     @property
     def bytes_of_index(self) -> int:
         """How much of the index has been written to."""
-        return int(self.index["following"][0]) * cells.SEGMENT_WORDS * 8
+        segments, following, left = (int(self.index[name][0]) for name in ("segments", "following", "left"))
+        not_yet = max(following * left // segments - segments, 0)  # between what was there and what is filled
+        return (following - not_yet) * cells.LAYER_WORDS * 8
 
     # --- calls --------------------------------------------------------------------------------------------
 
