@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite(
-    "backends", "checks", "dynamic_layers", "oracle", "preparing", "table_model", "table_saves"
+    "backends", "checks", "dynamic_layers", "kills", "oracle", "preparing", "table_model", "table_saves"
 )
 
 # The first example of a test compiles kernels for seconds: no deadline, and slowness says nothing.

@@ -10,6 +10,7 @@ import sys
 import threading
 import tracemalloc
 
+import kills
 import numpy as np
 import pytest
 from backends import CPU, CUDA, host
@@ -633,14 +634,12 @@ def test_a_reader_beside_a_saver_sees_one_checkpoint_or_another(tmp_path):
 # --- kill -9 ------------------------------------------------------------------------------------------------
 
 KILLS = """
-import json, os, random, signal, sys, time
+import json, os, sys
 import numpy as np
+import kills
 from nb_sparse_adam import RowGradient, SparseAdam, checkpoint
-from nb_sparse_adam._src.checkpoint import saving
 
 folder, at_random = sys.argv[1], int(sys.argv[2])
-POINTS = ["a file begun", "a file written", "a file synced", "manifest written", "manifest in its place",
-          "folder synced", "an old file deleted"]
 
 def make():
     tables = {"user": np.ones((200, 8), np.float32), "item": np.ones((50, 3))}
@@ -655,16 +654,9 @@ def bits(opt):
     return [array.tobytes() for name, state in opt.state.items()
             for array in (state.param, state.exp_avg, state.exp_avg_sq, state.steps)]
 
-def child(point, hit):
+def child():
     opt, k = checkpoint.load(folder)
     opt.num_threads = 1
-    left = [hit]
-    def reached(where):
-        if where == point:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    saving._reached = reached
     while True:
         step(opt, k)
         k += 1
@@ -673,22 +665,9 @@ def child(point, hit):
 never_interrupted = make()
 step(never_interrupted, 0)
 checkpoint.save(folder, never_interrupted, 1)
-at, killed = 1, 0
-rng = random.Random(1)
-plans = [(point, hit) for point in POINTS for hit in (1, 2, 5)] + [(None, 0)] * at_random
+at, plans = 1, kills.plans((1, 2, 5), at_random)
 for point, hit in plans:
-    process = os.fork()
-    if process == 0:
-        try:
-            child(point, hit)
-        finally:
-            os._exit(1)  # nothing but a kill ends it
-    if point is None:
-        time.sleep(rng.uniform(0.001, 0.06))
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (point, status)
-    killed += 1
+    kills.until_killed(child, point, hit, 0.06)
     opt, k = checkpoint.load(folder)
     assert k >= at, (k, at)
     while at < k:
@@ -696,7 +675,7 @@ for point, hit in plans:
         at += 1
     assert bits(opt) == bits(never_interrupted), (point, k)
 checkpoint.save(folder, opt, k)
-print(json.dumps({"killed": killed, "steps": at, "files": len(os.listdir(folder))}))
+print(json.dumps({"killed": len(plans), "steps": at, "files": len(os.listdir(folder))}))
 """
 
 
@@ -704,15 +683,7 @@ print(json.dumps({"killed": killed, "steps": at, "files": len(os.listdir(folder)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_kill_9_at_any_moment_loses_nothing(tmp_path, request):
     at_random = 200 if request.config.getoption("--long") else 25
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path / "c"), str(at_random)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = json.loads(kills.run(KILLS, tmp_path / "c", at_random))
     assert result["killed"] == 21 + at_random
     assert result["steps"] > 30
     assert result["files"] == 3  # nothing is left of the saves that died

@@ -4,11 +4,10 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import tracemalloc
 
+import kills
 import numpy as np
 import pytest
 from table_saves import DIM, chain_in, content, make, manifest_of, step, trained
@@ -318,16 +317,14 @@ def test_pieces_are_all_the_memory_that_it_takes(tmp_path, monkeypatch):
 # --- kill -9 ------------------------------------------------------------------------------------------------
 
 KILLS = """
-import os, random, signal, sys, time
+import os, sys
 import numpy as np
 from pathlib import Path
+import kills
 from nb_sparse_adam import EmbeddingTable, checkpoint
-from nb_sparse_adam._src.checkpoint import saving
 
 folder, at_random = Path(sys.argv[1]), int(sys.argv[2])
 os.fsync = lambda _: None  # a kill loses nothing that was written
-POINTS = ["a file begun", "a file written", "a file synced", "manifest written", "manifest in its place",
-          "folder synced", "an old file deleted"]
 
 def step(table, k):
     rng = np.random.default_rng(k)
@@ -354,17 +351,10 @@ def bits(table):
     ids, values = table.export()
     return ids.tobytes(), values.tobytes(), *(each.tobytes() for each in table.state(ids))
 
-def child(point, hit):
+def child():
     k = last()
     table, _ = checkpoint.load(saved(k))
     table.num_threads = 1
-    left = [hit]
-    def reached(where):
-        if where == point:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    saving._reached = reached
     while True:
         k += 1
         step(table, k)
@@ -374,22 +364,9 @@ never_interrupted = EmbeddingTable(4, lr=0.1, num_threads=1)
 step(never_interrupted, 0)
 (folder / "compact").mkdir(parents=True)
 save(never_interrupted, 0)
-at, killed = 0, 0
-rng = random.Random(1)
-plans = [(point, hit) for point in POINTS for hit in (2,)] + [(None, 0)] * at_random
+at, plans = 0, kills.plans((2,), at_random)
 for point, hit in plans:
-    process = os.fork()
-    if process == 0:
-        try:
-            child(point, hit)
-        finally:
-            os._exit(1)  # nothing but a kill ends it
-    if point is None:
-        time.sleep(rng.uniform(0.001, 0.1))
-        os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (point, status)
-    killed += 1
+    kills.until_killed(child, point, hit, 0.1)
     k = last()
     table, extra = checkpoint.load(saved(k))
     assert extra == k >= at + (point is not None), (point, k, at)  # the first save of the child was whole
@@ -399,7 +376,7 @@ for point, hit in plans:
     assert bits(table) == bits(never_interrupted), (point, k)
     if (folder / "compact" / "c" / "manifest.json").exists():
         checkpoint.load(folder / "compact" / "c")  # whole at every moment
-print(killed)
+print(len(plans))
 """
 
 
@@ -407,12 +384,4 @@ print(killed)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_kill_9_while_it_grows_and_is_saved_loses_nothing(tmp_path, request):
     at_random = 100 if request.config.getoption("--long") else 4
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path / "c"), str(at_random)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 7 + at_random
+    assert int(kills.run(KILLS, tmp_path / "c", at_random)) == 7 + at_random

@@ -258,7 +258,8 @@ def whole(table):
     state = table.state(ids)
     assert len(ids) == len(np.unique(ids)) == len(table) <= table.capacity
     assert table.contains(ids).all()
-    return [each.tobytes() for each in (ids, values, state.exp_avg, state.exp_avg_sq, state.steps)]
+    bits = [each.tobytes() for each in (ids, values, state.exp_avg, state.exp_avg_sq, state.steps)]
+    return [*bits, table.stats()["evicted"]]
 
 
 ACTS = {

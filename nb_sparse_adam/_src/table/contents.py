@@ -34,12 +34,11 @@ class Contents(HyperParameters):
     """The part of `EmbeddingTable` that is about its rows, whoever steps."""
 
     __slots__ = (
-        "_ages", "_capacity", "_counted", "_eviction", "_evictor", "_history", "_name", "_shared",
+        "_ages", "_capacity", "_eviction", "_evictor", "_history", "_name", "_shared",
         "_step_counts", "_store", "_values_of",
     )  # fmt: skip
     _ages: Ages
     _capacity: int | None
-    _counted: dict[str, int]  # since the table was made
     _eviction: Eviction
     _evictor: Evictor
     _history: History
@@ -156,12 +155,13 @@ class Contents(HyperParameters):
 
         def work() -> dict[str, int]:
             store = self._store
+            evicted = int(store.store["evicted"][0])
             return {
                 "rows": len(store),
                 "steps": store.steps,
-                "admitted": len(store) + self._counted["evicted"],
-                "evicted": self._counted["evicted"],
-                "dropped": self._counted["dropped"],
+                "admitted": len(store) + evicted,
+                "evicted": evicted,
+                "dropped": int(store.store["dropped"][0]),
                 "skipped": store.table.skipped_rows,
                 "bytes_of_rows": store.used * store.record,
                 "bytes_of_index": store.bytes_of_index,
@@ -274,7 +274,6 @@ class Contents(HyperParameters):
         if len(ids):
             self._history.note_gone(self._store.clock, ids, len(self))  # first: an interrupt may come between
             self._store.remove(ids)
-            self._counted["evicted"] += len(ids)
         return ids
 
     def _begin_change(self, always: bool = False) -> None:

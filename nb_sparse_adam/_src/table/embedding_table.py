@@ -191,7 +191,6 @@ class EmbeddingTable(Updates):
         self._ages = Ages()
         self._evictor = Evictor(store, self._ages)
         self._history = History()
-        self._counted = {"dropped": 0, "evicted": 0}
 
     def __repr__(self) -> str:
         return (

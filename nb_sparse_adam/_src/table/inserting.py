@@ -257,6 +257,7 @@ def _begin_remove(phase: Any, job: Any) -> Any:  # noqa: ARG001
             free[np.uint64(left)] = r
             left += 1
     index["ids"] -= left - store["free_length"]
+    store["evicted"] += left - store["free_length"]
     store["free_length"] = left
     return np.int64(-1)
 

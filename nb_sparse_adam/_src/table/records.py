@@ -32,6 +32,8 @@ STORE = record(
     "free", "free_length",  # address of int64: records that are nobody's again; the last one goes first
     "clock",  # advances with every step, and with what `ages.Ages` notes
     "admitted",  # ids that have ever come
+    "evicted",  # rows that have ever gone
+    "dropped",  # ids of updates that had no row
     "initializer", "seed",  # ZEROS, NORMAL, UNIFORM or GIVEN
     reals=("first", "second"),  # mean and standard deviation, or both ends
 )  # fmt: skip

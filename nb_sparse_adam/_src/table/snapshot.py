@@ -43,7 +43,7 @@ MADE = (
 _AT_ONCE = 1 << 20  # ids that get rows in one call
 # All that differs between two tables of one dim, dtype and step_counts, but for name, lock and capacity.
 _EXCHANGED = (
-    "_admission", "_ages", "_counted", "_eviction", "_evictor", "_history", "_initializer", "_missing",
+    "_admission", "_ages", "_eviction", "_evictor", "_history", "_initializer", "_missing",
     "_options", "_store", "_tables", "_unknown", "_values_of",
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def numbers_of(table: EmbeddingTable) -> dict[str, int]:
     store = table._store
     found = (
         store.clock, store.steps, int(store.store["admitted"][0]), table._admission.draws,
-        table._counted["dropped"], table._counted["evicted"], store.table.skipped_rows,
+        int(store.store["dropped"][0]), int(store.store["evicted"][0]), store.table.skipped_rows,
     )  # fmt: skip
     return dict(zip(NUMBERS, found, strict=True))
 
@@ -331,7 +331,7 @@ def fill(
     admission.counters[...] = arrays["counters"]
     admission.taken[0] = np.count_nonzero(admission.counters)
     admission.draws = numbers["draws"]
-    table._counted.update(dropped=numbers["dropped"], evicted=numbers["evicted"])
+    store.store["dropped"], store.store["evicted"] = numbers["dropped"], numbers["evicted"]
 
 
 def exchange(

@@ -155,7 +155,7 @@ def step_tables(
         else:
             step_together(optimizers, requests)
         for table in gradients:
-            table._counted["dropped"] += dropped[table]
+            table._store.store["dropped"] += dropped[table]
             table._let_old_rows_go()
 
     shared = sorted((table._shared for table in gradients), key=id)  # in the order of forks: no deadlock
