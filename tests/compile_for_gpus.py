@@ -4,22 +4,27 @@
 Steps of all forms are called on arrays of the host that pretend to be on a GPU. A launch compiles the kernel
 for the types of its arguments instead of running it, and assembles what it becomes. Prints a JSON list.
 
-    python tests/compile_for_gpus.py MAJOR MINOR [--few]   # the compute capability
+    python tests/compile_for_gpus.py MAJOR MINOR --save FILE   # the compute capability
+    python tests/compile_for_gpus.py MAJOR MINOR --load FILE
 
-Each kernel is compiled for every kind of count and dtype, with wide rows or with those of 5 numbers; with
-``--few`` not for every pair of these.
+Each kernel is compiled for every kind of count and dtype, with wide rows or with those of 5 numbers. What
+numba makes of them is the same for all of these GPUs, and takes most of the time: it is written to a file,
+from which NVVM, another version of it perhaps, makes code for other ones.
 """
 
 import contextlib
 import json
+import pickle
 import re
 import sys
 import types
+from pathlib import Path
 
 import numba.cuda.dispatcher
 import numpy as np
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
+from numba.cuda.cudadrv import nvvm
 from numba.cuda.np.numpy_support import from_dtype
 from numba.cuda.types import Array
 from numba.cuda.typing.typeof import typeof
@@ -75,6 +80,13 @@ class Compiled:
     def __init__(self, capability):
         self.seen = {}
         self.capability = capability
+        self.modules = []  # what NVVM was given last, and its options
+        self.compile_ir = nvvm.compile_ir
+        nvvm.compile_ir = self.record
+
+    def record(self, modules, **options):
+        self.modules = modules, options
+        return self.compile_ir(modules, **options)
 
     def launch(self, function, blocks, threads, stream, *arguments):
         assert blocks > 0
@@ -87,7 +99,13 @@ class Compiled:
             ptx, _ = cuda.compile_ptx(function.py_func, signature, cc=self.capability)
         except Exception as error:
             raise RuntimeError(f"{function.py_func.__name__}{signature} for {self.capability}") from error
-        self.seen[key] = {"ptx": ptx, **self.assemble(ptx)}
+        self.seen[key] = {"ptx": ptx, "modules": self.modules, **self.assemble(ptx)}
+
+    def load(self, kernel, signature, modules, options):
+        """Compile what another process has saved."""
+        options["arch"] = "compute_{}{}".format(*self.capability)
+        ptx = self.compile_ir(modules, **options).decode().strip("\x00")
+        return kernel, signature, {"ptx": ptx, **self.assemble(ptx)}
 
     def assemble(self, ptx):
         arch = "sm_{}{}".format(*self.capability)
@@ -143,11 +161,13 @@ def pretend(capability):
     return compiled
 
 
-FEW = [("element", np.float32, 64), ("row", np.float64, 5), ("global", np.float32, 5)]
-ALL = [*FEW, ("element", np.float64, 5), ("row", np.float32, 64), ("global", np.float64, 64)]
+KINDS = [
+    ("element", np.float32, 64), ("element", np.float64, 5), ("row", np.float32, 64), ("row", np.float64, 5),
+    ("global", np.float32, 5), ("global", np.float64, 64),
+]  # fmt: skip
 
 
-def steps(kinds):
+def steps():
     """Call steps of all forms, of several kinds of table."""
     n, bags = 5000, 250
     offsets, weights = np.arange(bags + 1) * (n // bags), np.ones(n)
@@ -156,7 +176,7 @@ def steps(kinds):
         return [OnHost(array) for array in arrays]
 
     ids = np.arange(n)
-    for step_counts, dtype, dim in kinds:
+    for step_counts, dtype, dim in KINDS:
         table = OnHost(np.zeros((1000, dim), dtype))
         optimizer = SparseAdam(table, step_counts=step_counts, device_checks="deferred")
         values = np.zeros((n, dim), dtype)
@@ -182,24 +202,34 @@ def steps(kinds):
 
 
 def main():
-    compiled = pretend((int(sys.argv[1]), int(sys.argv[2])))
-    steps(FEW if "--few" in sys.argv else ALL)
-    from nb_sparse_adam._src.cuda import checks
+    capability, what, file = (int(sys.argv[1]), int(sys.argv[2])), sys.argv[3], Path(sys.argv[4])
+    if what == "--save":
+        compiled = pretend(capability)
+        steps()
+        from nb_sparse_adam._src.cuda import checks
 
-    compiled.launch(checks.join, 1, 1, None, 0)  # of steps of very many ids
+        compiled.launch(checks.join, 1, 1, None, 0)  # of steps of very many ids
+        found = [
+            (function.py_func.__name__, str(signature), one)
+            for (function, signature), one in compiled.seen.items()
+        ]
+        file.write_bytes(pickle.dumps([(*key, *one["modules"]) for *key, one in found]))
+    else:
+        compiled = Compiled(capability)
+        found = [compiled.load(*saved) for saved in pickle.loads(file.read_bytes())]
     report = [
         {
-            "kernel": function.py_func.__name__,
-            "types": str(signature),
-            "capability": compiled.capability,
-            "fused": len(re.findall(r"\bfma\.rn\.f32", found["ptx"])),
-            "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.[fu]", found["ptx"])),
-            "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.[fu]", found["ptx"])),
-            "bytes_loaded": len(re.findall(r"ld\.global\.u8", found["ptx"])),
-            "size": found["size"],
-            **found["used"],
+            "kernel": kernel,
+            "types": signature,
+            "capability": capability,
+            "fused": len(re.findall(r"\bfma\.rn\.f32", one["ptx"])),
+            "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]\.[fu]", one["ptx"])),
+            "vector_stores": len(re.findall(r"st\.global\S*\.v[24]\.[fu]", one["ptx"])),
+            "bytes_loaded": len(re.findall(r"ld\.global\.u8", one["ptx"])),
+            "size": one["size"],
+            **one["used"],
         }
-        for (function, signature), found in compiled.seen.items()
+        for kernel, signature, one in found
     ]
     print(json.dumps(report))
 

@@ -18,24 +18,16 @@ need("cuda.bindings.nvvm")
 pytestmark = pytest.mark.jit
 
 
-# What is compiled for one generation is much the same for another, and takes a minute.
-NEWER = ("90", "--few")
-
-
-def compile_all(*runs, limit=None):
-    """Compile for each (arguments, more of the environment), side by side; the reports, joined.
-
-    The first argument is a compute capability without its point.
-    """
+def start(*arguments, **more):
+    """Start compiling, with more in the environment."""
     program = Path(__file__).with_name("compile_for_gpus.py")
-    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, program, *capability, *others],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | more,
-        )
-        for (capability, *others), more in runs
-    ]  # fmt: skip
+    env = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", **more}
+    command = [sys.executable, program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def reports(*running, limit=None):
+    """Wait for processes; what they report, joined."""
     report = []
     try:
         for one in running:
@@ -49,8 +41,14 @@ def compile_all(*runs, limit=None):
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return compile_all((("80",), {}), (NEWER, {}))
+def saved(tmp_path_factory):
+    """What NVVM is given for each kernel; see `compile_for_gpus`."""
+    return tmp_path_factory.mktemp("kernels") / "modules"
+
+
+@pytest.fixture(scope="module")
+def compiled(saved):
+    return reports(start(8, 0, "--save", saved)) + reports(start(9, 0, "--load", saved))
 
 
 def test_every_kernel_is_compiled_for_both_generations(compiled):
@@ -94,7 +92,7 @@ def test_rows_of_whole_16_bytes_are_moved_16_bytes_at_a_time(compiled):
         assert one["vector_stores"] % 3 == 0  # of an unrolled loop, several times as many
 
 
-def test_older_compilers_finish(compiled):
+def test_older_compilers_finish(compiled, saved):
     """NVVM of CUDA 12.9 and 13.0 never came back from loops that newer ones compile in a second.
 
     OLD_NVVM names such libraries, separated by colons; the one that is loaded first is used.
@@ -102,8 +100,10 @@ def test_older_compilers_finish(compiled):
     libraries = os.environ.get("OLD_NVVM")
     if not libraries:
         pytest.skip("needs OLD_NVVM, paths of libnvvm of CUDA 12.9 and 13.0")
-    runs = [
-        (NEWER, {"LD_PRELOAD": library, "NUMBA_CACHE_DIR": os.devnull}) for library in libraries.split(":")
+    running = [
+        start(9, 0, "--load", saved, LD_PRELOAD=library, NUMBA_CACHE_DIR=os.devnull)
+        for library in libraries.split(":")
     ]
-    report = compile_all(*runs, limit=600)
+    report = reports(*running, limit=600)
+    assert len(report) == len(compiled)
     assert {one["kernel"] for one in report} == {one["kernel"] for one in compiled}

@@ -237,7 +237,12 @@ def test_more_optimizers_than_one_with_statement_takes():
 SCENARIOS = [Step, StepOnThreads, StepOfSeveralTables, StepTogether, KernelTable, Rate, Save, *TORCH]
 
 
+# Of scenarios with hundreds of places, or thousands: with --long none is passed over.
+EVERY = {StepOfSeveralTables: 3, StepTogether: 3, Save: 3, **dict.fromkeys(TORCH, 23)}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # generators let go
+@pytest.mark.usefixtures("no_fsync")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_an_exception_at_every_place(scenario, tmp_path, request):
     every = request.config.getoption("--long")
@@ -254,7 +259,7 @@ def test_an_exception_at_every_place(scenario, tmp_path, request):
         where = interrupted(tried.act, at, every)
         if where is None:
             break
-        at += 1 if every or scenario not in TORCH else 11  # of some 3000 places
+        at += 1 if every else EVERY.get(scenario, 1)
         found = tried.bits()
         if not tried.may_be(found, states[0], states[1]):
             failures.append(f"{where}: neither done nor left")
