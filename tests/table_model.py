@@ -54,7 +54,7 @@ class TableModel:
 
     def __init__(
         self, dim, dtype, seed, step_counts, now, *, capacity=None, admission=None, eviction=None,
-        missing="drop", unknown="zeros", most=1 << 15, **options,
+        missing="drop", unknown="zeros", most=1 << 17, **options,
     ):  # fmt: skip
         self.dim, self.dtype, self.seed, self.now = dim, np.dtype(dtype), seed, now
         self.capacity, self.admission, self.eviction = capacity, admission, eviction or Eviction()

@@ -17,13 +17,13 @@ from hypothesis.stateful import (
 from table_model import NoRoomError, NoRowError, TableModel
 
 from nb_sparse_adam import EmbeddingTable, Eviction
-from nb_sparse_adam._src.table import ages
-from nb_sparse_adam._src.table.cells import BEGINS, SEGMENT_CELLS
+from nb_sparse_adam._src.table import ages, cells
 from nb_sparse_adam.errors import GradientIndexError, TableError
 
 COMPILED = not numba.config.DISABLE_JIT
-SEGMENT = SEGMENT_CELLS * BEGINS // 1000  # ids with which the index of one segment begins to grow
-MANY = 5 * SEGMENT if COMPILED else SEGMENT + SEGMENT // 20
+# An index that is interpreted is made to grow with fewer ids.
+BEGINS, ENDS = (cells.BEGINS, cells.ENDS) if COMPILED else (3, 6)
+MANY = cells.LAYER_CELLS * BEGINS // 1000 * 21 // 20  # ids with which an index has begun to grow
 
 EXTREME = [0, -1, 1, 7, -(2**63), 2**63 - 1, 2**32, -(2**32), 5 << 40, 6 << 40]
 numbers = st.sampled_from(EXTREME) | st.integers(0, 20) | st.integers(-(2**63), 2**63 - 1)
@@ -49,6 +49,8 @@ class TableMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(ages, "time", self.clock)
+        self.patch.setattr(cells, "BEGINS", BEGINS)
+        self.patch.setattr(cells, "ENDS", ENDS)
         draw = data.draw
         capacity = draw(st.none() | st.integers(1, 30), "capacity")
         when_full = capacity is not None and draw(st.booleans(), "when_full")
@@ -186,13 +188,14 @@ class TableMachine(RuleBasedStateMachine):
         self.table.lr = self.model.adam.lr = lr
 
     @precondition(lambda self: not self.has_grown and self.model.capacity is None)
-    @precondition(lambda self: self.model.admission in (None, 1) or COMPILED)
-    @rule(begin=st.integers(-1000, 1000))
-    def grow(self, begin):
+    @rule(begin=st.integers(-1000, 1000), down_to=st.integers(5, 40))
+    def grow(self, begin, down_to):
         self.has_grown = True
         batch = list(range(begin, begin + MANY))
         expected, got = self.both(lambda: self.model.lookup(batch, True), lambda: self.table.lookup(batch))
         assert got.tobytes() == expected.tobytes()
+        self.same()
+        self.evict_least_recent(down_to)
 
     @invariant()
     def same(self):

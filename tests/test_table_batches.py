@@ -2,6 +2,7 @@
 """An `EmbeddingTable` at its edges: batches and ids of all kinds, capacity, rows that are used again."""
 
 from hashlib import blake2b
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -411,3 +412,15 @@ def test_an_initializer_that_fails_changes_no_row():
     with pytest.raises(OptionError, match="unlucky"):
         table.lookup([13, 14])
     assert everything(table) == before
+
+
+def test_of_rows_of_one_moment_those_that_came_first_go_first(monkeypatch):
+    """Whatever the table remembers of which rows are old: here 1 is, until it is touched again."""
+    monkeypatch.setattr(ages, "time", SimpleNamespace(time=lambda: 1e9))
+    table = zeros(1, capacity=3, eviction=Eviction(when_full=True))
+    table.lookup([1, 2, 3])
+    table.update([2, 3], np.ones((2, 1), np.float32))
+    table.lookup([1, 4])
+    assert table.ids().tolist() == [1, 3, 4]
+    table.lookup([5])
+    assert table.ids().tolist() == [3, 4, 5]

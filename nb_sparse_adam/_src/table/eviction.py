@@ -145,17 +145,24 @@ class Evictor:
         but : (n,) int64
             Rows that are to stay.
         """
-        for refill in (False, True):
-            if refill:
-                self._look_at_all(number + len(but))
-            rows = self._oldest
-            same = self._store.header(TOUCHED)[rows] == self._touched
-            same &= self._store.header(ADMITTED)[rows] == self._admitted  # it is still of the same id
-            same &= ~np.isin(rows, but)
-            places = np.flatnonzero(same)[::-1][:number]
-            if len(places) == number:
-                break
-        return rows[places]
+        rows = self._kept(but)
+        if len(rows) < number:
+            self._look_at_all(number + len(but))
+            rows = self._kept(but)
+            # What is of this moment is not kept: rows that are touched now would be among it.
+            before = np.searchsorted(-self._touched, -self._store.clock, "right")
+            self._oldest, self._touched, self._admitted = (
+                each[before:] for each in (self._oldest, self._touched, self._admitted)
+            )
+        return rows[:number]
+
+    def _kept(self, but: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of the oldest rows that were not touched since, but for some; the oldest first."""
+        rows = self._oldest
+        same = self._store.header(TOUCHED)[rows] == self._touched
+        same &= self._store.header(ADMITTED)[rows] == self._admitted  # it is still of the same id
+        same &= ~np.isin(rows, but)
+        return rows[np.flatnonzero(same)[::-1]]
 
     def _look_at_all(self, least: int) -> None:
         admitted, touched = self._store.header(ADMITTED), self._store.header(TOUCHED)
