@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that save checkpoints over and over, and are killed: at a named place, or at any time."""
+"""Processes that write the same files over and over, and are killed: at a named place, or at any time."""
 
 import os
 import random
@@ -31,17 +31,17 @@ def run(program, *arguments):
     return done.stdout
 
 
-def plans(hits, at_random):
+def plans(hits, at_random, points=POINTS):
     """Return (place, at which time it is reached there), and after them ``at_random`` times (None, 0)."""
-    return [(point, hit) for point in POINTS for hit in hits] + [(None, 0)] * at_random
+    return [(point, hit) for point in points for hit in hits] + [(None, 0)] * at_random
 
 
-def until_killed(work, point, hit, seconds, rng=random.Random(1)):  # noqa: B008 (one for all calls)
+def until_killed(work, point, hit, seconds, module=saving, rng=random.Random(1)):  # noqa: B008 (one for all calls)
     """Fork a process that works until it is killed: at a place, or at any time within so many seconds."""
     process = os.fork()
     if process == 0:
         try:
-            kill_at(point, hit)
+            kill_at(point, hit, module)
             work()
         finally:
             os._exit(1)  # nothing but a kill ends it
@@ -53,8 +53,8 @@ def until_killed(work, point, hit, seconds, rng=random.Random(1)):  # noqa: B008
     assert os.WTERMSIG(status) == signal.SIGKILL, (point, status)
 
 
-def kill_at(point, hit):
-    """Have this process kill itself when a save reaches a place for the ``hit``-th time."""
+def kill_at(point, hit, module):
+    """Have this process kill itself when a module of ours reaches a place for the ``hit``-th time."""
     left = [hit]
 
     def reached(where):
@@ -63,4 +63,4 @@ def kill_at(point, hit):
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    saving._reached = reached
+    module._reached = reached

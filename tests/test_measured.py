@@ -16,6 +16,7 @@ from nb_sparse_adam._src.bench.settings import Settings
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
+    from benchmarks import largest_table
     from benchmarks.pages import __main__ as pages
     from benchmarks.pages import recommender_tables, speed, tables
 finally:
@@ -249,3 +250,13 @@ def test_a_result_of_now_can_be_shown(monkeypatch):
     machine = tables.Machine("a processor", "it", {**result, "commit": None, "lines": []})
     assert tables.machines_table([machine]).splitlines()[2].startswith("| a processor, ")
     assert "unknown commit" in tables.when(machine.result)
+
+
+def test_the_largest_table_is_filled_and_drawn(tmp_path):
+    largest_table.main(
+        ["--rows", "400000", "--dim", "2", "--json", f"{tmp_path}/x.json", "--png", f"{tmp_path}/x.png"]
+    )
+    result = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert [point["rows"] // 20_000 for point in result["points"]][-1] >= 19
+    assert all(0 < point["longest of writes"] < 10 for point in result["points"])
+    assert chart.checksum(result).encode() in (tmp_path / "x.png").read_bytes()

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import largest_table
 from benchmarks.pages import gpu_tables, recommender_tables, speed, tables
 from benchmarks.pages.gpu_tables import OnGPU
 from benchmarks.pages.tables import Machine
@@ -39,6 +40,7 @@ PAGES = (
 
 EPYC, XEON = "epyc-2core", "cpu-xeon-emeraldrapids-2core"
 RECOMMENDERS = "recommender-epyc-2core"
+LARGEST_TABLE = "largest-table-xeon-2core"
 PROCESSORS = {
     EPYC: ("AMD EPYC (Zen 4)", "EPYC"),
     XEON: ("Intel Xeon (Emerald Rapids)", "Xeon"),
@@ -151,6 +153,7 @@ def rendered(text: str) -> str:
 PICTURES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "speed.png": (EPYC, lambda result: speed.draw(result, f"2 cores of an {PROCESSORS[EPYC][0]}")),
     **{f"{name}.png": (name, chart.draw) for name in PROCESSORS},
+    "largest-table.png": (LARGEST_TABLE, largest_table.draw),
     **({recommender_tables.PICTURE: (RECOMMENDERS, curves.draw)} if is_measured(RECOMMENDERS) else {}),
 }
 """Name of a picture in measured/ -> the result that it shows, and who draws it."""
