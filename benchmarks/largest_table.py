@@ -5,7 +5,8 @@
 
 Ids come at random, 65,536 a call. Beside each call as many bytes are written to memory that is as new. Every
 million rows, or twentieth of them: resident memory, beside what rows and index are made of; the times of the
-calls since; look-ups of ids that are there. Without ``--rows``: as many as nine tenths of the free memory take.
+calls since; look-ups of ids that are there. Without ``--rows``: as many as nine tenths of the free memory
+hold.
 """
 
 from __future__ import annotations
