@@ -98,7 +98,7 @@ def test_no_kind_of_ids_is_worse_than_random_ones():
         assert worst < 3 * most + 5, (kind, went_past)
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.jit)])
+@pytest.mark.parametrize("threads", [1, pytest.param(None, marks=pytest.mark.jit)])
 def test_everything_is_found_while_it_grows(threads, growing_from):
     table = new(num_threads=threads)
     rng = np.random.default_rng(1)
