@@ -68,7 +68,7 @@ def draw(result: dict[str, Any]) -> Any:
     def curve(name: str, scale: float) -> Any:
         return np.array([point[name] for point in points]) * scale
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     memory_axes, time_axes = figure.subplots(1, 2)
     made_of = curve("bytes of rows", 1e-9) + curve("bytes of the index", 1e-9)
     memory_axes.plot(rows, curve("resident", 1e-9), label="resident memory")
@@ -79,9 +79,12 @@ def draw(result: dict[str, Any]) -> Any:
     time_axes.plot(rows, curve("longest of calls", 1e3), ".", label="longest of these since the last million")
     time_axes.plot(rows, curve("longest of writes", 1e3), ".", label="longest of plain writes beside them")
     time_axes.set(xlabel="million rows", ylabel="ms", title="How long calls take", ylim=0)
-    time_axes.set_ylim(top=1.5 * time_axes.get_ylim()[1])  # room for the legend
     for axes in (memory_axes, time_axes):
-        axes.legend(loc="upper left")
+        axes.set(xlim=0, ylim=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            axis.set_ticks([tick for tick in axis.get_ticklocs() if low <= tick <= high])
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -70,7 +70,9 @@ def _target(figure: dict[str, Any]) -> str:
 
 
 def _number(name: str, number: float) -> str:
-    """Write a number of a line: a time, unless its name says that it is a part of something."""
+    """Write a number of a line: a time, unless its name says that it is a part of something, or bytes."""
+    if name.startswith("bytes "):
+        return f"{number:.2f}"
     return f"{number:.4f}" if ", recall@" in name else _seconds(number)
 
 
