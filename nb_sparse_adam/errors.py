@@ -16,6 +16,7 @@
     ├── StateError           ValueError   a state dict, or a source of rows, does not fit the optimizer
     │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
     ├── CheckpointError      ValueError   a checkpoint is missing, damaged, or does not fit
+    │   └── LogError         OSError      ... a write-ahead log is damaged, or cannot be written
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
     │   └── UnknownIdError   KeyError     ... a user or an item was not there in training
     ├── NotFittedError       ValueError, AttributeError  a model is asked for what only training gives
@@ -37,6 +38,7 @@ __all__ = [
     "GradientIndexError",
     "GradientTypeError",
     "InteractionsError",
+    "LogError",
     "MissingExtraError",
     "NonFiniteGradientError",
     "NotFittedError",
@@ -102,6 +104,10 @@ class StateTypeError(StateError, TypeError):
 
 class CheckpointError(SparseAdamError, ValueError):
     """A checkpoint is missing, incomplete, damaged or of something else, or does not fit the optimizer."""
+
+
+class LogError(CheckpointError, OSError):
+    """A write-ahead log of a parameter server is damaged, or cannot be written to any more."""
 
 
 class InteractionsError(SparseAdamError, ValueError):
