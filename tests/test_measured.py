@@ -252,6 +252,7 @@ def test_a_result_of_now_can_be_shown(monkeypatch):
     assert "unknown commit" in tables.when(machine.result)
 
 
+@pytest.mark.jit
 def test_the_largest_table_is_filled_and_drawn(tmp_path):
     largest_table.main(
         ["--rows", "400000", "--dim", "2", "--json", f"{tmp_path}/x.json", "--png", f"{tmp_path}/x.png"]
