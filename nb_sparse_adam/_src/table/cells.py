@@ -296,8 +296,9 @@ def empty_segments(index: Any, unit: Any, scratch: Any) -> None:
 
     ``scratch`` has room for a segment, and is nobody else's.
     """
+    cells = open_cells(index)
     for segment in range(index["left_before"] - 1, index["left"] - 1, -1):
-        _empty(open_cells(index), segment * UNITS + unit, scratch)
+        _empty(cells, segment * UNITS + unit, scratch)
 
 
 @jit
