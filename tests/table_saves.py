@@ -5,11 +5,22 @@ import json
 
 import numpy as np
 from checks import bits
+from hypothesis import strategies as st
 
 from nb_sparse_adam import EmbeddingTable, checkpoint
 
 DIM = 3
 EDGES = [0, -1, 2**63 - 1, -(2**63)]
+
+# What is done to a table, and to which ids, or how often: for `do`.
+IDS = st.lists(st.sampled_from([*range(-9, 9), *EDGES]), min_size=1, max_size=8)
+CHANGES = (
+    st.tuples(st.just("lookup"), IDS),
+    st.tuples(st.just("update"), IDS),
+    st.tuples(st.just("load"), st.lists(st.integers(-9, 9), min_size=1, max_size=4, unique=True)),
+    st.tuples(st.just("evict"), st.integers(0, 6)),
+    st.tuples(st.just("let go of"), st.integers(0, 3)),
+)
 
 
 def make(**options):
@@ -30,6 +41,23 @@ def trained(steps=4, **options):
     for k in range(steps):
         step(table, k)
     return table
+
+
+def do(table, operation, given):
+    """Do one of `CHANGES`."""
+    if operation == "lookup":
+        table.lookup(given)
+    elif operation == "update":
+        grads = np.random.default_rng(given[0] % 2**32).normal(size=(len(given), DIM))
+        if table.on_nonfinite == "skip":
+            grads[0, 0] = np.nan
+        table.update(given, grads)
+    elif operation == "load":
+        table.load(given, np.full((len(given), DIM), given[0], np.float32))
+    elif operation == "evict":
+        table.evict(down_to=given)
+    else:
+        table.evict(older_than_steps=given, seen_fewer_than=3)
 
 
 def content(table):

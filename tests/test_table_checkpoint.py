@@ -9,10 +9,11 @@ from checks import STEP_COUNTS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from table_saves import (
+    CHANGES,
     DIM,
-    EDGES,
     chain_in,
     content,
+    do,
     files_in,
     make,
     manifest_of,
@@ -36,15 +37,7 @@ def chain(tmp_path):
 
 # --- the same bits ------------------------------------------------------------------------------------------
 
-IDS = st.lists(st.sampled_from([*range(-9, 9), *EDGES]), min_size=1, max_size=8)
-OPERATIONS = st.one_of(
-    st.tuples(st.just("lookup"), IDS),
-    st.tuples(st.just("update"), IDS),
-    st.tuples(st.just("load"), st.lists(st.integers(-9, 9), min_size=1, max_size=4, unique=True)),
-    st.tuples(st.just("evict"), st.integers(0, 6)),
-    st.tuples(st.just("let go of"), st.integers(0, 3)),
-    st.tuples(st.just("save"), st.booleans()),
-)
+OPERATIONS = st.one_of(*CHANGES, st.tuples(st.just("save"), st.booleans()))
 # Which rows a step looks at is not saved: here it is all of them.
 OPTIONS = st.fixed_dictionaries({
     "step_counts": st.sampled_from(STEP_COUNTS),
@@ -53,22 +46,6 @@ OPTIONS = st.fixed_dictionaries({
     "on_nonfinite": st.sampled_from(["raise", "skip"]),
     "eviction": st.sampled_from([Eviction(when_full=True), Eviction(older_than_steps=2, rows_a_step=40)]),
 })  # fmt: skip
-
-
-def do(table, operation, given):
-    if operation == "lookup":
-        table.lookup(given)
-    elif operation == "update":
-        grads = np.random.default_rng(given[0] % 2**32).normal(size=(len(given), DIM))
-        if table.on_nonfinite == "skip":
-            grads[0, 0] = np.nan
-        table.update(given, grads)
-    elif operation == "load":
-        table.load(given, np.full((len(given), DIM), given[0], np.float32))
-    elif operation == "evict":
-        table.evict(down_to=given)
-    else:
-        table.evict(older_than_steps=given, seen_fewer_than=3)
 
 
 @settings(max_examples=settings().max_examples // 5)

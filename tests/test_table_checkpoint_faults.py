@@ -269,29 +269,25 @@ def test_a_file_that_is_changed_after_it_was_verified_is_refused(chain, monkeypa
 # --- while others work, and memory --------------------------------------------------------------------------
 
 
-def test_serving_goes_on_while_a_table_is_saved_and_steps_wait(tmp_path, monkeypatch):
-    table = trained()
-    served, stepped = [], []
-    threads = []
+def test_serving_and_training_go_on_while_a_table_is_saved(tmp_path, monkeypatch):
+    table, reached = trained(), []
 
     def meanwhile(point):
-        if point != "a file written" or threads:
-            return
-        threads.append(threading.Thread(target=lambda: served.append(table.lookup([1], train=False))))
-        threads[0].start()
-        threads[0].join(60)
-        assert served
-        threads.append(threading.Thread(target=lambda: stepped.append(step(table, 9))))
-        threads[1].start()
-        threads[1].join(0.2)
-        assert not stepped
+        reached.append(point)
+        done = []
+        serve, train = lambda: table.lookup([1], train=False), lambda: step(table, 10 + len(reached))
+        for work in (serve, train, lambda: table.evict(down_to=9)):
+            thread = threading.Thread(target=lambda work=work: done.append(work()))
+            thread.start()
+            thread.join(60)
+        assert len(done) == 3, point
 
     monkeypatch.setattr(saving, "_reached", meanwhile)
     expected = content(table)
     checkpoint.save(tmp_path, table)
-    threads[1].join(60)
-    assert stepped
+    assert {"a file begun", "a file written", "manifest in its place"} < set(reached)
     assert content(checkpoint.load(tmp_path)[0]) == expected
+    assert content(table) != expected
 
 
 @pytest.mark.jit

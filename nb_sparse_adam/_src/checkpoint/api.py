@@ -18,11 +18,11 @@ from nb_sparse_adam._src.checkpoint.saving import (
     restore_optimizer,
     save_optimizer,
 )
+from nb_sparse_adam._src.checkpoint.table_saving import save_tables
 from nb_sparse_adam._src.checkpoint.tables import (
     compact_tables,
     load_tables,
     restore_tables,
-    save_tables,
     tables_in,
 )
 from nb_sparse_adam._src.optimizer import SparseAdam

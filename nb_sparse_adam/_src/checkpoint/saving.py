@@ -92,6 +92,7 @@ class Part(NamedTuple):
     name: str
     arrays: Mapping[str, PieceReader]
     described: dict[str, Any]
+    written: Callable[[], None] = lambda: None  # is called when its arrays have been read
 
 
 def write_checkpoint(
@@ -144,6 +145,7 @@ def _save_part(file: Path, part: Part, tell: Callable[[int], None]) -> dict[str,
     with open(file, "xb") as opened:
         _reached("a file begun")
         digest = write_tensors(opened, part.arrays, tell)
+        part.written()
         opened.flush()
         _reached("a file written")
         os.fsync(opened.fileno())

@@ -12,6 +12,7 @@ import numpy as np
 from nb_sparse_adam._src import options
 from nb_sparse_adam._src.checkpoint.tensor_files import PieceReader, array_size
 from nb_sparse_adam._src.table import snapshot
+from nb_sparse_adam._src.table.capture import Capture
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam._src.table.store import MOST_ROWS
 
@@ -36,8 +37,8 @@ _RECORD: dict[str, type] = {
 }
 
 
-def arrays_of(table: EmbeddingTable, base: str | None) -> dict[str, PieceReader]:
-    """Give what is saved of a table, to be read piece by piece while nobody writes to it.
+class Moment:
+    """A table at one moment, at which nobody writes to it: what its file holds, and a manifest says.
 
     Parameters
     ----------
@@ -45,31 +46,41 @@ def arrays_of(table: EmbeddingTable, base: str | None) -> dict[str, PieceReader]
     base : str, optional
         Only the rows that were touched since this save, which the table knows, and the ids that have gone.
     """
-    since = None if base is None else table._history.clock_of(base)
-    gone = np.empty(0, np.int64)
-    if since is not None:
-        gone = table._history.gone_since(since)
-        found, _ = table._store.find(gone, table.num_threads)
-        gone = gone[found < 0]  # others have come back, and are touched
-    arrays = {**snapshot.arrays_of(table, since), "gone": gone}
-    return {name: arrays[name] for name in ARRAYS}
 
+    def __init__(self, table: EmbeddingTable, base: str | None) -> None:
+        since = None if base is None else table._history.clock_of(base)
+        self._gone = [] if since is None else table._history.gone_since(since)
+        self._name, self._made = table._history.table, snapshot.made_of(table)
+        self._options, self._numbers = snapshot.options_of(table), snapshot.numbers_of(table)
+        self._capture = Capture(table, since)  # last: without it nothing is kept aside
 
-def described(table: EmbeddingTable, arrays: Mapping[str, PieceReader]) -> dict[str, Any]:
-    """Say what a table's file holds, and what a table is made of that goes on from it."""
-    made = snapshot.made_of(table)
-    if callable(made["initializer"]):
-        made["initializer"] = None
-    return {
-        "table": table._history.table,
-        "rows": arrays["ids"].shape[0],
-        "gone": arrays["gone"].shape[0],
-        "ages": arrays["ages_clock"].shape[0],
-        "steps": arrays["steps"].dtype.name,
-        "made": {name: _plain(value) for name, value in made.items()},
-        "options": {name: _plain(value) for name, value in snapshot.options_of(table).items()},
-        "numbers": snapshot.numbers_of(table),
-    }
+    def arrays(self) -> dict[str, PieceReader]:
+        """Give what is saved, to be read piece by piece while the table goes on."""
+        arrays = self._capture.arrays()
+        gone = np.unique(np.concatenate([np.empty(0, np.int64), *self._gone]))
+        # Others have come back, and are touched.
+        arrays["gone"] = np.setdiff1d(gone, arrays["ids"][:], assume_unique=True)
+        return {name: arrays[name] for name in ARRAYS}
+
+    def described(self, arrays: Mapping[str, PieceReader]) -> dict[str, Any]:
+        """Say what a table's file holds, and what a table is made of that goes on from it."""
+        made = self._made
+        if callable(made["initializer"]):
+            made = {**made, "initializer": None}
+        return {
+            "table": self._name,
+            "rows": arrays["ids"].shape[0],
+            "gone": arrays["gone"].shape[0],
+            "ages": arrays["ages_clock"].shape[0],
+            "steps": arrays["steps"].dtype.name,
+            "made": {name: _plain(value) for name, value in made.items()},
+            "options": {name: _plain(value) for name, value in self._options.items()},
+            "numbers": self._numbers,
+        }
+
+    def close(self) -> None:
+        """Let go of it: the table keeps nothing aside for it any more."""
+        self._capture.close()
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,7 @@ chain: a full save and the increments after it, folded into what a full save wou
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,15 +17,14 @@ import numpy as np
 from nb_sparse_adam._src import options
 from nb_sparse_adam._src.checkpoint.chains import Folded, Keep, check_chain, files_of
 from nb_sparse_adam._src.checkpoint.files import progress_bar, reading_all
-from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, check_extra, read_manifest, refuse_foreign
+from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, refuse_foreign
 from nb_sparse_adam._src.checkpoint.row_files import RowsFile
-from nb_sparse_adam._src.checkpoint.saving import Part, check_names, saving_in, write_checkpoint
-from nb_sparse_adam._src.checkpoint.table_manifest import KIND, arrays_of, bytes_of, described
+from nb_sparse_adam._src.checkpoint.saving import Part, saving_in, write_checkpoint
+from nb_sparse_adam._src.checkpoint.table_manifest import KIND, bytes_of
 from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.table import snapshot
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam._src.table.eviction import Eviction
-from nb_sparse_adam._src.table.history import LEAST_IDS, MOST_SAVES
 from nb_sparse_adam._src.table.snapshot import SnapshotError
 from nb_sparse_adam.errors import CheckpointError, OptionError, OptionTypeError, SparseAdamError
 
@@ -50,69 +47,6 @@ def tables_in(given: Any) -> Tables | None:
     if len(set(map(id, given.values()))) != len(given):
         raise OptionError(f"the mapping has one table by several of its names {sorted(given)}, expected one")
     return dict(given)
-
-
-def _while_nobody_writes(tables: Iterable[EmbeddingTable], work: Callable[[], T]) -> T:
-    for table in sorted(tables, key=id, reverse=True):  # the first one first, as steps do
-        work = partial(table._shared.read, work)
-    return work()
-
-
-# --- saving -----------------------------------------------------------------------------------------------
-
-
-def save_tables(
-    folder: Path, tables: Tables, single: bool, extra: Any, base: Path | None, progress: bool
-) -> None:
-    """See `api.save`."""
-    check_extra(extra)
-    check_names([*tables, *(table.name for table in tables.values())])
-    save = secrets.token_hex(8)
-
-    def work() -> None:
-        refuse_foreign(folder)
-        based = None if base is None else _read_base(folder, base, tables, single)
-        since = None if based is None else based["id"]
-        head = {"kind": KIND, "id": save, "base": since, "single": single}
-        parts = []
-        for name, table in tables.items():
-            arrays = arrays_of(table, since)
-            parts.append(Part(name, arrays, described(table, arrays)))
-        for table in tables.values():  # before it is there: an interrupt may come when it is
-            table._history.note_save(save, table._store.clock)
-        write_checkpoint(folder, head, parts, extra, "saving", progress)
-
-    with saving_in(folder):
-        _while_nobody_writes(tables.values(), work)
-
-
-def _read_base(folder: Path, base: Path, tables: Tables, single: bool) -> dict[str, Any]:
-    """Read the manifest of the save that an increment is to be based on, and refuse one that it cannot be."""
-    manifest = read_manifest(base)
-    save = str(manifest.get("id"))
-    if manifest.get("kind") != KIND:
-        raise CheckpointError(f"base {base} is a checkpoint of a SparseAdam, expected a save of these tables")
-    saved = {record["name"]: record["table"] for record in manifest["tables"]}
-    ours = {name: table._history.table for name, table in tables.items()}
-    if saved != ours or manifest["single"] != single:
-        raise CheckpointError(
-            f"base {base} is of other tables: {saved}, expected {ours}; a table that was made anew begins "
-            "with a full save (base=None)"
-        )
-    for name, table in tables.items():
-        if table._history.clock_of(save) is None:
-            raise CheckpointError(
-                f"base {base} holds save {save}, which table {name!r} is not after, or does not remember: "
-                f"it knows what has changed since its last {MOST_SAVES} saves, and that which it was loaded "
-                "from, as long as no more rows have gone since than half of those that it has (or "
-                f"{LEAST_IDS:,}). Make a full save (base=None)"
-            )
-    if (folder / MANIFEST).exists() and read_manifest(folder).get("id") == save:
-        raise CheckpointError(
-            f"{folder} holds the base itself, which an increment would replace; save it into a folder of its "
-            "own"
-        )
-    return manifest
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -208,6 +208,7 @@ class Contents(HyperParameters):
         if missing > store.room:
             self._make_room("load", numbers[rows < 0], rows[rows >= 0])
         self._reserve(missing)
+        store.keep_aside(rows)
 
         def fill() -> None:
             rows, missing = store.find(numbers, self.num_threads)
@@ -272,6 +273,7 @@ class Contents(HyperParameters):
         """Take rows away; return the ids that they had."""
         ids = self._store.header(ID)[rows]
         if len(ids):
+            self._store.keep_aside(rows)
             self._history.note_gone(self._store.clock, ids, len(self))  # first: an interrupt may come between
             self._store.remove(ids)
         return ids

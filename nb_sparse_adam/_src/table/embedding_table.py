@@ -296,6 +296,8 @@ class EmbeddingTable(Updates):
         if train:
             self._begin_change()
         rows, missing = store.find(numbers, threads)
+        if train:
+            store.keep_aside(rows)
         nothing = np.empty(0, self.dtype)
         if not missing:
             if train:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nb_sparse_adam._src.engine.compile import jit
 from nb_sparse_adam._src.engine.intrinsics import array_at
-from nb_sparse_adam._src.engine.records import ELEMENT, record
+from nb_sparse_adam._src.engine.records import ELEMENT, ROW, record
 
 # Words of 8 bytes at the beginning of a record, and in halves of them how often the id was seen, and, by
 # rows, the count of steps. A record that is nobody's is zero, ``ADMITTED`` too: from 1 on, the order in which
@@ -70,6 +71,26 @@ def bytes_of_record(dim: int, itemsize: int, count_rule: int) -> int:
     """How many bytes a record takes: a multiple of 8."""
     size = HEADER + 3 * dim * itemsize + (4 * dim if count_rule == ELEMENT else 0)
     return -(-size // 8) * 8
+
+
+def fields_of(
+    records: NDArray[np.int64], dim: int, dtype: np.dtype[Any], count_rule: int
+) -> dict[str, NDArray[Any]]:
+    """See what records hold, by name, (rows,) or (rows, dim); they are rows of words, without gaps."""
+    reals, halves = records.view(dtype), records.view(np.int32)
+    found: dict[str, NDArray[Any]] = {
+        "ids": records[:, ID], "admitted": records[:, ADMITTED], "touched": records[:, TOUCHED],
+        "seen": records.view(np.uint32)[:, SEEN],
+    }  # fmt: skip
+    for k, name in enumerate(("param", "exp_avg", "exp_avg_sq")):
+        first = HEADER // dtype.itemsize + k * dim
+        found[name] = reals[:, first : first + dim]
+    if count_rule == ROW:
+        found["steps"] = halves[:, COUNT]
+    elif count_rule == ELEMENT:
+        first = (HEADER + 3 * dim * dtype.itemsize) // 4
+        found["steps"] = halves[:, first : first + dim]
+    return found
 
 
 @jit

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam._src import options
-from nb_sparse_adam._src.checkpoint.tensor_files import PieceReader, array_size, runs
+from nb_sparse_adam._src.checkpoint.tensor_files import array_size, runs
 from nb_sparse_adam._src.engine import locks
 from nb_sparse_adam._src.engine.mapped import StateFolder
-from nb_sparse_adam._src.engine.records import GLOBAL
 from nb_sparse_adam._src.engine.state import MAX_COUNT
 from nb_sparse_adam._src.stepping import run_all
+from nb_sparse_adam._src.table.capture import Capture
 from nb_sparse_adam._src.table.locking import SharedLock, write_together
-from nb_sparse_adam._src.table.records import ADMITTED, ID, TOUCHED, ZEROS
+from nb_sparse_adam._src.table.records import ADMITTED, TOUCHED, ZEROS
 
 if TYPE_CHECKING:
     from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
@@ -55,54 +55,6 @@ class SnapshotError(ValueError):
 # --- out of a table ---------------------------------------------------------------------------------------
 
 
-class Gathered:
-    """Some rows of an array, which are copied a piece at a time."""
-
-    def __init__(self, array: NDArray[Any], rows: NDArray[np.integer[Any]]) -> None:
-        self._array, self._rows = array, rows
-        self.dtype: np.dtype[Any] = array.dtype
-        self.shape = (len(rows), *array.shape[1:])
-        self.ndim = array.ndim
-
-    def __getitem__(self, part: slice) -> NDArray[Any]:
-        return self._array[self._rows[part]]  # type: ignore[no-any-return]
-
-
-def arrays_of(table: EmbeddingTable, since: int | None = None) -> dict[str, PieceReader]:
-    """Give `ARRAYS`, to be read piece by piece while nobody writes to the table.
-
-    Parameters
-    ----------
-    table : EmbeddingTable
-    since : int, optional
-        Only rows that were touched after this time of its clock.
-    """
-    store, state = table._store, table._store.table
-    wanted = store.header(ADMITTED) != 0
-    if since is not None:
-        wanted &= store.header(TOUCHED) > since
-    rows = np.flatnonzero(wanted).astype(np.int32)  # there are fewer than 2**31
-    del wanted
-    ids = store.header(ID)[rows]
-    order = np.argsort(ids)
-    rows, ids = rows[order], ids[order]
-    del order
-    by_row = {
-        "admitted": store.header(ADMITTED), "touched": store.header(TOUCHED), "seen": store.seen,
-        "param": state.param, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq,
-    }  # fmt: skip
-    ages = table._ages.entries
-    return {
-        "ids": ids,
-        **{name: Gathered(array, rows) for name, array in by_row.items()},
-        "steps": state.steps.copy() if state.mode == GLOBAL else Gathered(state.steps, rows),
-        "counters": table._admission.counters,
-        "ages_clock": np.array([entry[0] for entry in ages], np.int64),
-        "ages_seconds": np.array([entry[1] for entry in ages], np.float64),
-        "ages_steps": np.array([entry[2] for entry in ages], np.int64),
-    }
-
-
 def numbers_of(table: EmbeddingTable) -> dict[str, int]:
     """Return `NUMBERS`."""
     store = table._store
@@ -114,13 +66,12 @@ def numbers_of(table: EmbeddingTable) -> dict[str, int]:
 
 
 def copied(table: EmbeddingTable) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-    """Copy `ARRAYS` and `NUMBERS` of one moment."""
-
-    def work() -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-        arrays = {name: array[...] for name, array in arrays_of(table).items()}
-        return {**arrays, "counters": arrays["counters"].copy()}, numbers_of(table)
-
-    return table._shared.read(work)
+    """Copy `ARRAYS` and `NUMBERS` of one moment, after which the table goes on."""
+    capture, numbers = table._shared.read(lambda: (Capture(table), numbers_of(table)))
+    try:
+        return {name: array[...] for name, array in capture.arrays().items()}, numbers
+    finally:
+        capture.close()
 
 
 def made_of(table: EmbeddingTable) -> dict[str, Any]:

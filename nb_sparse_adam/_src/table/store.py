@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,7 @@ class Store:
             self.store[field] = number
         self._scratch = np.empty(0, np.int64)
         self._remembered: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self.captures: list[weakref.ref[Any]] = []  # weak: none outlives its save, whatever interrupts
         refuse_row = weakref.WeakMethod(self.name_of_row)
 
         def name_of_row(row: int) -> str:
@@ -251,6 +253,17 @@ class Store:
     def header(self, word: int) -> NDArray[np.int64]:
         """See a word of the headers of all rows that are used: `records.ID`, TOUCHED or ADMITTED."""
         return self._words[word : word + self.used * self.record // 8 : self.record // 8]
+
+    @property
+    def records(self) -> NDArray[np.int64]:
+        """See the records that are used, (rows, words)."""
+        words = self.record // 8
+        return self._words[: self.used * words].reshape(self.used, words)
+
+    @property
+    def free(self) -> NDArray[np.int64]:
+        """See which of the records that are used are nobody's."""
+        return self._free[: int(self.store["free_length"][0])]
 
     @property
     def seen(self) -> NDArray[np.uint32]:
@@ -317,6 +330,20 @@ class Store:
     def remember(self, ids: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         """Keep the rows of ids until one is taken out: those that are looked up are updated next."""
         self._remembered = ids.copy(), rows
+
+    def keep_aside(self, rows: NDArray[np.int64]) -> None:
+        """Have captures keep what rows hold, before it is changed; negative numbers are those of no row."""
+        for reference in self.captures.copy():
+            capture = reference()
+            if capture is None or not capture.is_of_this_process:
+                self.forget(reference)
+            else:
+                capture.keep(rows)
+
+    def forget(self, capture: weakref.ref[Any]) -> None:
+        """Keep nothing aside for a capture any more."""
+        with suppress(ValueError):  # it has been forgotten
+            self.captures.remove(capture)
 
     def insert(
         self, ids: NDArray[np.int64], values: NDArray[Any] | None, threads: int | None

@@ -118,6 +118,7 @@ class Updates(Contents):
             found = rows
         given = read_named(gradient, found, names, table.target)
         table.backend.before_step(self._options, self._tables)
+        store.keep_aside(rows)
         return Request(table, given, self._options, None), missing
 
     def _let_old_rows_go(self) -> None:
