@@ -26,17 +26,17 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 @contextmanager
 def between_pieces(work):
-    """Call something between two pieces that are read of a table, each of a row or two."""
-    read = capture.Capture.read
+    """Call something between two pieces that are read of a table, each of two rows, and within each."""
+    read, copy = capture.Capture.read, capture.Capture.copy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "AT_ONCE_ROWS", 2)
+        patch.setattr(capture, "AT_ONCE", 2)
         patch.setattr(capture, "BLOCK_BYTES", 200)  # of a few rows
 
-        def read_and_work(*given_to):
-            read(*given_to)
-            work()
+        def and_work(done):
+            return lambda *given_to: (done(*given_to), work())
 
-        patch.setattr(capture.Capture, "read", read_and_work)
+        patch.setattr(capture.Capture, "read", and_work(read))
+        patch.setattr(capture.Capture, "copy", and_work(copy))
         yield
 
 
@@ -200,6 +200,12 @@ def test_rows_are_kept_once_and_only_those_that_are_saved():
     table.lookup([70, 71, 72, 73, 74])
     assert held._kept == 3 + 1  # the record that was nobody's, and somebody's meanwhile
     assert held.arrays()["param"][:].tolist() == [[0.0] * DIM] * 3
+    clock = table._store.clock
+    table.evict(down_to=4)
+    held = capture.Capture(table, clock)
+    assert held.arrays()["ids"].tolist() == []
+    table.lookup([70, 71, 72, 73, 74, 75])
+    assert held._kept == 0  # it has no row
 
 
 def test_what_is_saved_while_another_thread_steps_is_of_one_moment(tmp_path):

@@ -51,9 +51,10 @@ def save(
     path : path
         A folder, created if need be. A checkpoint that is there already is replaced, by one atomic step.
     optimizer : SparseAdam, EmbeddingTable, or mapping of str to EmbeddingTable
-        Steps of other Python threads wait meanwhile, and look-ups in training; look-ups with ``train=False``
-        do not. Several tables are saved as they are at one moment. Not to be called from a signal handler,
-        which may come in the middle of a step: set a flag there, and save after the step.
+        Steps of a SparseAdam in other Python threads wait meanwhile. EmbeddingTables, several as they are at
+        one moment, go on at once: what a row was is kept in memory before it is changed, until it is saved.
+        Not to be called from a signal handler, which may come in the middle of a step: set a flag there,
+        and save after the step.
     extra : optional
         Something small of your own, as JSON can hold it: None, booleans, finite numbers, strings, lists, and
         dicts with strings for keys. Tuples come back as lists, and subclasses as what they are made of.

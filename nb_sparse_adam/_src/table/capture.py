@@ -24,8 +24,9 @@ from nb_sparse_adam._src.table.records import fields_of
 if TYPE_CHECKING:
     from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 
-# Who changes a table waits while so much of it is read: at most 4 ms, measured on two cores of a Xeon.
-AT_ONCE_ROWS, AT_ONCE_BYTES = 1 << 15, 1 << 20
+AT_ONCE = 1 << 16  # rows that are asked at a time whether they were kept; changes of the table wait for that
+COPY_BYTES = 1 << 20  # of rows that are copied at a time, which takes as much memory beside them
+_UNWANTED = 2**31 - 1  # the place of rows that are not in it; there are not as many
 BLOCK_BYTES = 1 << 22  # of rows that are kept aside; there is memory for more when it is needed
 
 
@@ -111,9 +112,12 @@ class Capture:
         is_in = np.ones(len(self._places), np.bool_)
         is_in[self._free] = False
         rows = np.flatnonzero(is_in).astype(np.int32)  # there are fewer than 2**31
-        del is_in
         if self._since is not None:
-            rows = rows[Column(self, "touched", rows)[:] > self._since]
+            is_later = Column(self, "touched", rows)[:] > self._since
+            is_in[rows[~is_later]] = False
+            rows = rows[is_later]
+        self._places[~is_in] = _UNWANTED  # whatever `keep` writes there meanwhile: nobody reads it
+        del is_in
         ids = Column(self, "ids", rows)[:]
         order = np.argsort(ids)
         rows, ids = rows[order], ids[order]
@@ -139,20 +143,27 @@ class Capture:
         return self._fields(rows.array if number is None else rows.blocks[number])[name]
 
     def read(self, name: str, rows: NDArray[np.integer[Any]], out: NDArray[Any]) -> None:
-        """Read a field of some rows, as it was."""
+        """Read a field of some rows, as it was.
 
-        def work() -> NDArray[np.int32]:
-            out[...] = self.see(name)[rows]
-            places: NDArray[np.int32] = self._places[rows]
-            return places
-
-        places = self._shared.read(work)
+        What is there is copied while others may change it: who does so has kept it aside, and said so,
+        before. So a row of which nobody has said so after it was copied had not been changed then.
+        """
+        self.copy(name, rows, out)
+        places = self._shared.read(lambda: self._places[rows])
         kept = np.flatnonzero(places > 0)  # what was kept stays as it is
         in_block = (self._wide if name == "steps" and self._is_wide else self._records).in_block
         blocks, at = np.divmod(places[kept] - 1, in_block)
         for block in np.unique(blocks):
             which = blocks == block
             out[kept[which]] = self.see(name, block)[at[which]]
+
+    def copy(self, name: str, rows: NDArray[np.integer[Any]], out: NDArray[Any]) -> None:
+        """Copy a field of some rows as it is."""
+        array = self.see(name)
+        at_once = rows_of_size(out.dtype, out.shape, COPY_BYTES)
+        for first in range(0, len(rows), at_once):
+            part = slice(first, first + at_once)
+            out[part] = array[rows[part]]
 
 
 class Column:
@@ -168,8 +179,7 @@ class Column:
     def __getitem__(self, part: Any, /) -> NDArray[Any]:
         rows = self._rows[part]
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        at_once = min(rows_of_size(self.dtype, self.shape, AT_ONCE_BYTES), AT_ONCE_ROWS)
-        for first in range(0, len(rows), at_once):
-            piece = slice(first, first + at_once)
+        for first in range(0, len(rows), AT_ONCE):
+            piece = slice(first, first + AT_ONCE)
             self._capture.read(self._name, rows[piece], out[piece])
         return out
