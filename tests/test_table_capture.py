@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @contextmanager
-def between_pieces(work):
-    """Call something between two pieces that are read of a table, each of two rows, and within each."""
+def between_pieces(work, rows=2):
+    """Call something between two pieces that are read of a table, each of so many rows, and within each."""
     read, copy = capture.Capture.read, capture.Capture.copy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "AT_ONCE", 2)
+        patch.setattr(capture, "AT_ONCE", rows)
         patch.setattr(capture, "BLOCK_BYTES", 200)  # of a few rows
 
         def and_work(done):
@@ -229,7 +229,7 @@ def test_what_is_saved_while_another_thread_steps_is_of_one_moment(tmp_path):
     steps = []
     try:
         for k in range(6):
-            with between_pieces(lambda: None):
+            with between_pieces(lambda: None, rows=20):
                 checkpoint.save(tmp_path / str(k), tables, base=tmp_path / str(k - 1) if k else None)
     finally:
         ended.set()

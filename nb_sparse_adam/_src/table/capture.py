@@ -10,6 +10,7 @@ there. New rows are in records that were nobody's, or come after those that were
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,10 @@ class Capture:
 
     def __init__(self, table: EmbeddingTable, since: int | None = None) -> None:
         store, state = table._store, table._store.table
-        self._store, self._shared, self._since = store, table._shared, since
+        self._store, self._since = store, since
+        self._saying = (
+            threading.RLock()
+        )  # not the table's: a thread that steps all the time lets few others in
         self._process = os.getpid()
         self._free = store.free.copy()
         self._places = np.zeros(store.used, np.int32)  # 0: not kept; what is not looked at takes no memory
@@ -103,7 +107,9 @@ class Capture:
         if self._is_wide:
             self._wide.keep(rows, first)
         self._kept = first + len(rows)  # before places say so: an interrupt may come between
-        self._places[rows] = np.arange(first + 1, self._kept + 1, dtype=np.int32)
+        numbers = np.arange(first + 1, self._kept + 1, dtype=np.int32)
+        with self._saying:
+            self._places[rows] = numbers
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -149,7 +155,8 @@ class Capture:
         before. So a row of which nobody has said so after it was copied had not been changed then.
         """
         self.copy(name, rows, out)
-        places = self._shared.read(lambda: self._places[rows])
+        with self._saying:
+            places = self._places[rows]
         kept = np.flatnonzero(places > 0)  # what was kept stays as it is
         in_block = (self._wide if name == "steps" and self._is_wide else self._records).in_block
         blocks, at = np.divmod(places[kept] - 1, in_block)
