@@ -25,7 +25,7 @@ from nb_sparse_adam._src.table.records import fields_of
 if TYPE_CHECKING:
     from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 
-AT_ONCE = 1 << 16  # rows that are asked at a time whether they were kept; changes of the table wait for that
+AT_ONCE = 1 << 16  # rows of which is asked at a time whether they were kept; who changes rows waits for that
 COPY_BYTES = 1 << 20  # of rows that are copied at a time, which takes as much memory beside them
 _UNWANTED = 2**31 - 1  # the place of rows that are not in it; there are not as many
 BLOCK_BYTES = 1 << 22  # of rows that are kept aside; there is memory for more when it is needed
@@ -67,7 +67,7 @@ class Capture:
         self._store, self._since = store, since
         self._saying = (
             threading.RLock()
-        )  # not the table's: a thread that steps all the time lets few others in
+        )  # not the table's, which a thread that steps all the time hardly lets go of
         self._process = os.getpid()
         self._free = store.free.copy()
         self._places = np.zeros(store.used, np.int32)  # 0: not kept; what is not looked at takes no memory
