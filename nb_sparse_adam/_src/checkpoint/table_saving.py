@@ -6,19 +6,18 @@ from __future__ import annotations
 import copy
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, check_extra, read_manifest, refuse_foreign
 from nb_sparse_adam._src.checkpoint.saving import Part, check_names, saving_in, write_checkpoint
 from nb_sparse_adam._src.checkpoint.table_manifest import KIND, Moment, bytes_of
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam._src.table.history import LEAST_IDS, MOST_SAVES
+from nb_sparse_adam._src.table.locking import write_together
 from nb_sparse_adam.errors import CheckpointError
 
-T = TypeVar("T")
 Tables = Mapping[str, EmbeddingTable]
 
 
@@ -96,7 +95,8 @@ class Pending:
                 table._history.note_save(self._save, table._store.clock)
             self.pause = time.perf_counter() - begin
 
-        _while_nobody_writes(self._tables.values(), work)
+        # As steps do: who held one table as a reader, and waited for the next, would wait for a step of both.
+        write_together(sorted((table._shared for table in self._tables.values()), key=id), work)
 
     def write(self, folder: Path, progress: bool) -> Saved:
         """Write what was captured."""
@@ -152,9 +152,3 @@ class Pending:
                 f"{folder} holds the base itself, which an increment would replace; save it into a folder of "
                 "its own"
             )
-
-
-def _while_nobody_writes(tables: Iterable[EmbeddingTable], work: Callable[[], T]) -> T:
-    for table in sorted(tables, key=id, reverse=True):  # the first one first, as steps do
-        work = partial(table._shared.read, work)
-    return work()

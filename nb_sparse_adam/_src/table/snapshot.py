@@ -312,9 +312,9 @@ def exchange(
             for name in _EXCHANGED:
                 setattr(table, name, getattr(other, name))
 
-    ordered = sorted(tables, key=id)  # as steps have it: no deadlock
+    ordered = sorted((table._shared for table in tables), key=id)  # as steps have it: no deadlock
     try:
-        write_together([table._shared for table in ordered], lambda: run_all([work]))
+        write_together(ordered, lambda: run_all([work]))
     finally:  # the old files go, or, if it failed, the new ones
         for table in tables:
             folder = folder_of(table)
