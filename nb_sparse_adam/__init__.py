@@ -28,11 +28,12 @@ __all__ = [
 
 keep_names(__name__, "gradients", "kernels", "optimizer", "views")
 
-_WHEN_ASKED_FOR = ("checkpoint", "recommender", "torch")
+_WHEN_ASKED_FOR = ("checkpoint", "parameter_server", "recommender", "torch")
 _TABLES = {"EmbeddingTable": "embedding_table", "Eviction": "eviction"}  # loaded when asked for, too
 
 if TYPE_CHECKING:
     from nb_sparse_adam import checkpoint as checkpoint
+    from nb_sparse_adam import parameter_server as parameter_server
     from nb_sparse_adam import recommender as recommender
     from nb_sparse_adam import torch as torch
     from nb_sparse_adam._src.table.embedding_table import EmbeddingTable as EmbeddingTable

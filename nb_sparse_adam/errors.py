@@ -20,6 +20,10 @@
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
     │   └── UnknownIdError   KeyError     ... a user or an item was not there in training
     ├── NotFittedError       ValueError, AttributeError  a model is asked for what only training gives
+    ├── ServerError          RuntimeError a parameter server is not there, is there already, or has failed
+    │   ├── ServerTimeout    TimeoutError ... a shard did not answer before the deadline
+    │   ├── StepTimeout      TimeoutError ... a worker did not push in time: the step of all was given up
+    │   └── StaleClientError              ... a push comes from a client that another one has replaced
     └── MissingExtraError    ImportError  an optional dependency is not installed
 
     SparseAdamWarning        UserWarning  base class of the library's warnings
@@ -44,10 +48,14 @@ __all__ = [
     "NotFittedError",
     "OptionError",
     "OptionTypeError",
+    "ServerError",
+    "ServerTimeout",
     "SparseAdamError",
     "SparseAdamWarning",
+    "StaleClientError",
     "StateError",
     "StateTypeError",
+    "StepTimeout",
     "TableError",
     "TableTypeError",
     "UnknownIdError",
@@ -122,6 +130,22 @@ class UnknownIdError(InteractionsError, KeyError):
 
 class NotFittedError(SparseAdamError, ValueError, AttributeError):
     """A model is asked for what only training gives it; scikit-learn's class has the same bases."""
+
+
+class ServerError(SparseAdamError, RuntimeError):
+    """A parameter server is not there, or is there already; or one of its processes has failed."""
+
+
+class ServerTimeout(ServerError, TimeoutError):  # noqa: N818 (as `TimeoutError`, it is one)
+    """A shard has not answered before the deadline; the message says which, and what is known of the push."""
+
+
+class StepTimeout(ServerError, TimeoutError):  # noqa: N818
+    """A worker has not pushed in time: the step was ended for all workers, and nothing of it applied."""
+
+
+class StaleClientError(ServerError):
+    """A push comes from a client in whose place there is another one, or which has been forgotten."""
 
 
 class MissingExtraError(SparseAdamError, ImportError):

@@ -90,11 +90,14 @@ def test_the_thresholds_are_of_benchmarks_that_there_are():
 
 
 def test_results_can_be_published():
-    """asv leaves out results without the machine.json beside them. A clone has what git has, so git is asked."""
+    """asv shows no results without the machine.json beside them. A clone has what git has: git is asked."""
     results = BENCHMARKS / "results"
     for folder in {path.parent for path in results.glob("*/*.json")}:
         assert (folder / "machine.json").exists(), folder
     ignored = subprocess.run(
-        ["git", "check-ignore", *results.glob("*/*.json")], cwd=BENCHMARKS.parent, capture_output=True, text=True
+        ["git", "check-ignore", *results.glob("*/*.json")],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
     )
     assert ignored.stdout == "", ignored.stdout

@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "scipy": ("scipy",),
     "train": _TRAIN,
     "torch": ("torch",),
+    "ray": ("ray", "tomli"),
     "cuda": ("numba-cuda", "numpy"),
     "cuda12": ("numba-cuda", "numpy"),
     "test": (
@@ -28,8 +29,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "mpmath",
         "mypy",
         "pytest",
+        "ray",
         "ruamel.yaml",
         "scipy",
+        "tomli",
     ),
     "bench": (*_TRAIN, "asv", "virtualenv"),
 }

@@ -28,7 +28,7 @@ _NAMES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
-_CODES = {dtype: name for name, dtype in _NAMES.items()}
+CODES = {dtype: name for name, dtype in _NAMES.items()}
 
 Progress = Callable[[int], None]  # is told the number of bytes done since the last call
 
@@ -92,7 +92,7 @@ def framed(header: dict[str, Any], multiple: int, separators: tuple[str, str] = 
 def write_tensors(file: BinaryIO, arrays: Mapping[str, PieceReader], progress: Progress) -> str:
     """Write arrays of the dtypes in `_NAMES`, of any strides; return the SHA-256 of all that."""
     described = [
-        (name, _CODES[array.dtype.newbyteorder("<")], array.shape, array_size(array.dtype, array.shape))
+        (name, CODES[array.dtype.newbyteorder("<")], array.shape, array_size(array.dtype, array.shape))
         for name, array in arrays.items()
     ]
     head = framed(header_of(described, {"format": "np"}), ALIGNMENT, (",", ":"))

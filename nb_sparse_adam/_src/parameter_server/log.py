@@ -27,7 +27,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,8 +106,13 @@ class Log:
         """The number that the next record will have."""
         return self._next
 
-    def append(self, content: bytes) -> int:
+    def append(self, *parts: bytes | memoryview) -> int:
         """Write a record, and return its number; `wait_for` says when it is on the disk.
+
+        Parameters
+        ----------
+        *parts : bytes-like
+            What it holds, one after the other. None of them is copied.
 
         Raises
         ------
@@ -121,16 +126,17 @@ class Log:
             number = self._next
             if self._file < 0:
                 self._file, self._size = self._begin(number), 0
-            data = head_of(number, content)
+            head = head_of(number, parts)
             _reached("before a record is written")
             try:
-                _write(self._file, data)
+                _write(self._file, head)
                 _reached("within a record")
-                _write(self._file, content)
+                for part in parts:
+                    _write(self._file, part)
             except OSError:
                 self._take_back()
                 raise
-            self._size += len(data) + len(content)
+            self._size += len(head) + _length(parts)
             self._next = number + 1
             _reached("a record is written")
             return number
@@ -165,6 +171,11 @@ class Log:
                 if failure is None:
                     self._on_disk = max(self._on_disk, written)
                 self._disk.notify_all()
+
+    @property
+    def synced(self) -> int:
+        """Records before this one are on the disk."""
+        return self._on_disk
 
     def begin_file(self) -> int:
         """Have the next record begin a new file; return its number. Those before it are on the disk then."""
@@ -219,18 +230,25 @@ class Log:
             self._failure = f"{self._folder}: half a record could not be taken back ({error.strerror})"
 
 
-def head_of(number: int, content: bytes) -> bytes:
-    """Return the head of a record."""
-    head = _HEAD.pack(MAGIC, zlib.crc32(content), number, len(content))
+def head_of(number: int, parts: Sequence[bytes | memoryview]) -> bytes:
+    """Return the head of a record that consists of parts."""
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    head = _HEAD.pack(MAGIC, checksum, number, _length(parts))
     return head + _REST.pack(zlib.crc32(head), 0)
+
+
+def _length(parts: Sequence[bytes | memoryview]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
 
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
 
-def _write(file: int, data: bytes) -> None:
-    left = memoryview(data)
+def _write(file: int, data: bytes | memoryview) -> None:
+    left = memoryview(data).cast("B")
     while left:
         left = left[os.write(file, left) :]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from operator import itemgetter
 
 _MOST = 1 << 16  # entries: above, every other one of the older half is forgotten
@@ -21,14 +22,17 @@ class Ages:
     ----------
     entries : list of (int, float, int)
         Clock, seconds since 1970, steps; ascending.
+    now : callable
+        Says what time it is. A server that does again what it has logged says what time it was.
     """
 
     def __init__(self) -> None:
+        self.now: Callable[[], float] = time.time
         self.entries: list[tuple[int, float, int]] = []
 
     def note(self, clock: int, steps: int, always: bool = False) -> bool:
         """Note what time it is, if that has not been done for a second; return whether it was."""
-        now = time.time()
+        now = self.now()
         if self.entries and not always and 0 <= now - self.entries[-1][1] < 1:
             return False
         self.entries.append((clock, now, steps))

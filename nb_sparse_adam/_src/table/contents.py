@@ -245,29 +245,54 @@ class Contents(HyperParameters):
         (n,) int64 array
             The ids whose rows have gone.
         """
-        check_ages(older_than_steps, older_than_seconds, seen_fewer_than)
-        conditions: tuple[Any, ...] = older_than_steps, older_than_seconds, seen_fewer_than
-        none = all(each is None for each in conditions)
+        conditions = self._conditions(older_than_steps, older_than_seconds, seen_fewer_than, down_to)
+
+        def work() -> NDArray[np.int64]:
+            self._begin_change(always=True)
+            return self._let_go(self._rows_to_go(*conditions))
+
+        return self._shared.write(work)
+
+    def _conditions(self, steps: Any, seconds: Any, seen: Any, down_to: Any) -> tuple[Any, ...]:
+        """Check the arguments of `evict`; without any, those of `eviction`."""
+        check_ages(steps, seconds, seen)
+        none = steps is None and seconds is None and seen is None
         if down_to is not None:
-            down_to = whole("down_to", down_to, 0, MOST_ROWS)
             if not none:
                 raise OptionError("evict got down_to and conditions, expected one of them; call it twice")
-        elif none:
+            return None, None, None, whole("down_to", down_to, 0, MOST_ROWS)
+        if none:
             if not self._eviction.by_age:
                 raise OptionError(
                     "evict got nothing, and the table has no eviction by age; pass older_than_steps, "
                     "older_than_seconds, seen_fewer_than or down_to"
                 )
-            conditions = self._eviction[:3]
+            return *self._eviction[:3], None
+        return steps, seconds, seen, None
 
-        def work() -> NDArray[np.int64]:
+    def _rows_to_go(
+        self, steps: Any, seconds: Any, seen: Any, down_to: Any, *, budget: int | None = None
+    ) -> NDArray[np.int64]:
+        """Return the rows that go; of those conditions hold for, that are among the next so many."""
+        if down_to is not None:
+            return self._evictor.least_recent(max(len(self) - down_to, 0), np.empty(0, np.int64))
+        return self._evictor.old(steps, seconds, seen, budget)
+
+    def _ids_to_go(self, conditions: tuple[Any, ...], budget: int | None = None) -> NDArray[np.int64]:
+        """Return the ids whose rows go; see `_rows_to_go`. Nothing is changed."""
+        return self._shared.write(
+            lambda: self._store.header(ID)[self._rows_to_go(*conditions, budget=budget)]
+        )
+
+    def _let_ids_go(self, ids: NDArray[np.int64]) -> None:
+        """Take away the rows of ids that have one."""
+
+        def work() -> None:
             self._begin_change(always=True)
-            if down_to is not None:
-                more = max(len(self) - down_to, 0)
-                return self._let_go(self._evictor.least_recent(more, np.empty(0, np.int64)))
-            return self._let_go(self._evictor.old(*conditions))
+            rows, _ = self._store.find(ids, self.num_threads)
+            self._let_go(rows[rows >= 0])
 
-        return self._shared.write(work)
+        self._shared.write(work)
 
     def _let_go(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Take rows away; return the ids that they had."""

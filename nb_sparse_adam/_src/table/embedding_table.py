@@ -288,29 +288,57 @@ class EmbeddingTable(Updates):
 
         return self._shared.write(work) if train else self._shared.read(work)
 
+    def _peek(self, numbers: NDArray[np.int64], train: bool) -> NDArray[Any]:
+        """Return the vectors of ids; of unknown ones what `lookup` would, but change nothing."""
+
+        def work() -> NDArray[Any]:
+            rows, others = self._rows_there(numbers, train or self._unknown == "initial")
+            return self._store.gather(rows, others, False, self.num_threads)
+
+        return self._shared.read(work)
+
+    def _see(self, numbers: NDArray[np.int64], times: NDArray[np.int64]) -> None:
+        """Count ids as looked up in training, each of them so many times; each is there once."""
+
+        def work() -> None:
+            if self._admission.at_once or len(numbers) == int(times.sum()):
+                rows, _ = self._rows_for("push", numbers, True)
+                counted = times
+            else:  # each occurrence counts by itself, as in a look-up: the first ones may have no row yet
+                each, _ = self._rows_for("push", np.repeat(numbers, times), True)
+                counted = np.add.reduceat(each >= 0, np.cumsum(times) - times, dtype=np.int64)
+                rows, _ = self._store.find(numbers, self.num_threads)
+            self._store.mark(rows, counted, self.num_threads)
+
+        self._shared.write(work)
+
+    def _rows_there(
+        self, numbers: NDArray[np.int64], initial: bool
+    ) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Find the rows of ids; give the initial values of those that have none, or nothing: zeros."""
+        rows, missing = self._store.find(numbers, self.num_threads)
+        if not missing or not initial:
+            return rows, np.empty(0, self.dtype)
+        places = np.flatnonzero(rows < 0)
+        rows[places] = -1 - np.arange(len(places))
+        return rows, self._initial(numbers[places])
+
     def _rows_for(
         self, request: str, numbers: NDArray[np.int64], train: bool
     ) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Find the rows of ids, make those that are to be made; give what others have in their place."""
-        store, threads = self._store, self.num_threads
-        if train:
-            self._begin_change()
-        rows, missing = store.find(numbers, threads)
-        if train:
-            store.keep_aside(rows)
-        nothing = np.empty(0, self.dtype)
-        if not missing:
-            if train:
-                store.remember(numbers, rows)
-            return rows, nothing
-        places = np.flatnonzero(rows < 0)
-        if train:
+        if not train:
+            return self._rows_there(numbers, self._unknown == "initial")
+        store = self._store
+        self._begin_change()
+        rows, missing = store.find(numbers, self.num_threads)
+        store.keep_aside(rows)
+        places = np.flatnonzero(rows < 0) if missing else np.empty(0, np.int64)
+        if missing:
             places = self._admit(request, numbers, rows, places)
-        elif self._unknown == "zeros":
-            return rows, nothing
         if not len(places):
             store.remember(numbers, rows)
-            return rows, nothing
+            return rows, np.empty(0, self.dtype)
         rows[places] = -1 - np.arange(len(places))
         return rows, self._initial(numbers[places])
 

@@ -89,6 +89,30 @@ def mark(rows: Any, r: Any, clock: Any, threads: Any) -> None:
             rows.halves[at] = seen + np.uint32(1)
 
 
+@jit(entry=True)
+def _mark_often(phase: Any, unit: Any, t: Any, job: Any) -> None:  # noqa: ARG001
+    """Count that rows were seen, as often as ``counts`` says; no row is there twice."""
+    store, call = job[1][0], job[2][0]
+    n, clock = call["length"], store["clock"]
+    rows = open_rows(store, np.float64, 8)
+    found = array_at(call["rows"], n, np.int64)
+    times = array_at(call["counts"], n, np.int64)
+    first = unit * UNIT
+    last = min(first + UNIT, n)
+    for i in range(first, last):
+        if i + _AHEAD < last and found[np.uint64(i + _AHEAD)] >= 0:
+            prefetch_line(address(rows.words, found[np.uint64(i + _AHEAD)] * rows.stride))
+        r = found[np.uint64(i)]
+        if r >= 0:
+            rows.words[word_of(rows, r, TOUCHED)] = clock
+            at = half_of(rows, r, SEEN)
+            seen = min(np.int64(rows.halves[at]) + times[np.uint64(i)], np.int64(_MOST_SEEN - 2**20))
+            rows.halves[at] = np.uint32(seen)
+
+
+MARK_OFTEN = Drivers(_begin_units, _mark_often)
+
+
 @jit
 def ask_for_row(rows: Any, r: Any) -> None:
     """Have the header and the parameters of a row fetched from memory."""

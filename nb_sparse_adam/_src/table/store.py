@@ -22,7 +22,7 @@ from nb_sparse_adam._src.engine.state import MODES, TableState
 from nb_sparse_adam._src.engine.threads import ALONE, Partition, run, usable_threads
 from nb_sparse_adam._src.table import cells, memory
 from nb_sparse_adam._src.table.inserting import REMOVE, SCRATCH, insert_for
-from nb_sparse_adam._src.table.lookups import FIND, UNIT, gather_for, initial_for, pool_for
+from nb_sparse_adam._src.table.lookups import FIND, MARK_OFTEN, UNIT, gather_for, initial_for, pool_for
 from nb_sparse_adam._src.table.records import (
     ADMITTED,
     CALL,
@@ -344,6 +344,10 @@ class Store:
         """Keep nothing aside for a capture any more."""
         with suppress(ValueError):  # it has been forgotten
             self.captures.remove(capture)
+
+    def mark(self, rows: NDArray[np.int64], times: NDArray[np.int64], threads: int | None) -> None:
+        """Count that rows were seen, each so many times; what is negative is no row."""
+        self._run(MARK_OFTEN, len(rows), threads, rows=rows, counts=times)
 
     def insert(
         self, ids: NDArray[np.int64], values: NDArray[Any] | None, threads: int | None

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Client`: what a worker uses of a parameter server."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nb_sparse_adam._src.gradients import RowGradient, read_named
+from nb_sparse_adam._src.naming import type_name
+from nb_sparse_adam._src.options import flag
+from nb_sparse_adam._src.parameter_server.calls import Calls
+from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table
+from nb_sparse_adam._src.parameter_server.routing import Routed, is_finite, route
+from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam._src.parameter_server.windows import WINDOW
+from nb_sparse_adam._src.public import public
+from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout, StaleClientError, StepTimeout
+
+Ids = Mapping[str, ArrayLike]
+Gradients = Mapping[str, Any]
+
+
+class Pulling:
+    """A pull that is on its way, of the shards that have some of the ids."""
+
+    def __init__(self, client: Client, ids: Ids, train: bool) -> None:
+        self._client = client
+        self._routed = client._route(ids)
+        self._shards = [
+            shard
+            for shard in range(client._config.shards)
+            if any(each.starts[shard] < each.starts[shard + 1] for each in self._routed.values())
+        ]
+        begin = [
+            partial(client._shards[shard].pull.remote, _of_shard(self._routed, shard), train)
+            for shard in self._shards
+        ]
+        self._calls = client._calls("pull", begin)
+
+    def result(self) -> dict[str, NDArray[Any]]:
+        """Wait for the vectors."""
+        replies = dict(zip(self._shards, self._calls.results(), strict=True))
+        return self._client._spread(self._routed, replies)
+
+
+def _of_shard(routed: Mapping[str, Routed], shard: int) -> dict[str, NDArray[np.int64]]:
+    return {name: each.ids[each.of_shard(shard)] for name, each in routed.items()}
+
+
+@public("nb_sparse_adam.parameter_server")
+class Client:
+    """A worker of a parameter server; made by `ParameterServer.client`.
+
+    Its methods may be called from several threads. A push is applied once on each shard, however often it has
+    to be sent. A client that is pickled becomes another one where it is unpickled, of the same rank.
+
+    Attributes
+    ----------
+    rank : int or None
+    timeout : float
+        Seconds for a call until `ServerTimeout`. Shards that die are waited for, and called again.
+    """
+
+    def __init__(
+        self, ray: Any, config: Config, coordinator: Any, shards: list[Any], rank: int | None, timeout: float
+    ) -> None:
+        self._ray, self._config = ray, config
+        self._coordinator, self._shards = coordinator, shards
+        self.rank, self.timeout = rank, timeout
+        self._models = {name: spec.make(name) for name, spec in config.tables.items()}
+        self._lock = threading.Lock()  # of what follows
+        self._sequence = self._made = 0
+        self._open: set[int] = set()  # sequences on their way
+        self._versions: list[int | None] = [None] * config.shards
+        self._of_steps = threading.Lock()  # one step at a time
+        self._pid = os.getpid()
+        self._join()
+
+    def __repr__(self) -> str:
+        return f"Client(server={self._config.name!r}, rank={self.rank}, incarnation={self._client})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from nb_sparse_adam._src.parameter_server.server import client_of
+
+        return client_of, (self._config.name, self.rank, self.timeout)
+
+    @property
+    def incarnation(self) -> int:
+        """The number that this client has, larger than those of all before it."""
+        return self._client
+
+    def _join(self) -> None:
+        joined = self._ask("join", partial(self._coordinator.join.remote, self.rank))
+        self._client: int = joined["client"]
+        self._step: int = joined["step"]
+        self._sequence = 0
+
+    # --- pulls --------------------------------------------------------------------------------------------
+
+    def pull(self, ids: Ids, train: bool = True) -> dict[str, NDArray[Any]]:
+        """Return the vectors of ids.
+
+        Parameters
+        ----------
+        ids : mapping of str to (n,) integers or strings
+            Of each table.
+        train : bool, default True
+            Whether ids that have no row give their initial values, or what ``unknown`` of the table says.
+            They get a row when they are pushed.
+
+        Returns
+        -------
+        dict of str to (n, dim) array
+
+        Raises
+        ------
+        ServerTimeout
+            If a shard has not answered within ``timeout``.
+        TableError
+            If there is no such table.
+        """
+        return Pulling(self, ids, flag("train", train)).result()
+
+    def _route(self, ids: Ids) -> dict[str, Routed]:
+        if not isinstance(ids, Mapping):
+            raise GradientTypeError(f"pull got {type_name(ids)}, expected a mapping of tables to ids")
+        self._check_process()
+        found = {}
+        for name, each in ids.items():
+            model = find_table(self._models, name)
+            found[name] = route(model._ids("pull", each), self._config.shards)
+        return found
+
+    def _spread(self, routed: Mapping[str, Routed], replies: Mapping[int, Any]) -> dict[str, NDArray[Any]]:
+        for shard, (version, _) in replies.items():
+            self._versions[shard] = version
+        vectors = {}
+        for name, each in routed.items():
+            model = self._models[name]
+            parts = {shard: found[name] for shard, (_, found) in replies.items()}
+            vectors[name] = each.spread(parts, model.dim, model.dtype)
+        return vectors
+
+    # --- pushes -------------------------------------------------------------------------------------------
+
+    def push(self, gradients: Gradients) -> None:
+        """Take a step of Adam with gradients of the rows of ids; return when all shards have taken it.
+
+        Parameters
+        ----------
+        gradients : mapping of str to (ids, grads) or RowGradient
+            Of each table: ids, (n,) integers or strings, and (n, dim) float32 or float64. Repeated ids are
+            summed. Each occurrence counts as a sighting, as those of a look-up in training do in
+            `EmbeddingTable`: an id that has no row gets one if ``admission`` lets it, and its gradient is
+            left out if not. A table whose ids are empty takes part in the step.
+
+        Raises
+        ------
+        GradientError
+            As `EmbeddingTable.update`; nothing has been changed then, on any shard.
+        TableError
+            If there is no such table, or a shard has no room for new ids: that one has changed nothing.
+        ServerTimeout
+            If a shard has not answered within ``timeout``. The same call of the same client may not be
+            repeated: it would be another push.
+        StepTimeout
+            If steps are of all workers, and one of them has not pushed in time: nothing has been changed
+            then, on any shard. The next push belongs to another step.
+        StaleClientError
+            If another client has come with this rank, or this one has been forgotten.
+        """
+        payloads = self._read(gradients)
+        self._push(payloads, None)
+
+    def push_pull(self, gradients: Gradients, next_ids: Ids) -> dict[str, NDArray[Any]]:
+        """Push, and pull what comes next, in one round trip.
+
+        Parameters
+        ----------
+        gradients
+            As `push`.
+        next_ids
+            As `pull`.
+
+        Returns
+        -------
+        dict of str to (n, dim) array
+
+        Raises
+        ------
+        SparseAdamError
+            As `push`.
+        """
+        routed = self._route(next_ids)
+        payloads = self._read(gradients)
+        if self._config.consistency == "sync":
+            self._push(payloads, None)
+            return Pulling(self, next_ids, True).result()
+        return self._spread(routed, dict(enumerate(self._push(payloads, routed))))
+
+    def _read(self, gradients: Gradients) -> list[Payload]:
+        """Check gradients, sum them by ids, and say what each shard is sent."""
+        if not isinstance(gradients, Mapping):
+            raise GradientTypeError(
+                f"push got {type_name(gradients)}, expected a mapping of tables to (ids, grads)"
+            )
+        self._check_process()
+        payloads: list[Payload] = [{} for _ in self._shards]
+        for name, given in gradients.items():
+            model = find_table(self._models, name)
+            if isinstance(given, RowGradient):
+                ids, grads = given.rows, given.values
+            elif isinstance(given, tuple) and len(given) == 2:
+                ids, grads = given
+            else:
+                raise GradientTypeError(
+                    f"push to table {name!r}: got {type_name(given)}, expected (ids, grads) or a RowGradient"
+                )
+            numbers = model._ids("push", ids)
+            read = read_named(RowGradient(ids, grads), numbers, ("ids", "grads"), model._store.table.target)
+            routed = route(numbers, self._config.shards)
+            sums = routed.sum(read.values)
+            if model.on_nonfinite == "raise" and not is_finite(sums):
+                self._refuse(name, numbers, read.values)
+            for shard, payload in enumerate(payloads):
+                own = routed.of_shard(shard)
+                payload[name] = routed.ids[own], routed.times[own], sums[own]
+        return payloads
+
+    def _refuse(self, name: str, ids: NDArray[np.int64], grads: NDArray[Any]) -> None:
+        """Raise what a table here would have raised."""
+        table = self._config.tables[name].make(name)
+        table.load(np.unique(ids), np.zeros((len(np.unique(ids)), table.dim), table.dtype))
+        table.update(ids, grads)
+
+    def _push(self, payloads: list[Payload], routed: Mapping[str, Routed] | None) -> list[Any]:
+        consistency = self._config.consistency
+        if consistency == "sync":
+            with self._of_steps:
+                self._push_step(payloads)
+            return []
+        if consistency != "async":
+            self._made += 1
+            self._ask("push", partial(self._coordinator.advance.remote, self._client, self._made))
+        with self._lock:
+            if self._open and self._sequence + 1 - min(self._open) >= WINDOW:
+                raise ServerError(
+                    f"{len(self._open)} pushes of this client are on their way, expected fewer than {WINDOW}"
+                )
+            self._sequence += 1
+            sequence, client = self._sequence, self._client
+            self._open.add(sequence)
+        try:
+            begin = [
+                self._begin_push(shard, client, sequence, payload, routed)
+                for shard, payload in enumerate(payloads)
+            ]
+            return self._calls("push", begin).results()
+        finally:
+            self._open.discard(sequence)
+
+    def _begin_push(
+        self, shard: int, client: int, sequence: int, payload: Payload, routed: Mapping[str, Routed] | None
+    ) -> Callable[[], Any]:
+        handle, version = self._shards[shard], self._versions[shard]
+        if routed is None:
+            return partial(handle.push.remote, client, sequence, payload, version)
+        return partial(handle.push_pull.remote, client, sequence, payload, version, _of_shard(routed, shard))
+
+    # --- steps of all workers -----------------------------------------------------------------------------
+
+    def _push_step(self, payloads: list[Payload]) -> None:
+        rank, client, step = self.rank, self._client, self._step
+        self._stage(payloads, range(len(payloads)))
+        try:
+            arrive = partial(self._coordinator.arrive.remote, rank, client, step)
+            decision = self._ask("push", arrive, self._config.step_timeout)
+        except StaleClientError:
+            self._join()
+            raise
+        self._step = decision["step"]
+        if decision["parts"] is None:
+            late = decision["late"]
+            if late:
+                self._join()
+            raise StepTimeout(
+                f"step {step} was given up: "
+                + (f"this worker, of rank {rank}, has not pushed" if late else "not all workers have pushed")
+                + f" within {self._config.step_timeout} s after the first one. No shard has applied any of "
+                "it; the next push belongs to the next step"
+            )
+        self._apply_step(payloads, step, decision["parts"])
+
+    def _stage(self, payloads: list[Payload], shards: Any) -> None:
+        rank, client, step = self.rank, self._client, self._step
+
+        begin = [
+            partial(self._shards[shard].stage.remote, step, rank, client, payloads[shard]) for shard in shards
+        ]
+        self._calls("push", begin).results()
+
+    def _apply_step(self, payloads: list[Payload], step: int, parts: dict[int, int]) -> None:
+        """Have all shards apply a step; one that has lost parts since gets ours again."""
+        end, pause = time.monotonic() + self.timeout, 0.02
+        left = list(range(len(self._shards)))
+        while True:
+            begin = [partial(self._shards[shard].commit.remote, step, parts) for shard in left]
+            missing = dict(zip(left, self._calls("push", begin).results(), strict=True))
+            left = [shard for shard, ranks in missing.items() if ranks]
+            if not left:
+                return
+            ours = [shard for shard in left if self.rank in missing[shard]]
+            if ours:
+                after, self._step = self._step, step
+                self._stage(payloads, ours)
+                self._step = after
+            if time.monotonic() > end:
+                raise ServerTimeout(
+                    f"push: step {step} is decided, but shards {left} wait for the parts of ranks "
+                    f"{sorted(set().union(*missing.values()))}, which they have lost"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    # --- calls --------------------------------------------------------------------------------------------
+
+    def _calls(self, what: str, begin: Sequence[Callable[[], Any]]) -> Calls:
+        return Calls(self._ray, f"{what} of {self!r}", begin, time.monotonic() + self.timeout)
+
+    def _ask(self, what: str, begin: Callable[[], Any], more: float = 0.0) -> Any:
+        end = time.monotonic() + self.timeout + more
+        return Calls(self._ray, f"{what}: the coordinator of {self._config.name!r}", [begin], end).results()[
+            0
+        ]
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ServerError(
+                "this process was forked from the one that made this client, and has no connection of its "
+                "own; start processes by spawn, and make a client in each"
+            )

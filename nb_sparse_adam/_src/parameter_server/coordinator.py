@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all workers must agree on: who they are, and when a step is done.
+
+Nothing here knows of Ray, and no gradient comes here. A worker that joins gets a number, its *incarnation*,
+larger than any before it; of a rank the last one counts. With "sync", a step goes through these states::
+
+    open ── all ranks have staged their parts on all shards, and say so ──► committed (on the disk) ──► next
+      └──── step_timeout after the first of them ─────────────────────────► given up ────────────────► next
+
+What is not on the disk was not committed. A worker that is told of a commit has all shards apply the step.
+
+With ("bounded", k), a worker says before each push how many it will have made, and waits until the slowest
+that is alive has made at most k fewer. One that has not said anything for step_timeout is not alive.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from nb_sparse_adam._src.parameter_server.log import Log, files_of, records
+from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam.errors import ServerError, StaleClientError, StepTimeout
+
+_COMMITS_A_FILE = 4096
+_NUMBERS = 1 << 32  # incarnations of one start of the coordinator
+
+
+class Coordinator:
+    """Numbers workers, and decides on steps.
+
+    Parameters
+    ----------
+    folder : Path
+        Its own. Made if need be.
+    config : Config
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._config = config
+        self._changed = threading.Condition()  # of all that follows
+        starts, committed = 0, 0
+        files = files_of(folder) if folder.exists() else []
+        for record in records(folder, files[0][0]) if files else ():
+            noted = json.loads(record.content)
+            starts, committed = noted["starts"], noted["committed"]
+        self._log = Log(folder)
+        self._starts, self._committed = starts + 1, committed
+        self._note()
+        self._number = self._starts * _NUMBERS
+        self._ranks: dict[int, int] = {}  # rank -> incarnation
+        self._step = committed + 1  # that is open
+        self._decided: dict[int, dict[int, int] | None] = {}  # step -> its parts, None if it was given up
+        self._arrived: dict[int, int] = {}  # rank -> incarnation, in the open step
+        self._first = 0.0  # when the first one arrived
+        self._clocks: dict[int, tuple[int, float]] = {}  # incarnation -> pushes, when it said so
+        self._waiting: dict[int, int] = {}  # incarnation -> how many of its calls wait
+
+    def _note(self) -> None:
+        content = json.dumps({"starts": self._starts, "committed": self._committed}).encode()
+        number = self._log.append(content)
+        self._log.wait_for(number)
+        if number % _COMMITS_A_FILE == _COMMITS_A_FILE - 1:
+            self._log.forget(self._log.begin_file() - 1)
+
+    def join(self, rank: int | None) -> dict[str, Any]:
+        """Give a worker a number; return it, and the step that is open.
+
+        Raises
+        ------
+        ServerError
+            If the rank is not one of the workers.
+        """
+        workers = self._config.workers
+        if rank is not None and (workers is None or not 0 <= rank < workers):
+            raise ServerError(
+                f"rank is {rank}, expected "
+                + ("None: the server was made without workers" if workers is None else f"0 to {workers - 1}")
+            )
+        if rank is None and workers is not None:
+            raise ServerError(f"rank is None, expected 0 to {workers - 1}: the server has {workers} workers")
+        with self._changed:
+            self._number += 1
+            if rank is not None:
+                old = self._ranks.get(rank)
+                self._ranks[rank] = self._number
+                self._arrived.pop(rank, None)
+                self._clocks.pop(old or 0, None)
+            if isinstance(self._config.consistency, int):
+                self._clocks = {each: self._clocks[each] for each in self._alive()}
+                self._clocks[self._number] = self._slowest(), time.monotonic()
+            self._changed.notify_all()
+            return {"client": self._number, "step": self._step}
+
+    # --- steps of all workers -----------------------------------------------------------------------------
+
+    def arrive(self, rank: int, client: int, step: int) -> dict[str, Any]:
+        """Say that a worker's part of a step is on all shards; wait until there is a decision.
+
+        Returns
+        -------
+        dict
+            ``parts``: the incarnation of each rank, if the step is committed; None if it is given up.
+            ``late``: whether that was for want of this worker. ``step``: the one that is open now.
+        """
+        with self._changed:
+            if self._ranks.setdefault(rank, client) < client:  # the coordinator has started again meanwhile
+                self._ranks[rank] = client
+            if self._ranks[rank] != client:
+                raise StaleClientError(
+                    f"client {client} is not the worker of rank {rank} any more: client {self._ranks[rank]} "
+                    "is"
+                )
+            if step > self._step:  # it knows of a decision that this coordinator does not: of one given up
+                self._step = step
+                self._arrived.clear()
+            late = step < self._step
+            if late and step not in self._decided:  # long ago, or before this coordinator has started
+                return {"parts": None, "late": True, "step": self._step}
+            if step == self._step:
+                if not self._arrived:
+                    self._first = time.monotonic()
+                self._arrived[rank] = client
+                if len(self._arrived) == self._config.workers:
+                    self._decide(dict(self._arrived))
+            while step not in self._decided:
+                left = self._first + self._config.step_timeout - time.monotonic()
+                if left <= 0:
+                    self._decide(None)
+                else:
+                    self._changed.wait(left)
+            return {"parts": self._decided[step], "late": late, "step": self._step}
+
+    def _decide(self, parts: dict[int, int] | None) -> None:
+        if parts is not None:
+            self._committed = self._step
+            self._note()
+        self._decided[self._step] = parts
+        self._decided.pop(self._step - 64, None)
+        self._step += 1
+        self._arrived = {}
+        self._changed.notify_all()
+
+    # --- steps that are bounded ---------------------------------------------------------------------------
+
+    def advance(self, client: int, pushes: int) -> None:
+        """Say how many pushes a worker will have made with its next one; wait until it may.
+
+        Raises
+        ------
+        StepTimeout
+            If the slowest one has not come closer within step_timeout, though it is alive.
+        """
+        bound = self._config.consistency
+        assert isinstance(bound, int)
+        end = time.monotonic() + self._config.step_timeout
+        with self._changed:
+            before, _ = self._clocks.get(client, (pushes - 1, 0.0))
+            self._clocks[client] = before, time.monotonic()
+            self._waiting[client] = self._waiting.get(client, 0) + 1
+            try:
+                while pushes - self._slowest() > bound + 1:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        raise StepTimeout(
+                            f"push {pushes} was not made: the slowest worker has made {self._slowest()}, "
+                            f"expected at least {pushes - 1 - bound} within {self._config.step_timeout} s"
+                        )
+                    self._changed.wait(min(left, self._config.step_timeout / 8))
+                self._clocks[client] = pushes, time.monotonic()
+            finally:
+                self._waiting[client] -= 1
+                if not self._waiting[client]:
+                    del self._waiting[client]
+            self._changed.notify_all()
+
+    def _slowest(self) -> int:
+        """Return the number of pushes of the slowest worker that is alive."""
+        return min((self._clocks[client][0] for client in self._alive()), default=0)
+
+    def _alive(self) -> list[int]:
+        now, patience = time.monotonic(), self._config.step_timeout
+        return [
+            client
+            for client, (_, said) in self._clocks.items()
+            if client in self._waiting or now - said < patience
+        ]

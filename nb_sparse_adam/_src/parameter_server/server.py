@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ParameterServer`: made, attached to, looked at and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam._src.files import write_whole
+from nb_sparse_adam._src.parameter_server import actor
+from nb_sparse_adam._src.parameter_server.calls import Calls, import_ray
+from nb_sparse_adam._src.parameter_server.client import Client
+from nb_sparse_adam._src.parameter_server.payloads import find_table
+from nb_sparse_adam._src.parameter_server.shard import CONDITIONS
+from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec, check_config
+from nb_sparse_adam._src.public import public
+from nb_sparse_adam.errors import OptionError, OptionTypeError, ServerError
+
+_FILE = "server.json"
+_PATIENCE = 120.0  # seconds, for what is neither pull nor push
+
+Place = str | os.PathLike[str]
+
+
+@public("nb_sparse_adam.parameter_server")
+class ParameterServer:
+    """Tables whose rows are dealt out to shards, which are processes on one machine or many.
+
+    Made by `create`, or found by `attach`. It lives until `shutdown`, whoever made it.
+    """
+
+    def __init__(self, ray: Any, folder: Path, config: Config, coordinator: Any, shards: list[Any]) -> None:
+        self._ray, self._folder, self._config = ray, folder, config
+        self._coordinator, self._shards = coordinator, shards
+
+    def __repr__(self) -> str:
+        config = self._config
+        return (
+            f"ParameterServer({config.name!r}, tables={list(config.tables)}, shards={config.shards}, "
+            f"durability={config.durability!r}, consistency={config.consistency!r})"
+        )
+
+    # --- made and found -----------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        tables: Mapping[str, TableSpec],
+        *,
+        checkpoint_dir: Place,
+        shards: int = 1,
+        durability: str = "snapshot",
+        consistency: Any = "async",
+        workers: int | None = None,
+        snapshot_interval: float = 60.0,
+        step_timeout: float = 60.0,
+        cpus_per_shard: float = 0,
+        address: str | None = None,
+    ) -> ParameterServer:
+        """Start a server.
+
+        Parameters
+        ----------
+        name : str
+            By which it is found; of letters, digits, ".", "_" and "-".
+        tables : mapping of str to TableSpec
+        checkpoint_dir : path
+            A folder that no server has used, which all machines of the cluster can reach.
+        shards : int, default 1
+        durability : {"snapshot", "log"}, default "snapshot"
+            Whether a push that is acknowledged may be lost if a shard dies, as far as no snapshot has been
+            written since; or is in a log on the disk before it is acknowledged.
+        consistency : {"async", "sync"} or ("bounded", k), default "async"
+            Whether each push is applied when it comes; or a step is the sum over all workers, in the order of
+            their ranks, applied when all have pushed; or as with "async", but no worker is more than k steps
+            ahead of the slowest that is alive.
+        workers : int, optional
+            How many there are, with "sync". With ("bounded", k), clients have ranks if it is given.
+        snapshot_interval : float, default 60
+            Seconds between snapshots.
+        step_timeout : float, default 60
+            Seconds in which all workers push, after the first of them, with "sync"; and after which a worker
+            that is silent is not waited for, with ("bounded", k).
+        cpus_per_shard : float, default 0
+            What Ray sets aside for a shard, which uses as many threads, at least one.
+        address : str, optional
+            Of a Ray cluster, as ``ray.init`` takes it. By default the one that this process is connected to,
+            or the one of this machine; if there is none, one is started, which ends with this process.
+
+        Raises
+        ------
+        OptionError
+            For an option outside its domain.
+        ServerError
+            If there is a server of that name, or `checkpoint_dir` has been used.
+        """
+        config = check_config(
+            name, tables, shards, durability, snapshot_interval, consistency, workers, step_timeout,
+            cpus_per_shard,
+        )  # fmt: skip
+        folder = _folder(checkpoint_dir)
+        ray = connect(address)
+        _check_cpus(ray, config)
+        if _find(ray, actor.coordinator_name(name)) is not None:
+            raise ServerError(
+                f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
+            )
+        if (folder / _FILE).exists():
+            raise ServerError(
+                f"{folder} is the folder of a server already; go on with it by "
+                f"ParameterServer.attach({name!r}, checkpoint_dir=...), or use another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _FILE, json.dumps(config.to_json(), indent=1).encode())
+        return cls._start(ray, folder, config)
+
+    @classmethod
+    def attach(
+        cls, name: str, *, checkpoint_dir: Place | None = None, address: str | None = None
+    ) -> ParameterServer:
+        """Find a server, and start those of its processes that are gone.
+
+        Parameters
+        ----------
+        name : str
+        checkpoint_dir : path, optional
+            Where it was created: needed if none of its processes is left, as on a new cluster.
+        address : str, optional
+            As in `create`.
+
+        Raises
+        ------
+        ServerError
+            If there is no such server.
+        CheckpointError
+            If what is in the folder is damaged.
+        """
+        ray = connect(address)
+        coordinator = _find(ray, actor.coordinator_name(name))
+        if coordinator is not None:
+            found = Calls(ray, f"attach to {name!r}", [coordinator.made_of.remote], _end()).results()[0]
+            return cls._start(ray, Path(found[0]), Config.from_json(found[1]))
+        if checkpoint_dir is None:
+            raise ServerError(
+                f"there is no server {name!r} on this cluster; pass the checkpoint_dir of one that is to "
+                "go on, or create it"
+            )
+        folder = _folder(checkpoint_dir)
+        config = read_config(folder)
+        if config.name != name:
+            raise ServerError(f"{folder} is of server {config.name!r}, expected {name!r}")
+        return cls._start(ray, folder, config)
+
+    @classmethod
+    def _start(cls, ray: Any, folder: Path, config: Config) -> ParameterServer:
+        coordinator = actor.start_coordinator(ray, folder, config)
+        shards = [actor.start_shard(ray, folder, config, number) for number in range(config.shards)]
+        made = cls(ray, folder, config, coordinator, shards)
+        Calls(ray, f"starting {config.name!r}", [coordinator.made_of.remote], _end()).results()
+        made._of_all("starting", "stats")
+        return made
+
+    # --- used ---------------------------------------------------------------------------------------------
+
+    def client(self, rank: int | None = None, timeout: float = 60.0) -> Client:
+        """Make a client.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Of 0 to ``workers - 1``, where the server has `workers`. A client that comes with the rank of
+            another one takes its place.
+        timeout : float, default 60
+            Seconds for each call.
+
+        Raises
+        ------
+        ServerError
+            If there is no such rank.
+        """
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, np.integer))):
+            raise OptionTypeError(f"rank is {rank!r} ({type(rank).__name__}), expected an int or None")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise OptionTypeError(f"timeout is {timeout!r}, expected seconds")
+        if not timeout > 0:
+            raise OptionError(f"timeout is {timeout}, expected seconds > 0")
+        rank = None if rank is None else int(rank)
+        return Client(self._ray, self._config, self._coordinator, self._shards, rank, float(timeout))
+
+    @property
+    def name(self) -> str:
+        """By which it is found."""
+        return self._config.name
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """What its tables are made of."""
+        return dict(self._config.tables)
+
+    def evict(self, table: str, **conditions: Any) -> NDArray[np.int64]:
+        """Let rows of a table go.
+
+        Parameters
+        ----------
+        table : str
+        **conditions
+            As in `EmbeddingTable.evict`; ``down_to`` is that of each shard.
+
+        Returns
+        -------
+        (n,) int64 array
+            The ids whose rows have gone.
+        """
+        find_table(self._config.tables, table)
+        unknown = sorted(set(conditions) - set(CONDITIONS))
+        if unknown:
+            raise OptionError(f"evict got {unknown}, expected some of {', '.join(CONDITIONS)}")
+        return np.concatenate(self._of_all("evict", "evict", table, conditions))
+
+    def export(self, table: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Return ids, (rows,) int64, ascending, and values, (rows, dim), of a table.
+
+        Each shard's are of one moment. All of it comes into the memory of this process.
+        """
+        find_table(self._config.tables, table)
+        parts = self._of_all("export", "export", table)
+        ids = np.concatenate([part[0] for part in parts])
+        order = np.argsort(ids)
+        return ids[order], np.concatenate([part[1] for part in parts])[order]
+
+    def snapshot(self) -> None:
+        """Have all shards write a snapshot now; return when it is on the disk."""
+        self._of_all("snapshot", "snapshot")
+
+    def stats(self) -> dict[str, Any]:
+        """Return numbers about the server.
+
+        Returns
+        -------
+        dict
+            ``name``; ``rows``, ``bytes`` and ``pushes`` of all shards; ``imbalance``, rows of the largest
+            shard over the mean; ``shards``, a dict for each: ``pid``; ``rows``; ``bytes``; ``pushes`` that
+            were applied, ``pulls``; ``duplicates``, pushes that came again; ``refused``; ``lost_pushes``,
+            which were acknowledged, and lost when the shard died, at most ("snapshot"); ``clients`` whose
+            pushes are known; ``unsaved_changes`` and ``seconds_since_snapshot``; ``staleness``, pushes
+            between the pull and the push of a client; ``pull_ms``, ``push_ms`` and ``snapshot_pause_ms``,
+            milliseconds in the shard, as percentiles of the last 4,096; ``tables``, `EmbeddingTable.stats`.
+        """
+        shards = self._of_all("stats", "stats")
+        rows = [each["rows"] for each in shards]
+        return {
+            "name": self.name,
+            "rows": sum(rows),
+            "bytes": sum(each["bytes"] for each in shards),
+            "pushes": sum(each["pushes"] for each in shards),
+            "imbalance": max(rows) * len(rows) / sum(rows) if sum(rows) else 1.0,
+            "shards": shards,
+        }
+
+    def shutdown(self) -> None:
+        """End the server; what it has is on the disk, and `attach` goes on with it."""
+        self._of_all("shutdown", "close")
+        for handle in (*self._shards, self._coordinator):
+            self._ray.kill(handle, no_restart=True)
+
+    def _of_all(self, what: str, method: str, *arguments: Any) -> list[Any]:
+        begin = [partial(getattr(handle, method).remote, *arguments) for handle in self._shards]
+        return Calls(self._ray, f"{what} of server {self.name!r}", begin, _end()).results()
+
+
+def client_of(name: str, rank: int | None, timeout: float) -> Client:
+    """Make a client of a server that is running, in a process of the cluster."""
+    return ParameterServer.attach(name).client(rank, timeout)
+
+
+def connect(address: str | None) -> Any:
+    """Connect to Ray, or start it."""
+    ray = import_ray()
+    if not ray.is_initialized():
+        ray.init(address=address, namespace=actor.NAMESPACE, include_dashboard=False, log_to_driver=False)
+    return ray
+
+
+def read_config(folder: Path) -> Config:
+    """Read what a server is made of from its folder."""
+    try:
+        return Config.from_json(json.loads((folder / _FILE).read_bytes()))
+    except FileNotFoundError:
+        raise ServerError(f"{folder} is not the folder of a server: it has no {_FILE}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ServerError(f"{folder / _FILE} cannot be read: {error}") from error
+
+
+def _end() -> float:
+    return time.monotonic() + _PATIENCE
+
+
+def _folder(given: Any) -> Path:
+    try:
+        return Path(given).absolute()
+    except TypeError as error:
+        raise OptionTypeError(f"checkpoint_dir is {given!r}, expected a path") from error
+
+
+def _find(ray: Any, name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=actor.NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _check_cpus(ray: Any, config: Config) -> None:
+    """Refuse what Ray would wait for without end."""
+    wanted, there = config.cpus_per_shard * config.shards, ray.cluster_resources().get("CPU", 0.0)
+    if wanted > there:
+        raise OptionError(
+            f"cpus_per_shard is {config.cpus_per_shard} with {config.shards} shards, expected at most "
+            f"{there} CPUs in all: the cluster has no more"
+        )

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A shard: some rows of each of a server's tables, in a process that may die at any moment.
+
+Nothing here knows of Ray: `actor` makes a process of it. What changes a shard is a *record*, plain values and
+arrays, and what is done then follows from the record and the shard alone, the time included. So a shard that
+starts again reads its last snapshot, does again what its log says came after it, and has the bytes that it
+had.
+
+::
+
+    push ── checked ──► log ──► applied ──► (wait for the disk) ──► acknowledged
+              │          └─ the same lock: the order of the log is that in which pushes are applied
+              └─ what is refused has changed nothing, and is not in the log
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nb_sparse_adam._src.gradients import RowGradient
+from nb_sparse_adam._src.parameter_server.frames import decode, encode
+from nb_sparse_adam._src.parameter_server.log import Log, records
+from nb_sparse_adam._src.parameter_server.payloads import (
+    Payload,
+    arrays_in,
+    check_payload,
+    find_table,
+    payload_of,
+)
+from nb_sparse_adam._src.parameter_server.snapshots import Snapshots
+from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam._src.parameter_server.steps import Staged, summed
+from nb_sparse_adam._src.parameter_server.windows import Windows
+from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
+from nb_sparse_adam.errors import LogError, SparseAdamError
+
+log_of_events = logging.getLogger("nb_sparse_adam.parameter_server")
+
+POINTS = (
+    "doing again",
+    "before the log",
+    "logged",
+    "within the tables",
+    "applied",
+    "before the acknowledgement",
+)
+CONDITIONS = ("older_than_steps", "older_than_seconds", "seen_fewer_than", "down_to")
+_LATENCIES = 4096  # that percentiles are made of
+_ROWS_AT_ONCE = 1 << 20  # that are looked at for their age, under the lock
+
+
+def _reached(point: str) -> None:
+    """Do nothing: tests replace it by something that ends the process here."""
+
+
+class Shard:
+    """One shard of a server.
+
+    Parameters
+    ----------
+    folder : Path
+        Its own. Made if need be; what is there is gone on with.
+    config : Config
+    number : int
+        Which of the shards.
+
+    Raises
+    ------
+    CheckpointError
+        If what is in the folder is damaged.
+    """
+
+    def __init__(self, folder: Path, config: Config, number: int) -> None:
+        self._config, self.number = config, number
+        self._writing = threading.Lock()  # what changes the shard
+        self._saving = threading.Lock()
+        self._windows = Windows()
+        self._staged = Staged()
+        self._counts = dict.fromkeys(("pushes", "pulls", "duplicates", "refused", "lost_pushes"), 0)
+        self._of_step = 0  # the last step that has been applied, where steps are of all workers
+        self._latencies: dict[str, deque[float]] = {
+            name: deque(maxlen=_LATENCIES) for name in ("pull", "push", "staleness", "pause")
+        }
+        self._started = time.time()
+        self._unsaved = 0
+        self._saved_at = time.monotonic()
+        self._failure: str | None = None  # why the last snapshot failed
+        folder.mkdir(parents=True, exist_ok=True)
+        self._snapshots = Snapshots(folder / "snapshots")
+        self._log: Log | None = None
+        self._recover(folder)
+        self._met: set[int] = set()  # incarnations that have pushed since the start
+        self._again = bool(self._snapshots.chain)
+
+    # --- starting -----------------------------------------------------------------------------------------
+
+    def _recover(self, folder: Path) -> None:
+        begun = time.monotonic()
+        config, replayed = self._config, 0
+        begin = first = 0
+        if self._snapshots.chain:
+            self.tables, extra = self._snapshots.load()
+            begin, first = int(extra["log"]), int(extra["staged_from"])
+            self._windows = Windows.from_json(extra["windows"])
+            self._of_step = int(extra["step"])
+            self._counts["pushes"] = int(extra["pushes"])
+            for name, table in self.tables.items():
+                table.num_threads = config.tables[name].options.get("num_threads", config.threads)
+        else:
+            self.tables = {
+                name: spec.make(name, config.threads, by_age=False) for name, spec in config.tables.items()
+            }
+        if config.durability == "log":
+            self._log = Log(folder / "log", begin)
+            for record in records(folder / "log", first):
+                try:
+                    head, arrays = decode(record.content)
+                except ValueError as error:
+                    raise LogError(
+                        f"{folder / 'log'}: record {record.number:,} is of something else: {error}"
+                    ) from error
+                if record.number >= begin or head["kind"] == "stage":
+                    _reached("doing again")
+                    with suppress(SparseAdamError):  # it was refused then as well: there was no room
+                        self._do(record.number, head, arrays)
+                    replayed += 1
+            self._unsaved = replayed
+        _tell("shard started", config, self.number, replayed=replayed, seconds=time.monotonic() - begun)
+
+    # --- pulls --------------------------------------------------------------------------------------------
+
+    def pull(self, ids: Mapping[str, NDArray[np.int64]], train: bool = True) -> tuple[int, dict[str, Any]]:
+        """Return how many pushes have been applied, and the vectors of ids, which are there once each.
+
+        Nothing changes. What has no row gets its initial value, or, if it is not for training, what
+        ``unknown`` of the table says.
+        """
+        begun = time.perf_counter()
+        version = self._counts["pushes"]
+        found = {name: self._table(name)._peek(each, train) for name, each in ids.items()}
+        self._counts["pulls"] += 1
+        self._latencies["pull"].append(time.perf_counter() - begun)
+        return version, found
+
+    # --- pushes -------------------------------------------------------------------------------------------
+
+    def push(self, client: int, sequence: int, payload: Payload, version: int | None = None) -> int:
+        """Apply a push, if it has not been; return how many have been applied. It is durable then.
+
+        Parameters
+        ----------
+        client : int
+            The incarnation.
+        sequence : int
+        payload : dict of str to (ids, times, grads)
+        version : int, optional
+            How many pushes had been applied when the client pulled.
+        """
+        return self._change(
+            {"kind": "push", "client": client, "sequence": sequence},
+            payload,
+            lambda: self._windows.has(client, sequence),
+            version,
+        )
+
+    def stage(self, step: int, rank: int, client: int, payload: Payload) -> int:
+        """Keep a worker's part of a step until all workers' are there."""
+        head = {"kind": "stage", "step": step, "rank": rank, "client": client}
+        return self._change(
+            head, payload, lambda: step <= self._of_step or self._staged.has(step, rank, client), None
+        )
+
+    def commit(self, step: int, parts: Mapping[int, int]) -> list[int]:
+        """Apply a step, if it has not been.
+
+        Parameters
+        ----------
+        step : int
+        parts : dict of int to int
+            The incarnation of each rank.
+
+        Returns
+        -------
+        list of int
+            The ranks whose parts are not here: they are to be staged again.
+        """
+        missing: list[int] = []
+
+        def is_known() -> bool:
+            if step > self._of_step:
+                missing.extend(
+                    rank for rank, client in parts.items() if not self._staged.has(step, rank, client)
+                )
+            return step <= self._of_step or bool(missing)
+
+        head = {"kind": "commit", "step": step, "parts": sorted(parts.items())}
+        self._change(head, {}, is_known, None)
+        return missing
+
+    def evict(self, name: str, conditions: Mapping[str, Any]) -> NDArray[np.int64]:
+        """Let rows of a table go, as `EmbeddingTable.evict` does; return their ids."""
+        table = self._table(name)
+        wanted = [conditions.get(each) for each in CONDITIONS]
+        found = table._conditions(*(wanted if conditions else self._by_age(name)))
+        return self._evict(name, lambda: table._ids_to_go(found))
+
+    def _evict(self, name: str, going: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+        with self._writing:
+            ids = going()
+            number = self._write({"kind": "evict", "table": name}, {"ids": ids}) if len(ids) else -1
+        self._wait_for(number)
+        return ids
+
+    def _change(
+        self, head: dict[str, Any], payload: Payload, is_known: Callable[[], bool], version: int | None
+    ) -> int:
+        """Log and apply something, unless it has been; wait until it is on the disk."""
+        begun = time.perf_counter()
+        try:
+            check_payload(self.tables, payload)
+            with self._writing:
+                if is_known():
+                    number = -1 if self._log is None else self._log.next - 1
+                    self._counts["duplicates"] += head["kind"] != "commit"
+                else:
+                    if version is not None:
+                        self._latencies["staleness"].append(self._counts["pushes"] - version)
+                    self._note_loss(head)
+                    number = self._write({**head, "tables": list(payload)}, arrays_in(payload))
+                applied = self._counts["pushes"]
+        except SparseAdamError:
+            self._counts["refused"] += 1
+            raise
+        self._wait_for(number)
+        _reached("before the acknowledgement")
+        self._latencies["push"].append(time.perf_counter() - begun)
+        return applied
+
+    def _write(self, head: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int:
+        """Write a record, and do what it says; return its number."""
+        head = {**head, "time": time.time()}
+        number = -1
+        if self._log is not None:
+            _reached("before the log")
+            number = self._log.append(*encode(head, arrays))
+            _reached("logged")
+        self._do(number, head, arrays)
+        _reached("applied")
+        self._unsaved += 1
+        return number
+
+    def _wait_for(self, number: int) -> None:
+        if self._log is not None and number >= 0:
+            self._log.wait_for(number)
+
+    def _do(self, number: int, head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Do what a record says. What it gives depends on nothing but the record and the shard."""
+        moment = float(head["time"])
+        for table in self.tables.values():
+            table._ages.now = lambda: moment
+        kind = head["kind"]
+        if kind == "push":
+            self._apply(payload_of(head["tables"], arrays))
+            self._windows.note(head["client"], head["sequence"])
+        elif kind == "stage":
+            if head["step"] > self._of_step:
+                payload = payload_of(head["tables"], arrays)
+                self._staged.put(head["step"], head["rank"], head["client"], payload, number)
+        elif kind == "commit":
+            self._apply(self._staged.take(head["step"], head["parts"]))
+            self._of_step = head["step"]
+        elif kind == "evict":
+            self.tables[head["table"]]._let_ids_go(arrays["ids"])
+        elif kind == "saved":
+            for table in self.tables.values():
+                table._history.note_save(f"at record {number}", table._store.clock)
+
+    def _apply(self, payload: Payload) -> None:
+        """Count ids as seen, give rows to those that get one, and take a step of all tables."""
+        for name, (ids, times, _) in payload.items():
+            self.tables[name]._see(ids, times)
+            _reached("within the tables")
+        EmbeddingTable.update_together(
+            {self.tables[name]: RowGradient(ids, grads) for name, (ids, _, grads) in payload.items()}
+        )
+        self._counts["pushes"] += 1
+
+    def _note_loss(self, head: Mapping[str, Any]) -> None:
+        """Count what a client has pushed that is not here any more, at its first push since a start."""
+        client = head.get("sequence") and head["client"]
+        if client and self._again and client not in self._met:
+            self._counts["lost_pushes"] += max(head["sequence"] - self._windows.highest(client) - 1, 0)
+            self._met.add(client)
+
+    def _table(self, name: str) -> EmbeddingTable:
+        table: EmbeddingTable = find_table(self.tables, name)
+        return table
+
+    # --- snapshots ----------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bool:
+        """Write a snapshot, if something has changed; return whether it was."""
+        with self._saving:
+            if not self._unsaved and self._snapshots.chain:
+                return False
+            if self._log is not None:
+                self._log.begin_file()
+            with self._writing:
+                begun = time.perf_counter()
+                number = 0
+                if self._log is not None:
+                    number = self._write({"kind": "saved"}, {}) + 1
+                kept_from = min(number, self._staged.first) if self._log is not None else 0
+                extra = {
+                    "shard": [self.number, self._config.shards],
+                    "log": number,
+                    "staged_from": kept_from,
+                    "windows": self._windows.to_json(),
+                    "step": self._of_step,
+                    "pushes": self._counts["pushes"],
+                }
+                saving = self._snapshots.begin(self.tables, extra)
+                changes, self._unsaved = self._unsaved, 0
+                self._latencies["pause"].append(time.perf_counter() - begun)
+            try:
+                self._snapshots.write(saving)
+            except BaseException as error:
+                self._unsaved += changes
+                self._failure = str(error)
+                raise
+            self._failure, self._saved_at = None, time.monotonic()
+            if self._log is not None:
+                self._log.forget(kept_from)
+            _tell("snapshot written", self._config, self.number, pushes=extra["pushes"])
+            return True
+
+    def keep(self, stop: threading.Event, tell: Callable[[dict[str, Any]], None]) -> None:
+        """Do, until it is stopped, what is done from time to time: snapshots, eviction by age, metrics."""
+        while not stop.wait(min(1.0, self._config.interval / 2)):
+            try:
+                for name in self.tables:
+                    self._evict_by_age(name)
+                if time.monotonic() - self._saved_at >= self._config.interval:
+                    self.snapshot()
+                tell(self.stats())
+            except (SparseAdamError, OSError) as error:
+                _tell("background work failed", self._config, self.number, error=str(error))
+                self._saved_at = time.monotonic()  # not again before the next interval
+
+    def _by_age(self, name: str) -> tuple[Any, ...]:
+        eviction = self._config.tables[name].options.get("eviction")
+        return (*eviction[:3], None) if eviction is not None and eviction.by_age else (None,) * 4
+
+    def _evict_by_age(self, name: str) -> None:
+        conditions, table = self._by_age(name), self._table(name)
+        if any(each is not None for each in conditions):
+            self._evict(name, lambda: table._ids_to_go(conditions, _ROWS_AT_ONCE))
+
+    def close(self) -> None:
+        """Write what is not on the disk yet."""
+        self.snapshot()
+        if self._log is not None:
+            self._log.close()
+
+    # --- what others want to know -------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Return numbers about this shard; see `ParameterServer.stats`."""
+        tables = {name: table.stats() for name, table in self.tables.items()}
+        return {
+            "shard": self.number,
+            "pid": os.getpid(),
+            "uptime": time.time() - self._started,
+            "rows": sum(each["rows"] for each in tables.values()),
+            "bytes": sum(each["bytes_of_rows"] + each["bytes_of_index"] for each in tables.values()),
+            **self._counts,
+            "step": self._of_step,
+            "clients": len(self._windows),
+            "unsaved_changes": self._unsaved,
+            "seconds_since_snapshot": time.monotonic() - self._saved_at,
+            "snapshot_error": self._failure,
+            "pull_ms": _percentiles(self._latencies["pull"], 1e3),
+            "push_ms": _percentiles(self._latencies["push"], 1e3),
+            "snapshot_pause_ms": _percentiles(self._latencies["pause"], 1e3),
+            "staleness": _percentiles(self._latencies["staleness"], 1),
+            "tables": tables,
+        }
+
+    def export(self, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Return ids and values of a table's rows, in the order of ids."""
+        ids, values = self._table(name).export()
+        order = np.argsort(ids)
+        return ids[order], values[order]
+
+
+def warm_up(config: Config) -> None:
+    """Compile, or find on the disk, what pushes and pulls need: the first one does not wait for it."""
+    one = np.ones(1, np.int64)
+    for name, spec in config.tables.items():
+        table = spec.make(name, config.threads)
+        grads = np.ones((1, table.dim), table.dtype)
+        table._see(*summed(one, one, grads)[:2])
+        table.update(one, grads)
+        table._peek(one, True)
+        table.load(one, grads)
+
+
+def _percentiles(latencies: deque[float], factor: float) -> dict[str, float]:
+    if not latencies:
+        return {}
+    values = factor * np.array(latencies)
+    found = np.percentile(values, (50, 99, 100))
+    return dict(zip(("p50", "p99", "max"), map(float, found), strict=True))
+
+
+def _tell(event: str, config: Config, shard: int, **values: Any) -> None:
+    """Log an event as one line of JSON."""
+    fields = {"event": event, "server": config.name, "shard": shard, "pid": os.getpid(), **values}
+    log_of_events.info("%s", json.dumps(fields))
