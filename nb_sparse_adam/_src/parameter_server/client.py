@@ -77,7 +77,7 @@ class Client:
         self.rank, self.timeout = rank, timeout
         self._models = {name: spec.make(name) for name, spec in config.tables.items()}
         self._lock = threading.Lock()  # of what follows
-        self._sequence = self._made = 0
+        self._sequence = 0
         self._open: set[int] = set()  # sequences on their way
         self._versions: list[int | None] = [None] * config.shards
         self._of_steps = threading.Lock()  # one step at a time
@@ -101,6 +101,7 @@ class Client:
         joined = self._ask("join", partial(self._coordinator.join.remote, self.rank))
         self._client: int = joined["client"]
         self._step: int = joined["step"]
+        self._base: int = joined["pushes"]  # of others, when this one comes: it is one of the slowest
         self._sequence = 0
 
     # --- pulls --------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class Client:
         """
         routed = self._route(next_ids)
         payloads = self._read(gradients)
-        if self._config.consistency == "sync":
+        if self._config.consistency != "async":  # what is pulled comes after what others are waited for
             self._push(payloads, None)
             return Pulling(self, next_ids, True).result()
         return self._spread(routed, dict(enumerate(self._push(payloads, routed))))
@@ -247,9 +248,6 @@ class Client:
             with self._of_steps:
                 self._push_step(payloads)
             return []
-        if consistency != "async":
-            self._made += 1
-            self._ask("push", partial(self._coordinator.advance.remote, self._client, self._made))
         with self._lock:
             if self._open and self._sequence + 1 - min(self._open) >= WINDOW:
                 raise ServerError(
@@ -263,9 +261,14 @@ class Client:
                 self._begin_push(shard, client, sequence, payload, routed)
                 for shard, payload in enumerate(payloads)
             ]
-            return self._calls("push", begin).results()
+            results = self._calls("push", begin).results()
         finally:
             self._open.discard(sequence)
+        if consistency != "async":
+            # Its sequence is the number of pushes that were begun: one that has failed counts as a step, too.
+            advance = partial(self._coordinator.advance.remote, client, self._base + sequence)
+            self._ask("push", advance, self._config.step_timeout)
+        return results
 
     def _begin_push(
         self, shard: int, client: int, sequence: int, payload: Payload, routed: Mapping[str, Routed] | None
