@@ -33,7 +33,7 @@ def payload(given, shards=1, shard=0):
     for name, (ids, grads) in given.items():
         routed = route(np.asarray(ids, np.int64), shards)
         own = routed.of_shard(shard)
-        made[name] = routed.ids[own], routed.times[own], routed.sum(grads)[own]
+        made[name] = routed.ids[own], routed.times[own], routed.sum(grads)[0][own]
     return made
 
 

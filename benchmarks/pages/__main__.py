@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import largest_table
-from benchmarks.pages import gpu_tables, recommender_tables, speed, tables
+from benchmarks.pages import gpu_tables, recommender_tables, server_tables, speed, tables
 from benchmarks.pages.gpu_tables import OnGPU
 from benchmarks.pages.tables import Machine
 from nb_sparse_adam._src.bench import chart, curves
@@ -35,12 +35,14 @@ from nb_sparse_adam._src.bench import chart, curves
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "benchmarks" / "measured"
 PAGES = (
-    "README.md", "docs/performance.md", "docs/gpu.md", "docs/recommender.md", "benchmarks/measured/README.md",
+    "README.md", "docs/performance.md", "docs/gpu.md", "docs/parameter-server.md", "docs/recommender.md",
+    "benchmarks/measured/README.md",
 )  # fmt: skip
 
 EPYC, XEON = "epyc-2core", "cpu-xeon-emeraldrapids-2core"
 RECOMMENDERS = "recommender-epyc-2core"
 LARGEST_TABLE = "largest-table-xeon-2core"
+SERVER = "parameter-server-xeon-2core"
 PROCESSORS = {
     EPYC: ("AMD EPYC (Zen 4)", "EPYC"),
     XEON: ("Intel Xeon (Emerald Rapids)", "Xeon"),
@@ -111,11 +113,13 @@ def content(name: str) -> str:
         return _OF_MACHINES[name](machines())
     if name in _OF_GPU:
         return _OF_GPU[name](on_gpu())
+    if name in server_tables.TABLES:
+        return server_tables.TABLES[name](load(SERVER))
     if name == "files":
         return files()
     if name == "recommenders":
         return recommenders()
-    known = ", ".join([*_OF_MACHINES, *_OF_GPU, "files", "recommenders"])
+    known = ", ".join([*_OF_MACHINES, *_OF_GPU, *server_tables.TABLES, "files", "recommenders"])
     raise ValueError(f"a page asks for measured: {name}, expected one of {known}")
 
 

@@ -60,6 +60,9 @@ class ShardActor:
     def stats(self) -> dict[str, Any]:
         return self._shard.stats()
 
+    def forget_latencies(self) -> None:
+        self._shard.forget_latencies()
+
     def export(self, name: str) -> Any:
         return self._shard.export(name)
 

@@ -18,10 +18,11 @@ from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.options import flag
 from nb_sparse_adam._src.parameter_server.calls import Calls
 from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table
-from nb_sparse_adam._src.parameter_server.routing import Routed, is_finite, route
+from nb_sparse_adam._src.parameter_server.routing import Routed, route
 from nb_sparse_adam._src.parameter_server.spec import Config
 from nb_sparse_adam._src.parameter_server.windows import WINDOW
 from nb_sparse_adam._src.public import public
+from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout, StaleClientError, StepTimeout
 
 Ids = Mapping[str, ArrayLike]
@@ -80,6 +81,8 @@ class Client:
         self._sequence = 0
         self._open: set[int] = set()  # sequences on their way
         self._versions: list[int | None] = [None] * config.shards
+        self._routes: dict[str, tuple[NDArray[np.int64], Routed]] = {}  # the last one of each table
+        self._of_thread = threading.local()
         self._of_steps = threading.Lock()  # one step at a time
         self._pid = os.getpid()
         self._join()
@@ -137,8 +140,15 @@ class Client:
         found = {}
         for name, each in ids.items():
             model = find_table(self._models, name)
-            found[name] = route(model._ids("pull", each), self._config.shards)
+            found[name] = self._routed(name, model._ids("pull", each))
         return found
+
+    def _routed(self, name: str, ids: NDArray[np.int64]) -> Routed:
+        """Say which shard is sent what; at once, if these are the last ids: what is pulled is pushed next."""
+        known = self._routes.get(name)
+        if known is None or not np.array_equal(known[0], ids):
+            known = self._routes[name] = ids.copy(), route(ids, self._config.shards)
+        return known[1]
 
     def _spread(self, routed: Mapping[str, Routed], replies: Mapping[int, Any]) -> dict[str, NDArray[Any]]:
         for shard, (version, _) in replies.items():
@@ -200,8 +210,8 @@ class Client:
         SparseAdamError
             As `push`.
         """
+        payloads = self._read(gradients)  # first: its ids are those of the last pull, as a rule
         routed = self._route(next_ids)
-        payloads = self._read(gradients)
         if self._config.consistency != "async":  # what is pulled comes after what others are waited for
             self._push(payloads, None)
             return Pulling(self, next_ids, True).result()
@@ -227,14 +237,24 @@ class Client:
                 )
             numbers = model._ids("push", ids)
             read = read_named(RowGradient(ids, grads), numbers, ("ids", "grads"), model._store.table.target)
-            routed = route(numbers, self._config.shards)
-            sums = routed.sum(read.values)
-            if model.on_nonfinite == "raise" and not is_finite(sums):
+            routed = self._routed(name, numbers)
+            sums, is_finite = routed.sum(read.values, self._room(len(routed.ids), model))
+            if model.on_nonfinite == "raise" and not is_finite:
                 self._refuse(name, numbers, read.values)
             for shard, payload in enumerate(payloads):
                 own = routed.of_shard(shard)
                 payload[name] = routed.ids[own], routed.times[own], sums[own]
         return payloads
+
+    def _room(self, rows: int, model: EmbeddingTable) -> NDArray[Any]:
+        """Return an array, of memory that this thread has written to before: new memory takes as long again.
+
+        It is used until the thread's next push. All that is sent is copied when a call begins.
+        """
+        kept = self._of_thread.__dict__.setdefault(model.name, np.empty(0, model.dtype))
+        if kept.size < rows * model.dim:
+            kept = self._of_thread.__dict__[model.name] = np.empty(rows * model.dim * 5 // 4, model.dtype)
+        return kept[: rows * model.dim].reshape(rows, model.dim)  # type: ignore[no-any-return]
 
     def _refuse(self, name: str, ids: NDArray[np.int64], grads: NDArray[Any]) -> None:
         """Raise what a table here would have raised."""

@@ -398,6 +398,11 @@ class Shard:
             "tables": tables,
         }
 
+    def forget_latencies(self) -> None:
+        """Begin percentiles anew."""
+        for latencies in self._latencies.values():
+            latencies.clear()
+
     def export(self, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Return ids and values of a table's rows, in the order of ids."""
         ids, values = self._table(name).export()

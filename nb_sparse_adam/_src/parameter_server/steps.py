@@ -48,4 +48,6 @@ def summed(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
     """Make each id be there once; sum its gradients, and how often it was used."""
     routed = route(ids, 1)
-    return routed.ids, routed.sum(times.reshape(-1, 1)).reshape(-1), routed.sum(grads)
+    counted = np.zeros(len(routed.ids), np.int64)
+    np.add.at(counted, routed.place, times)
+    return routed.ids, counted, routed.sum(grads)[0]
