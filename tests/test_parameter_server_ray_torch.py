@@ -12,7 +12,10 @@ from remote_layers import SPECS, in_order_of_ids, layer_of, twin_of  # noqa: E40
 
 from nb_sparse_adam.parameter_server import ParameterServer  # noqa: E402
 
-pytestmark = [pytest.mark.jit, pytest.mark.filterwarnings("ignore")]  # Ray's own
+pytestmark = [
+    pytest.mark.jit,
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray", "ignore::ResourceWarning"),  # Ray's own
+]
 
 
 @pytest.fixture(scope="module")
