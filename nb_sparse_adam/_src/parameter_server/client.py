@@ -19,7 +19,7 @@ from nb_sparse_adam._src.options import flag
 from nb_sparse_adam._src.parameter_server.calls import Calls
 from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table
 from nb_sparse_adam._src.parameter_server.routing import Routed, route
-from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec
 from nb_sparse_adam._src.parameter_server.windows import WINDOW
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
@@ -96,6 +96,16 @@ class Client:
         return client_of, (self._config.name, self.rank, self.timeout)
 
     @property
+    def server(self) -> str:
+        """The name of the server."""
+        return self._config.name
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """What its tables are made of."""
+        return dict(self._config.tables)
+
+    @property
     def incarnation(self) -> int:
         """The number that this client has, larger than those of all before it."""
         return self._client
@@ -131,7 +141,22 @@ class Client:
         TableError
             If there is no such table.
         """
-        return Pulling(self, ids, flag("train", train)).result()
+        return self.begin_pull(ids, train).result()
+
+    def begin_pull(self, ids: Ids, train: bool = True) -> Pulling:
+        """Ask for the vectors of ids, and wait for nothing.
+
+        Parameters
+        ----------
+        ids, train
+            As `pull`.
+
+        Returns
+        -------
+        object
+            Whose method ``result()`` waits, and returns what `pull` does. ``timeout`` counts from now on.
+        """
+        return Pulling(self, ids, flag("train", train))
 
     def _route(self, ids: Ids) -> dict[str, Routed]:
         if not isinstance(ids, Mapping):

@@ -12,38 +12,19 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from contextlib import ContextDecorator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from nb_sparse_adam._src.annotations import BagMode
-from nb_sparse_adam._src.gradients import BagGradient, RowGradient
 from nb_sparse_adam._src.table.updates import Updates
-from nb_sparse_adam._src.torch import bags, deferred, sharing
+from nb_sparse_adam._src.torch import deferred, pushes, sharing
+from nb_sparse_adam._src.torch.lookups import Lookup, gradient_of
 from nb_sparse_adam._src.torch.steps import in_turn, step_jobs
-from nb_sparse_adam._src.torch.tensors import Gpu, array_of
 from nb_sparse_adam.errors import GradientError
 
 if TYPE_CHECKING:
     from nb_sparse_adam._src.torch.layer import Layer
-
-
-class Lookup(NamedTuple):
-    """Ids that were looked up, one by one or, with ``starts``, pooled."""
-
-    weight: Tensor  # the table, or what stands for it
-    ids: Tensor  # (n,)
-    grad_output: Tensor  # (n, dim) or (bags, dim)
-    starts: Tensor | None = None  # (bags,)
-    weights: Tensor | None = None  # (n,), a copy: it may be trained, and change before the pass ends
-    mode: BagMode = "sum"
-    stream: Any = None  # of a GPU, on which all of this is ready
-
-    def copied(self) -> Lookup:
-        """Return one that nobody else can change."""
-        starts = None if self.starts is None else self.starts.clone()
-        return self._replace(ids=self.ids.clone(), grad_output=self.grad_output.clone(), starts=starts)
 
 
 Found: TypeAlias = "dict[Layer, list[Lookup]]"  # the lookups of each layer
@@ -196,20 +177,27 @@ def _step(lookups: Found) -> None:
         return
     of_weights: dict[Any, list[Lookup]] = {}
     of_tables: dict[Updates, list[Lookup]] = {}  # of layers that share one: its gradients are summed
+    of_servers: dict[Any, list[Lookup]] = {}
     for layer, found in lookups.items():
-        if layer._table is None:
+        if layer._client is not None:
+            layer.before_step()
+            of_servers[layer] = found
+        elif layer._table is None:
             of_weights[layer] = found
         else:
             layer.before_step()
             of_tables.setdefault(layer._table, []).extend(found)
-    in_turn((layer.optimizer for layer in of_weights), lambda: _step_in_turn(of_weights, of_tables))
+    later = pushes.push(of_servers)  # before the steps here: more can go wrong, and they wait for nothing
+    if of_weights or of_tables:
+        in_turn((layer.optimizer for layer in of_weights), lambda: _step_in_turn(of_weights, of_tables))
+    pushes.begin(later)  # after them: if they are refused, there is none
 
 
 def _step_in_turn(of_weights: dict[Any, list[Lookup]], of_tables: dict[Updates, list[Lookup]]) -> None:
     deferred.raise_what_is_known(each for layer in of_weights for each in layer.optimizer.param_states)
-    jobs = [layer.job(_gradient(found)) for layer, found in of_weights.items()]
+    jobs = [layer.job(gradient_of(found)) for layer, found in of_weights.items()]
     sharing.refuse(list(of_weights), [job.param_state for job in jobs])
-    step_jobs(jobs, {table: _gradient(found) for table, found in of_tables.items()})
+    step_jobs(jobs, {table: gradient_of(found) for table, found in of_tables.items()})
 
 
 def _refuse_other_weights(layer: Layer, found: list[Lookup]) -> None:
@@ -251,44 +239,3 @@ def _scaler_will_skip(lookups: Found) -> bool:
         and not all(each.grad_output.isfinite().all() for each in found)
         for layer, found in lookups.items()
     )
-
-
-def _gradient(lookups: list[Lookup]) -> RowGradient | BagGradient:
-    """Make the lookups in one table one gradient; a single one is not copied."""
-    if len({(lookup.starts is None, lookup.mode) for lookup in lookups}) > 1:
-        lookups = [_as_sums(lookup) for lookup in lookups]
-    first = lookups[0]
-    on_gpu = Gpu.has(first.weight)
-
-    def joined(parts: list[Tensor]) -> Any:
-        return array_of(parts[0] if len(parts) == 1 else torch.cat(parts), on_gpu)
-
-    ids = joined([lookup.ids for lookup in lookups])
-    grad_output = joined([lookup.grad_output for lookup in lookups])
-    if first.starts is None:
-        return RowGradient(ids, grad_output)
-    before, starts = 0, []
-    for lookup in lookups:
-        assert lookup.starts is not None
-        starts.append(lookup.starts + before if before else lookup.starts)
-        before += len(lookup.ids)
-    weights = None
-    if any(lookup.weights is not None for lookup in lookups):
-        weights = joined(
-            [
-                lookup.grad_output.new_ones(len(lookup.ids)) if lookup.weights is None else lookup.weights
-                for lookup in lookups
-            ]
-        )
-    return BagGradient(ids, joined(starts), grad_output, weights, first.mode)
-
-
-def _as_sums(lookup: Lookup) -> Lookup:
-    """Give lookups of different layers, which share a table, one form: that of weighted sums."""
-    if lookup.starts is None:
-        return lookup._replace(starts=torch.arange(len(lookup.ids)))
-    if lookup.mode == "sum":
-        return lookup
-    in_bag = bags.bags_of(lookup.ids, lookup.starts)
-    lengths = torch.bincount(in_bag, minlength=len(lookup.starts))
-    return lookup._replace(weights=(1 / lengths.to(lookup.grad_output.dtype))[in_bag], mode="sum")

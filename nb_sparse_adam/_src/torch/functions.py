@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nb_sparse_adam._src.torch import bags
-from nb_sparse_adam._src.torch.backward import Lookup, check_pass, collect, this_pass
+from nb_sparse_adam._src.torch.backward import check_pass, collect, this_pass
 from nb_sparse_adam._src.torch.layer import Layer
+from nb_sparse_adam._src.torch.lookups import Lookup
 from nb_sparse_adam.errors import GradientError
 
 

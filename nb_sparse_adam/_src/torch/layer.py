@@ -31,7 +31,9 @@ class Layer(_Module):
     optimizer: torch.optim.Optimizer
     accumulated: weakref.ref[Accumulating] | None
     grad_scaler: Any
-    _table: Updates | None = None  # an `EmbeddingTable`; without one, the weight is the table
+    # Where the rows are: an `EmbeddingTable`, or a parameter server. With neither, the weight is the table.
+    _table: Updates | None = None
+    _client: Any = None
 
     def look_up(self, weight: Tensor, ids: Tensor) -> Tensor:
         """Return the vectors of ids of any shape."""
@@ -41,6 +43,14 @@ class Layer(_Module):
     def instead(self) -> str:
         """Which of torch's layers does what this one does not."""
         return f"torch.nn.{type(self).__name__}"
+
+    @property
+    def _not_distributed(self) -> str:
+        return (
+            "its table is updated in the backward pass, from the process's own batch, and the processes' "
+            "tables would drift apart. Keep it outside of the module that is wrapped, or use "
+            "nn.EmbeddingBag(sparse=True) there"
+        )
 
     def _set_up_passes(self) -> None:
         self.accumulated = None
@@ -74,11 +84,7 @@ class Layer(_Module):
                 f"Use {self.instead}(sparse=True)"
             )
         if DistributedDataParallel._active_ddp_module is not None:
-            raise TableError(
-                f"{name} in DistributedDataParallel: its table is updated in the backward pass, from the "
-                "process's own batch, and the processes' tables would drift apart. Keep it outside of the "
-                "module that is wrapped, or use nn.EmbeddingBag(sparse=True) there"
-            )
+            raise TableError(f"{name} in DistributedDataParallel: {self._not_distributed}")
         if self.grad_scaler is None and any(
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
             for device in ("cpu", "cuda", "xpu", "mps")
