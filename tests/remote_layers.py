@@ -55,7 +55,7 @@ class LocalClient:
         for name, (ids, grads) in gradients.items():
             routed = route(np.asarray(ids), 1)
             self.here[name].lookup(np.asarray(ids))
-            self.here[name].update(routed.ids, routed.sum(np.asarray(grads)))
+            self.here[name].update(routed.ids, routed.sum(np.asarray(grads))[0])
         self.calls.append(("pushed", *gradients))
 
 
