@@ -114,7 +114,7 @@ class ParameterServer:
             raise ServerError(
                 f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
             )
-        if (folder / _FILE).exists():
+        if is_folder(folder):
             raise ServerError(
                 f"{folder} is the folder of a server already; go on with it by "
                 f"ParameterServer.attach({name!r}, checkpoint_dir=...), or use another folder"
@@ -159,6 +159,26 @@ class ParameterServer:
         if config.name != name:
             raise ServerError(f"{folder} is of server {config.name!r}, expected {name!r}")
         return cls._start(ray, folder, config)
+
+    @classmethod
+    def _running(cls, ray: Any, name: str) -> ParameterServer:
+        """Find a server all of whose processes are there, and start nothing."""
+        coordinator = _find(ray, actor.coordinator_name(name))
+        if coordinator is None:
+            raise ServerError(
+                f"there is no server {name!r} on this cluster: it was never made, was shut down, or its "
+                "processes are gone; ParameterServer.attach, with its checkpoint_dir, starts them again"
+            )
+        made_of = Calls(ray, f"look at {name!r}", [coordinator.made_of.remote], _end()).results()[0]
+        folder, config = Path(made_of[0]), Config.from_json(made_of[1])
+        shards = [_find(ray, actor.shard_name(name, number)) for number in range(config.shards)]
+        gone = [number for number, handle in enumerate(shards) if handle is None]
+        if gone:
+            raise ServerError(
+                f"of {config.shards} shards of server {name!r} on this cluster, {gone} are gone; "
+                f"ParameterServer.attach({name!r}) starts them again"
+            )
+        return cls(ray, folder, config, coordinator, shards)
 
     @classmethod
     def _start(cls, ray: Any, folder: Path, config: Config) -> ParameterServer:
@@ -282,12 +302,26 @@ def client_of(name: str, rank: int | None, timeout: float) -> Client:
     return ParameterServer.attach(name).client(rank, timeout)
 
 
-def connect(address: str | None) -> Any:
-    """Connect to Ray, or start it."""
+def connect(address: str | None, **more: Any) -> Any:
+    """Connect to Ray, or start it; `more` is for ``ray.init``."""
     ray = import_ray()
     if not ray.is_initialized():
-        ray.init(address=address, namespace=actor.NAMESPACE, include_dashboard=False, log_to_driver=False)
+        own = {"namespace": actor.NAMESPACE, "include_dashboard": False, "log_to_driver": False}
+        ray.init(address=address, **own, **more)
     return ray
+
+
+def is_folder(folder: Path) -> bool:
+    """Say whether a folder is that of a server."""
+    return (folder / _FILE).exists()
+
+
+def folder_of(ray: Any, name: str) -> Path | None:
+    """Return the folder of a server of which the coordinator runs."""
+    coordinator = _find(ray, actor.coordinator_name(name))
+    if coordinator is None:
+        return None
+    return Path(Calls(ray, f"look at {name!r}", [coordinator.made_of.remote], _end()).results()[0][0])
 
 
 def read_config(folder: Path) -> Config:
