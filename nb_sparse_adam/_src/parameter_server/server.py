@@ -26,6 +26,7 @@ from nb_sparse_adam.errors import OptionError, OptionTypeError, ServerError
 
 _FILE = "server.json"
 _PATIENCE = 120.0  # seconds, for what is neither pull nor push
+_PATIENCE_TO_START = 600.0  # where kernels are not on the disk, all shards of a machine compile them at once
 
 Place = str | os.PathLike[str]
 
@@ -185,8 +186,10 @@ class ParameterServer:
         coordinator = actor.start_coordinator(ray, folder, config)
         shards = [actor.start_shard(ray, folder, config, number) for number in range(config.shards)]
         made = cls(ray, folder, config, coordinator, shards)
-        Calls(ray, f"starting {config.name!r}", [coordinator.made_of.remote], _end()).results()
-        made._of_all("starting", "stats")
+        Calls(
+            ray, f"starting {config.name!r}", [coordinator.made_of.remote], _end(_PATIENCE_TO_START)
+        ).results()
+        made._of_all("starting", "stats", patience=_PATIENCE_TO_START)
         return made
 
     # --- used ---------------------------------------------------------------------------------------------
@@ -292,9 +295,9 @@ class ParameterServer:
         for handle in (*self._shards, self._coordinator):
             self._ray.kill(handle, no_restart=True)
 
-    def _of_all(self, what: str, method: str, *arguments: Any) -> list[Any]:
+    def _of_all(self, what: str, method: str, *arguments: Any, patience: float = _PATIENCE) -> list[Any]:
         begin = [partial(getattr(handle, method).remote, *arguments) for handle in self._shards]
-        return Calls(self._ray, f"{what} of server {self.name!r}", begin, _end()).results()
+        return Calls(self._ray, f"{what} of server {self.name!r}", begin, _end(patience)).results()
 
 
 def client_of(name: str, rank: int | None, timeout: float) -> Client:
@@ -334,8 +337,8 @@ def read_config(folder: Path) -> Config:
         raise ServerError(f"{folder / _FILE} cannot be read: {error}") from error
 
 
-def _end() -> float:
-    return time.monotonic() + _PATIENCE
+def _end(patience: float = _PATIENCE) -> float:
+    return time.monotonic() + patience
 
 
 def _folder(given: Any) -> Path:
