@@ -95,7 +95,8 @@ def fake(monkeypatch):
         connected.append(address)
         return FakeRay()
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(server, "connect", connect)
     monkeypatch.setattr(commands, "_reach", lambda address: None)
     FakeServer.asked, FakeServer.gone = [], False
@@ -210,6 +211,7 @@ def test_a_server_that_is_there_is_gone_on_with(tmp_path, fake, spec, capsys):
         ("--tables", SPEC.replace("seed = 3", ""), "table 'user': seed is not given, but .* it is 3"),
         ("--tables", SPEC.replace("[item]", "[ad]"), "--tables has user, ad, but .* has user, item"),
     ],
+    ids=str.split("shards durability consistency workers interval timeout cpus value no-value tables"),
 )
 def test_options_that_differ_are_refused_by_name(tmp_path, fake, spec, capsys, option, value, word):
     assert serve(tmp_path, "--tables", spec, "--shards", 2, "--report", "0.01") == 0
@@ -355,12 +357,17 @@ def test_stats_start_nothing(fake, capsys, monkeypatch):
         assert main(["stats", "ads"]) == 1
         assert word in capsys.readouterr().err
 
-    def connect(address, **more):
-        raise ConnectionError("none found")
 
-    monkeypatch.setattr(server, "connect", connect)
-    assert main(["stats", "ads"]) == 1
-    assert "no cluster of Ray runs on this machine (none found): pass --address" in capsys.readouterr().err
+def test_a_cluster_that_cannot_be_reached_is_told_with_a_remedy(monkeypatch):
+    def init(**options):
+        raise ConnectionError("Failed to connect")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setattr(server, "import_ray", lambda: ray)
+    with pytest.raises(
+        ServerError, match=r"cluster at 10\.0\.0\.1:1 cannot .*connect\. .*RAY_AUTH_MODE=token"
+    ):
+        server.connect("10.0.0.1:1")
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once(capsys):

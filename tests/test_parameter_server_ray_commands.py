@@ -33,12 +33,12 @@ print(json.dumps({name: each.tolist() for name, each in client.pull({"user": ids
 import ray
 ray.shutdown()
 """
+ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], check=False, text=True, capture_output=True, timeout=90
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=False, text=True, capture_output=True, timeout=90, env=ENVIRONMENT)
 
 
 def command(*arguments):
@@ -51,7 +51,7 @@ def serving(folder, *arguments):
     process = subprocess.Popen(
         [sys.executable, "-m", "nb_sparse_adam", "serve", "ads", "--checkpoint-dir", str(folder), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "RAY_ADDRESS": ""},
+        env=ENVIRONMENT,
     )  # fmt: skip
     try:
         line = process.stdout.readline()

@@ -272,10 +272,11 @@ def _refuse_elsewhere(ray: Any, name: str, folder: Path) -> None:
 def _told(ray: Any, server: ParameterServer, folder: Path, is_there: bool) -> str:
     config = server._config
     address = ray.get_runtime_context().gcs_address
+    token = ", with RAY_AUTH_MODE=token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     return (
         f"{'going on with' if is_there else 'serving'} {server.name!r}: tables {', '.join(config.tables)}; "
         f"shards {config.shards}; {config.durability}, {_words(config.consistency)}; folder {folder}; "
-        f"ParameterServer.attach({server.name!r}, address={address!r})"
+        f"ParameterServer.attach({server.name!r}, address={address!r}){token}"
     )
 
 
@@ -321,10 +322,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if address == "local":
         raise OptionError("--address is local, which would start a cluster; expected that of one that runs")
     _reach(address)
-    try:
-        ray = connect(address, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ServerError(f"no cluster of Ray runs on this machine ({error}): pass --address") from error
+    ray = connect(address, logging_level=logging.ERROR)
     try:
         while True:
             stats = ParameterServer._running(ray, arguments.name).stats()

@@ -310,7 +310,15 @@ def connect(address: str | None, **more: Any) -> Any:
     ray = import_ray()
     if not ray.is_initialized():
         own = {"namespace": actor.NAMESPACE, "include_dashboard": False, "log_to_driver": False}
-        ray.init(address=address, **own, **more)
+        try:
+            ray.init(address=address, **own, **more)
+        except ConnectionError as error:
+            where = f"at {address}" if address else "that RAY_ADDRESS or this machine names"
+            raise ServerError(
+                f"the Ray cluster {where} cannot be reached: {error}. If it runs, it may ask for a token: by "
+                "default one that `ray.init` started does, and a process that names its address sends "
+                "one only with RAY_AUTH_MODE=token in its environment"
+            ) from error
     return ray
 
 
