@@ -38,7 +38,7 @@ ENVIRONMENT = {**os.environ, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
 
 def run(*arguments):
     command = [sys.executable, *arguments]
-    return subprocess.run(command, check=False, text=True, capture_output=True, timeout=90, env=ENVIRONMENT)
+    return subprocess.run(command, check=False, text=True, capture_output=True, timeout=240, env=ENVIRONMENT)
 
 
 def command(*arguments):
