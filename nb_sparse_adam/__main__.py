@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``nb-sparse-adam train``, ``bench``, ``warm-up`` and ``info``."""
+"""The command line: ``nb-sparse-adam train``, ``serve``, ``bench``, ``warm-up`` and ``info``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numba
 from nb_sparse_adam import __version__
 from nb_sparse_adam._src import info
 from nb_sparse_adam._src.options import STEP_COUNTS
+from nb_sparse_adam._src.parameter_server.commands import add_server
 from nb_sparse_adam._src.recommender.commands import add_commands
 from nb_sparse_adam._src.recommender.training_command import INTERRUPTED, add_train
 from nb_sparse_adam._src.warming import DTYPES, GRADIENTS, warm_up
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_commands(commands)
+    add_server(commands)
     _add_bench(commands)
     _add_warm_up(commands)
     text = "show versions, threads, the kernel cache, and which extras work"

@@ -7,29 +7,50 @@ who calls again, with the number that its push has.
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
-from nb_sparse_adam._src.parameter_server.shard import Shard, warm_up
+from nb_sparse_adam._src.parameter_server.shard import Shard, log_of_events, warm_up
 from nb_sparse_adam._src.parameter_server.spec import Config
 
 NAMESPACE = "nb_sparse_adam"
 _CALLS = 32  # of a shard at once; most of them wait for its lock, or for the disk
 _CALLS_OF_COORDINATOR = 1000  # each worker may wait for a step there
 
+_COUNTERS = {
+    "pushes": "Pushes that were applied",
+    "pulls": "Pulls",
+    "duplicates": "Pushes that came again, and were not applied again",
+    "refused": "Pushes that were refused",
+    "lost_pushes": "Pushes that were acknowledged, and lost when the shard died, at most",
+}
+_GAUGES = {  # number of `Shard.stats` -> name and text of a metric
+    "rows": ("rows", "Rows of all tables"),
+    "bytes": ("table_bytes", "Bytes of rows and index"),
+    "unsaved_changes": ("unsaved_changes", "Changes since the last snapshot"),
+    "seconds_since_snapshot": ("snapshot_age_seconds", "Seconds since the last snapshot"),
+}
+_QUANTILES = {  # and what its unit is, of the metric's
+    "pull_ms": ("pull_seconds", "Seconds of a pull in the shard, of the last 4096", 1e-3),
+    "push_ms": ("push_seconds", "Seconds of a push in the shard, of the last 4096", 1e-3),
+    "staleness": ("staleness_pushes", "Pushes between a client's pull and its push, of the last 4096", 1.0),
+}
+
 
 class ShardActor:
     """A shard in a process of its own."""
 
     def __init__(self, folder: str, config: dict[str, Any], number: int) -> None:
+        _show_events()
         made = Config.from_json(config)
         warm_up(made)
         self._shard = Shard(Path(folder), made, number)
         self._stop = threading.Event()
-        metrics = _Metrics(made.name, number)
+        metrics = _Metrics(made.name, number, self._shard.stats())
         keep = threading.Thread(target=self._shard.keep, args=(self._stop, metrics.set), daemon=True)
         keep.start()
 
@@ -92,32 +113,51 @@ class CoordinatorActor:
         self._coordinator.advance(client, pushes)
 
 
-class _Metrics:
-    """Numbers of a shard, as Ray shows them to Prometheus."""
+def _show_events() -> None:
+    """Have this process write its events to its stderr, which Ray keeps in a file of its log folder."""
+    if not log_of_events.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))  # a line of JSON, and nothing else
+        log_of_events.addHandler(handler)
+    log_of_events.setLevel(logging.INFO)
+    log_of_events.propagate = False
 
-    def __init__(self, server: str, shard: int) -> None:
+
+class _Metrics:
+    """Numbers of a shard, as Ray shows them to Prometheus.
+
+    Counters count from the start of the process, as Prometheus expects it: what the shard has read from its
+    disk was counted by the process before.
+    """
+
+    def __init__(self, server: str, shard: int, stats: dict[str, Any]) -> None:
         metrics = require("ray.util.metrics", "ray", "the parameter server")
-        tags = {"server": server, "shard": str(shard)}
-        self._gauges = {}
-        for name, text in (
-            ("rows", "Rows of all tables"),
-            ("bytes", "Bytes of rows and index"),
-            ("pushes", "Pushes that were applied"),
-            ("pulls", "Pulls"),
-            ("duplicates", "Pushes that came again, and were not applied again"),
-            ("refused", "Pushes that were refused"),
-            ("unsaved_changes", "Changes since the last snapshot"),
-            ("push_ms", "Milliseconds of a push, 99th percentile of the last 4096"),
-            ("pull_ms", "Milliseconds of a pull, 99th percentile of the last 4096"),
-        ):
-            gauge = metrics.Gauge(f"nb_sparse_adam_{name}", description=text, tag_keys=("server", "shard"))
-            gauge.set_default_tags(tags)
-            self._gauges[name] = gauge
+        self._tags = {"server": server, "shard": str(shard)}
+
+        def made(kind: Any, name: str, text: str, *keys: str) -> Any:
+            return kind(f"nb_sparse_adam_{name}", text, tag_keys=("server", "shard", *keys))
+
+        self._counted = {name: stats[name] for name in _COUNTERS}
+        self._counters = {
+            name: made(metrics.Counter, f"{name}_total", text) for name, text in _COUNTERS.items()
+        }
+        self._gauges = {source: made(metrics.Gauge, name, text) for source, (name, text) in _GAUGES.items()}
+        self._quantiles = {
+            source: (made(metrics.Gauge, name, text, "quantile"), unit)
+            for source, (name, text, unit) in _QUANTILES.items()
+        }
 
     def set(self, stats: dict[str, Any]) -> None:
+        for name, counter in self._counters.items():
+            more, self._counted[name] = stats[name] - self._counted[name], stats[name]
+            if more > 0:  # Ray takes no increment of 0
+                counter.inc(more, self._tags)
         for name, gauge in self._gauges.items():
-            value = stats[name]
-            gauge.set(value.get("p99", 0.0) if isinstance(value, dict) else value)
+            gauge.set(stats[name], self._tags)
+        for name, (gauge, unit) in self._quantiles.items():
+            for quantile, key in (("0.5", "p50"), ("0.99", "p99")):
+                if key in stats[name]:
+                    gauge.set(stats[name][key] * unit, {**self._tags, "quantile": quantile})
 
 
 def shard_name(server: str, shard: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nb_sparse_adam._src.extras import require
-from nb_sparse_adam.errors import ServerTimeout
+from nb_sparse_adam.errors import ServerError, ServerTimeout
 
 _FIRST, _LONGEST = 0.02, 1.0  # seconds between two tries
 
@@ -43,6 +43,8 @@ class Calls:
         ------
         ServerTimeout
             If one has not come to its end before the deadline.
+        ServerError
+            If a process cannot be started. Ray does not try that again.
         Exception
             What a method has raised. All calls have come to their ends then.
         """
@@ -85,6 +87,10 @@ class Calls:
             except errors.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, Exception) else error) from None
             except (errors.RayActorError, errors.ObjectLostError) as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise ServerError(
+                        f"{self._what}: process {number} cannot be started: {_last_line(error)}"
+                    ) from None
                 if left <= pause:
                     raise ServerTimeout(f"process {number} cannot be reached: {_first_line(error)}") from None
             time.sleep(pause)
@@ -94,3 +100,7 @@ class Calls:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2]

@@ -26,6 +26,7 @@ from nb_sparse_adam.errors import OptionError, OptionTypeError, ServerError
 
 _FILE = "server.json"
 _PATIENCE = 120.0  # seconds, for what is neither pull nor push
+_PATIENCE_TO_START = 600.0  # where kernels are not on the disk, all shards of a machine compile them at once
 
 Place = str | os.PathLike[str]
 
@@ -114,7 +115,7 @@ class ParameterServer:
             raise ServerError(
                 f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
             )
-        if (folder / _FILE).exists():
+        if is_folder(folder):
             raise ServerError(
                 f"{folder} is the folder of a server already; go on with it by "
                 f"ParameterServer.attach({name!r}, checkpoint_dir=...), or use another folder"
@@ -161,12 +162,34 @@ class ParameterServer:
         return cls._start(ray, folder, config)
 
     @classmethod
+    def _running(cls, ray: Any, name: str) -> ParameterServer:
+        """Find a server all of whose processes are there, and start nothing."""
+        coordinator = _find(ray, actor.coordinator_name(name))
+        if coordinator is None:
+            raise ServerError(
+                f"there is no server {name!r} on this cluster: it was never made, was shut down, or its "
+                "processes are gone; ParameterServer.attach, with its checkpoint_dir, starts them again"
+            )
+        made_of = Calls(ray, f"look at {name!r}", [coordinator.made_of.remote], _end()).results()[0]
+        folder, config = Path(made_of[0]), Config.from_json(made_of[1])
+        shards = [_find(ray, actor.shard_name(name, number)) for number in range(config.shards)]
+        gone = [number for number, handle in enumerate(shards) if handle is None]
+        if gone:
+            raise ServerError(
+                f"of {config.shards} shards of server {name!r} on this cluster, {gone} are gone; "
+                f"ParameterServer.attach({name!r}) starts them again"
+            )
+        return cls(ray, folder, config, coordinator, shards)
+
+    @classmethod
     def _start(cls, ray: Any, folder: Path, config: Config) -> ParameterServer:
         coordinator = actor.start_coordinator(ray, folder, config)
         shards = [actor.start_shard(ray, folder, config, number) for number in range(config.shards)]
         made = cls(ray, folder, config, coordinator, shards)
-        Calls(ray, f"starting {config.name!r}", [coordinator.made_of.remote], _end()).results()
-        made._of_all("starting", "stats")
+        Calls(
+            ray, f"starting {config.name!r}", [coordinator.made_of.remote], _end(_PATIENCE_TO_START)
+        ).results()
+        made._of_all("starting", "stats", patience=_PATIENCE_TO_START)
         return made
 
     # --- used ---------------------------------------------------------------------------------------------
@@ -272,9 +295,9 @@ class ParameterServer:
         for handle in (*self._shards, self._coordinator):
             self._ray.kill(handle, no_restart=True)
 
-    def _of_all(self, what: str, method: str, *arguments: Any) -> list[Any]:
+    def _of_all(self, what: str, method: str, *arguments: Any, patience: float = _PATIENCE) -> list[Any]:
         begin = [partial(getattr(handle, method).remote, *arguments) for handle in self._shards]
-        return Calls(self._ray, f"{what} of server {self.name!r}", begin, _end()).results()
+        return Calls(self._ray, f"{what} of server {self.name!r}", begin, _end(patience)).results()
 
 
 def client_of(name: str, rank: int | None, timeout: float) -> Client:
@@ -282,12 +305,34 @@ def client_of(name: str, rank: int | None, timeout: float) -> Client:
     return ParameterServer.attach(name).client(rank, timeout)
 
 
-def connect(address: str | None) -> Any:
-    """Connect to Ray, or start it."""
+def connect(address: str | None, **more: Any) -> Any:
+    """Connect to Ray, or start it; `more` is for ``ray.init``."""
     ray = import_ray()
     if not ray.is_initialized():
-        ray.init(address=address, namespace=actor.NAMESPACE, include_dashboard=False, log_to_driver=False)
+        own = {"namespace": actor.NAMESPACE, "include_dashboard": False, "log_to_driver": False}
+        try:
+            ray.init(address=address, **own, **more)
+        except ConnectionError as error:
+            where = f"at {address}" if address else "that RAY_ADDRESS or this machine names"
+            raise ServerError(
+                f"the Ray cluster {where} cannot be reached: {error}. If it runs, it may ask for a token: by "
+                "default one that `ray.init` started does, and a process that names its address sends "
+                "one only with RAY_AUTH_MODE=token in its environment"
+            ) from error
     return ray
+
+
+def is_folder(folder: Path) -> bool:
+    """Say whether a folder is that of a server."""
+    return (folder / _FILE).exists()
+
+
+def folder_of(ray: Any, name: str) -> Path | None:
+    """Return the folder of a server of which the coordinator runs."""
+    coordinator = _find(ray, actor.coordinator_name(name))
+    if coordinator is None:
+        return None
+    return Path(Calls(ray, f"look at {name!r}", [coordinator.made_of.remote], _end()).results()[0][0])
 
 
 def read_config(folder: Path) -> Config:
@@ -300,8 +345,8 @@ def read_config(folder: Path) -> Config:
         raise ServerError(f"{folder / _FILE} cannot be read: {error}") from error
 
 
-def _end() -> float:
-    return time.monotonic() + _PATIENCE
+def _end(patience: float = _PATIENCE) -> float:
+    return time.monotonic() + patience
 
 
 def _folder(given: Any) -> Path:

@@ -432,5 +432,13 @@ def _percentiles(latencies: deque[float], factor: float) -> dict[str, float]:
 
 def _tell(event: str, config: Config, shard: int, **values: Any) -> None:
     """Log an event as one line of JSON."""
-    fields = {"event": event, "server": config.name, "shard": shard, "pid": os.getpid(), **values}
+    moment = round(time.time(), 3)
+    fields = {
+        "time": moment,
+        "event": event,
+        "server": config.name,
+        "shard": shard,
+        "pid": os.getpid(),
+        **values,
+    }
     log_of_events.info("%s", json.dumps(fields))

@@ -113,7 +113,7 @@ class TableSpec:
         values = dict(given)
         if "dim" not in values:
             raise OptionError(f"the spec of a table has {sorted(values)}, expected dim among them")
-        if "betas" in values:
+        if isinstance(values.get("betas"), list):
             values["betas"] = tuple(values["betas"])
         if isinstance(values.get("eviction"), Mapping):
             unknown = set(values["eviction"]) - set(Eviction._fields)
