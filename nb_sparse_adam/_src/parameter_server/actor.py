@@ -13,6 +13,8 @@ from typing import Any
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
+from nb_sparse_adam._src.parameter_server.folders import COORDINATOR, shard_folder
+from nb_sparse_adam._src.parameter_server.holding import Hold
 from nb_sparse_adam._src.parameter_server.shard import Shard, warm_up
 from nb_sparse_adam._src.parameter_server.spec import Config
 
@@ -74,7 +76,10 @@ class CoordinatorActor:
     def __init__(self, folder: str, config: dict[str, Any]) -> None:
         self._config = config
         self._folder = folder
-        self._coordinator = Coordinator(Path(folder) / "coordinator", Config.from_json(config))
+        own = Path(folder) / COORDINATOR
+        own.mkdir(parents=True, exist_ok=True)
+        self._hold = Hold(own)  # as a shard does
+        self._coordinator = Coordinator(own, Config.from_json(config))
 
     def made_of(self) -> tuple[str, dict[str, Any]]:
         return self._folder, self._config
@@ -131,7 +136,7 @@ def start_shard(ray: Any, folder: Path, config: Config, number: int) -> Any:
     """Start a shard, which may already be running."""
     options = _options(shard_name(config.name, number), _CALLS, config.cpus_per_shard)
     made = ray.remote(ShardActor).options(**options)
-    return made.remote(str(folder / f"shard-{number:04d}"), config.to_json(), number)
+    return made.remote(str(shard_folder(folder, number)), config.to_json(), number)
 
 
 def start_coordinator(ray: Any, folder: Path, config: Config) -> Any:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -14,20 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam._src.files import write_whole
-from nb_sparse_adam._src.parameter_server import actor
+from nb_sparse_adam._src.parameter_server import actor, folders
 from nb_sparse_adam._src.parameter_server.calls import Calls, import_ray
 from nb_sparse_adam._src.parameter_server.client import Client
+from nb_sparse_adam._src.parameter_server.folders import Place
 from nb_sparse_adam._src.parameter_server.payloads import find_table
 from nb_sparse_adam._src.parameter_server.shard import CONDITIONS
 from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec, check_config
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam.errors import OptionError, OptionTypeError, ServerError
 
-_FILE = "server.json"
 _PATIENCE = 120.0  # seconds, for what is neither pull nor push
-
-Place = str | os.PathLike[str]
 
 
 @public("nb_sparse_adam.parameter_server")
@@ -107,20 +102,12 @@ class ParameterServer:
             name, tables, shards, durability, snapshot_interval, consistency, workers, step_timeout,
             cpus_per_shard,
         )  # fmt: skip
-        folder = _folder(checkpoint_dir)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
         ray = connect(address)
         _check_cpus(ray, config)
-        if _find(ray, actor.coordinator_name(name)) is not None:
-            raise ServerError(
-                f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
-            )
-        if (folder / _FILE).exists():
-            raise ServerError(
-                f"{folder} is the folder of a server already; go on with it by "
-                f"ParameterServer.attach({name!r}, checkpoint_dir=...), or use another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / _FILE, json.dumps(config.to_json(), indent=1).encode())
+        _check_name(ray, name)
+        folders.check_new(folder)
+        folders.write_config(folder, config)
         return cls._start(ray, folder, config)
 
     @classmethod
@@ -154,8 +141,8 @@ class ParameterServer:
                 f"there is no server {name!r} on this cluster; pass the checkpoint_dir of one that is to "
                 "go on, or create it"
             )
-        folder = _folder(checkpoint_dir)
-        config = read_config(folder)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
+        config = folders.read_config(folder)
         if config.name != name:
             raise ServerError(f"{folder} is of server {config.name!r}, expected {name!r}")
         return cls._start(ray, folder, config)
@@ -290,25 +277,8 @@ def connect(address: str | None) -> Any:
     return ray
 
 
-def read_config(folder: Path) -> Config:
-    """Read what a server is made of from its folder."""
-    try:
-        return Config.from_json(json.loads((folder / _FILE).read_bytes()))
-    except FileNotFoundError:
-        raise ServerError(f"{folder} is not the folder of a server: it has no {_FILE}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ServerError(f"{folder / _FILE} cannot be read: {error}") from error
-
-
 def _end() -> float:
     return time.monotonic() + _PATIENCE
-
-
-def _folder(given: Any) -> Path:
-    try:
-        return Path(given).absolute()
-    except TypeError as error:
-        raise OptionTypeError(f"checkpoint_dir is {given!r}, expected a path") from error
 
 
 def _find(ray: Any, name: str) -> Any:
@@ -316,6 +286,13 @@ def _find(ray: Any, name: str) -> Any:
         return ray.get_actor(name, namespace=actor.NAMESPACE)
     except ValueError:
         return None
+
+
+def _check_name(ray: Any, name: str) -> None:
+    if _find(ray, actor.coordinator_name(name)) is not None:
+        raise ServerError(
+            f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
+        )
 
 
 def _check_cpus(ray: Any, config: Config) -> None:
