@@ -4,14 +4,16 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from servers import config, gone, opened
 
 from nb_sparse_adam._src.parameter_server import holding
+from nb_sparse_adam._src.parameter_server.calls import Calls
 from nb_sparse_adam._src.parameter_server.holding import Hold
 from nb_sparse_adam._src.parameter_server.shard import Shard
-from nb_sparse_adam.errors import LogError
+from nb_sparse_adam.errors import LogError, ServerError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="nothing is held on Windows")
 
@@ -73,3 +75,23 @@ def test_a_process_that_has_died_holds_nothing_and_is_waited_for(tmp_path):
         with pytest.raises(LogError):
             Hold(tmp_path)
     held.let_go()
+
+
+def test_a_process_that_could_not_start_is_not_waited_for():
+    """Ray does not start it again: who calls is told why at once, and not when time is up."""
+
+    class DiedError(Exception):
+        actor_init_failed = True
+
+    def get(*_, **__):
+        raise DiedError("LogError: shard-0000 is held by another process")
+
+    names = ("RayError", "RayActorError", "ObjectLostError")
+    errors = SimpleNamespace(
+        **dict.fromkeys(names, DiedError), GetTimeoutError=OSError, RayTaskError=KeyError
+    )
+    calls = Calls(
+        SimpleNamespace(get=get, exceptions=errors), "attach", [lambda: None], time.monotonic() + 60
+    )
+    with pytest.raises(ServerError, match=r"attach: process 0 could not start: .* is held by another"):
+        calls.results()

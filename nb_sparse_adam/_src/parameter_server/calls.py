@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nb_sparse_adam._src.extras import require
-from nb_sparse_adam.errors import ServerTimeout
+from nb_sparse_adam.errors import ServerError, ServerTimeout
 
 _FIRST, _LONGEST = 0.02, 1.0  # seconds between two tries
 
@@ -43,6 +43,8 @@ class Calls:
         ------
         ServerTimeout
             If one has not come to its end before the deadline.
+        ServerError
+            If one could not start.
         Exception
             What a method has raised. All calls have come to their ends then.
         """
@@ -85,6 +87,8 @@ class Calls:
             except errors.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, Exception) else error) from None
             except (errors.RayActorError, errors.ObjectLostError) as error:
+                if getattr(error, "actor_init_failed", False):  # it is not started again by itself
+                    raise ServerError(f"{self._what}: process {number} could not start: {error}") from None
                 if left <= pause:
                     raise ServerTimeout(f"process {number} cannot be reached: {_first_line(error)}") from None
             time.sleep(pause)

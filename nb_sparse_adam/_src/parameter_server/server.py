@@ -17,6 +17,7 @@ from nb_sparse_adam._src.parameter_server.calls import Calls, import_ray
 from nb_sparse_adam._src.parameter_server.client import Client
 from nb_sparse_adam._src.parameter_server.folders import Place
 from nb_sparse_adam._src.parameter_server.payloads import find_table
+from nb_sparse_adam._src.parameter_server.resharding import reshard
 from nb_sparse_adam._src.parameter_server.shard import CONDITIONS
 from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec, check_config
 from nb_sparse_adam._src.public import public
@@ -29,7 +30,7 @@ _PATIENCE = 120.0  # seconds, for what is neither pull nor push
 class ParameterServer:
     """Tables whose rows are dealt out to shards, which are processes on one machine or many.
 
-    Made by `create`, or found by `attach`. It lives until `shutdown`, whoever made it.
+    Made by `create` or `restore`, or found by `attach`. It lives until `shutdown`, whoever made it.
     """
 
     def __init__(self, ray: Any, folder: Path, config: Config, coordinator: Any, shards: list[Any]) -> None:
@@ -145,6 +146,87 @@ class ParameterServer:
         config = folders.read_config(folder)
         if config.name != name:
             raise ServerError(f"{folder} is of server {config.name!r}, expected {name!r}")
+        return cls._start(ray, folder, config)
+
+    @classmethod
+    def restore(
+        cls,
+        name: str,
+        source: Place,
+        *,
+        checkpoint_dir: Place,
+        shards: int | None = None,
+        durability: str | None = None,
+        consistency: Any = None,
+        workers: int | None = None,
+        snapshot_interval: float | None = None,
+        step_timeout: float | None = None,
+        cpus_per_shard: float | None = None,
+        address: str | None = None,
+    ) -> ParameterServer:
+        """Start a server, of any number of shards, that goes on with the rows of one that is not running.
+
+        All that a row has comes over byte for byte, and the order in which ids have come, ages, filters and
+        counts go on (see Notes). This process reads one old shard after the other, and has in memory one of
+        them, the rows of a new one, and one array of these once more.
+
+        Parameters
+        ----------
+        name : str
+            Of the new server; it may be that of the old one.
+        source : path
+            The checkpoint_dir of a server that is not running, however it has ended. It is only read.
+        checkpoint_dir : path
+            A folder that no server has used, which all machines of the cluster can reach. It becomes that of
+            a server as the last thing: what is left of a restore that was killed is none.
+        shards : int, optional
+            By default as many as there were.
+        durability, consistency, workers, snapshot_interval, step_timeout, cpus_per_shard : optional
+            As in `create`; by default what the old server was made with. With another consistency, workers
+            are those that are given.
+        address : str, optional
+            As in `create`.
+
+        Raises
+        ------
+        OptionError
+            For an option outside its domain.
+        ServerError
+            If there is a server of that name, `checkpoint_dir` has been used, or `source` is not complete.
+        LogError
+            If the old server is running, or its log is damaged.
+        CheckpointError
+            If a snapshot is damaged, or a new shard would have more rows than ``capacity``.
+
+        Notes
+        -----
+        Rows of several old shards in a new one: their ids have come in the order of their places in the old
+        shards' orders. Times are on one clock, so that ages in steps are what they were, and those in seconds
+        too small by as much as shards were apart in time. Counters of sightings are the largest ones, so that
+        no id is admitted later than it would have been; by ``admission`` with a probability, other ones may
+        be. What an old shard has dropped, evicted and skipped is counted by the first new one with its rows.
+
+        A step of all workers that was committed is applied. Clients of the old server are refused by the new
+        one. Where shards have lost pushes (``durability="snapshot"``), the largest count of steps counts.
+        """
+        old_folder = folders.path_of("source", source)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
+        old = folders.read_config(old_folder)
+        of_old = ("bounded", old.consistency) if isinstance(old.consistency, int) else old.consistency
+
+        def chosen(given: Any, otherwise: Any) -> Any:
+            return otherwise if given is None else given
+
+        config = check_config(
+            name, old.tables, chosen(shards, old.shards), chosen(durability, old.durability),
+            chosen(snapshot_interval, old.interval), chosen(consistency, of_old),
+            chosen(workers, old.workers if consistency is None else None),
+            chosen(step_timeout, old.step_timeout), chosen(cpus_per_shard, old.cpus_per_shard),
+        )  # fmt: skip
+        ray = connect(address)
+        _check_cpus(ray, config)
+        _check_name(ray, name)
+        reshard(old_folder, old, folder, config)
         return cls._start(ray, folder, config)
 
     @classmethod
