@@ -16,7 +16,7 @@
     ├── StateError           ValueError   a state dict, or a source of rows, does not fit the optimizer
     │   └── StateTypeError   TypeError    ... it, or an entry of it, has the wrong type
     ├── CheckpointError      ValueError   a checkpoint is missing, damaged, or does not fit
-    │   └── LogError         OSError      ... a write-ahead log is damaged, or cannot be written
+    │   └── LogError         OSError      ... a write-ahead log is damaged, not to be written, or held
     ├── InteractionsError    ValueError   the recommender's input cannot be read or used
     │   └── UnknownIdError   KeyError     ... a user or an item was not there in training
     ├── NotFittedError       ValueError, AttributeError  a model is asked for what only training gives
@@ -115,7 +115,7 @@ class CheckpointError(SparseAdamError, ValueError):
 
 
 class LogError(CheckpointError, OSError):
-    """A write-ahead log of a parameter server is damaged, or cannot be written to any more."""
+    """A parameter server's write-ahead log is damaged, cannot be written, or is another process's."""
 
 
 class InteractionsError(SparseAdamError, ValueError):

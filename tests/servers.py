@@ -61,5 +61,18 @@ def contents(tables):
     return {name: content(table) for name, table in tables.items()}
 
 
+_SHARDS = {}  # that were opened last in a folder
+
+
 def opened(folder, **options):
-    return Shard(folder, config(**options), 0)
+    """Open a shard, as if the process of the one that was opened there before had died."""
+    gone(folder)
+    _SHARDS[folder] = shard = Shard(folder, config(**options), 0)
+    return shard
+
+
+def gone(folder):
+    """Have the shard hold its folder no more that was opened there."""
+    before = _SHARDS.pop(folder, None)
+    if before is not None:
+        before.hold.let_go()

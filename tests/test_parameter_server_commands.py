@@ -13,7 +13,7 @@ from needs import need
 from servers import SPECS, batch, opened, payload
 
 from nb_sparse_adam.__main__ import main
-from nb_sparse_adam._src.parameter_server import actor, commands, server
+from nb_sparse_adam._src.parameter_server import actor, commands, folders, server
 from nb_sparse_adam._src.parameter_server.calls import Calls
 from nb_sparse_adam._src.parameter_server.spec import check_config
 from nb_sparse_adam._src.table.eviction import Eviction
@@ -47,7 +47,7 @@ class FakeServer:
     @classmethod
     def attach(cls, name, *, checkpoint_dir):
         cls.asked.append(("attach", name, {}))
-        return cls(server.read_config(checkpoint_dir))
+        return cls(folders.read_config(checkpoint_dir))
 
     @classmethod
     def _running(cls, _, name):

@@ -92,8 +92,9 @@ def test_a_coordinator_that_starts_again_has_what_was_committed(tmp_path):
     for step in (1, 2, 3):
         coordinator.arrive(0, client, step)
     again = made(tmp_path, workers=1)
-    assert again.arrive(0, client, 3)["parts"] is None  # a client that has its answer does not ask again
+    assert again.arrive(0, client, 3)["parts"] == {0: client}  # its answer had been lost
     assert again.arrive(0, client, 4)["parts"] == {0: client}
+    assert made(tmp_path, workers=1).join(0)["decided"] == (4, {0: client})
     assert again.join(0)["client"] > client
     again = made(tmp_path, workers=1)
     assert again.arrive(0, client, 9)["parts"] == {0: client}  # four were given up before it died

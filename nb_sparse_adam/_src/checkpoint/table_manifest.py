@@ -64,23 +64,33 @@ class Moment:
 
     def described(self, arrays: Mapping[str, PieceReader]) -> dict[str, Any]:
         """Say what a table's file holds, and what a table is made of that goes on from it."""
-        made = self._made
-        if callable(made["initializer"]):
-            made = {**made, "initializer": None}
-        return {
-            "table": self._name,
-            "rows": arrays["ids"].shape[0],
-            "gone": arrays["gone"].shape[0],
-            "ages": arrays["ages_clock"].shape[0],
-            "steps": arrays["steps"].dtype.name,
-            "made": {name: _plain(value) for name, value in made.items()},
-            "options": {name: _plain(value) for name, value in self._options.items()},
-            "numbers": self._numbers,
-        }
+        return described(self._name, self._made, self._options, self._numbers, arrays)
 
     def close(self) -> None:
         """Let go of it: the table keeps nothing aside for it any more."""
         self._capture.close()
+
+
+def described(
+    name: str,
+    made: Mapping[str, Any],
+    options_of: Mapping[str, Any],
+    numbers: Mapping[str, int],
+    arrays: Mapping[str, PieceReader],
+) -> dict[str, Any]:
+    """Say of a table of that name what it is made of, and what its file holds."""
+    if callable(made["initializer"]):
+        made = {**made, "initializer": None}
+    return {
+        "table": name,
+        "rows": arrays["ids"].shape[0],
+        "gone": arrays["gone"].shape[0],
+        "ages": arrays["ages_clock"].shape[0],
+        "steps": arrays["steps"].dtype.name,
+        "made": {name: _plain(value) for name, value in made.items()},
+        "options": {name: _plain(value) for name, value in options_of.items()},
+        "numbers": dict(numbers),
+    }
 
 
 def _plain(value: Any) -> Any:

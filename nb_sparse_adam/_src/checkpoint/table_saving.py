@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nb_sparse_adam._src.checkpoint.manifest import MANIFEST, check_extra, read_manifest, refuse_foreign
 from nb_sparse_adam._src.checkpoint.saving import Part, check_names, saving_in, write_checkpoint
-from nb_sparse_adam._src.checkpoint.table_manifest import KIND, Moment, bytes_of
+from nb_sparse_adam._src.checkpoint.table_manifest import ARRAYS, KIND, Moment, bytes_of, described
+from nb_sparse_adam._src.checkpoint.tensor_files import PieceReader
+from nb_sparse_adam._src.table import snapshot
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam._src.table.history import LEAST_IDS, MOST_SAVES
 from nb_sparse_adam._src.table.locking import write_together
@@ -67,6 +71,40 @@ def begin_save(tables: Tables, single: bool, extra: Any, base: Path | None) -> P
     return pending
 
 
+def write_full(
+    folder: Path,
+    tables: Mapping[str, tuple[EmbeddingTable, Mapping[str, PieceReader], Mapping[str, int]]],
+    extra: Any,
+) -> None:
+    """Write a full save of tables that are not in memory as such.
+
+    Parameters
+    ----------
+    folder : Path
+        As `save_tables`.
+    tables : mapping of str to (EmbeddingTable, arrays, numbers)
+        One with the same options, and `snapshot.ARRAYS` and `snapshot.NUMBERS`.
+    extra
+        As of `api.save`.
+    """
+    parts = []
+    for name, (like, given, numbers) in tables.items():
+        arrays = {each: given[each] if each in given else np.empty(0, np.int64) for each in ARRAYS}
+        made, values = snapshot.made_of(like), snapshot.options_of(like)
+        parts.append(
+            Part(
+                name, arrays, described(secrets.token_hex(8), {**made, "name": name}, values, numbers, arrays)
+            )
+        )
+    with saving_in(folder):
+        refuse_foreign(folder)
+        write_checkpoint(folder, _head(secrets.token_hex(8), None, False), parts, extra, "saving", False)
+
+
+def _head(save: str, base: str | None, single: bool) -> dict[str, Any]:
+    return {"kind": KIND, "id": save, "base": base, "single": single}
+
+
 class Pending:
     """A save: of tables that are still to be captured, or were, and are to be written."""
 
@@ -111,7 +149,7 @@ class Pending:
         for name, moment in self._moments.items():
             arrays = moment.arrays()
             parts.append(Part(name, arrays, moment.described(arrays), moment.close))
-        head = {"kind": KIND, "id": self._save, "base": self._base, "single": self._single}
+        head = _head(self._save, self._base, self._single)
         write_checkpoint(folder, head, parts, self._extra, "saving", progress)
         return Saved(self.pause, sum(bytes_of(part.described) for part in parts))
 

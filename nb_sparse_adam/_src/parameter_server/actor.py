@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
+from nb_sparse_adam._src.parameter_server.folders import COORDINATOR, shard_folder
+from nb_sparse_adam._src.parameter_server.holding import Hold
 from nb_sparse_adam._src.parameter_server.shard import Shard, log_of_events, warm_up
 from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam.errors import ServerError, SparseAdamError
 
 NAMESPACE = "nb_sparse_adam"
 _CALLS = 32  # of a shard at once; most of them wait for its lock, or for the disk
@@ -46,13 +50,35 @@ class ShardActor:
 
     def __init__(self, folder: str, config: dict[str, Any], number: int) -> None:
         _show_events()
-        made = Config.from_json(config)
-        warm_up(made)
-        self._shard = Shard(Path(folder), made, number)
+        self._folder, self._config, self._number = Path(folder), Config.from_json(config), number
         self._stop = threading.Event()
-        metrics = _Metrics(made.name, number, self._shard.stats())
-        keep = threading.Thread(target=self._shard.keep, args=(self._stop, metrics.set), daemon=True)
-        keep.start()
+        self._starting = threading.Lock()
+        self._started: Shard | None = None
+        warm_up(self._config)
+        # An actor whose constructor fails is never started again; what has failed may be mended. Who calls is
+        # told.
+        with suppress(ServerError):
+            _ = self._shard
+
+    @property
+    def _shard(self) -> Shard:
+        """The shard, which is started if it has not been."""
+        with self._starting:
+            if self._started is None:
+                self._started = self._start()
+            return self._started
+
+    def _start(self) -> Shard:
+        try:
+            shard = Shard(self._folder, self._config, self._number)
+        except (SparseAdamError, OSError) as error:
+            raise ServerError(
+                f"shard {self._number} of server {self._config.name!r} cannot be started: "
+                f"{type(error).__name__}: {error}. It tries again at the next call"
+            ) from error
+        metrics = _Metrics(self._config.name, self._number, shard.stats())
+        threading.Thread(target=shard.keep, args=(self._stop, metrics.set), daemon=True).start()
+        return shard
 
     def pull(self, ids: dict[str, Any], train: bool) -> Any:
         return self._shard.pull(ids, train)
@@ -98,7 +124,10 @@ class CoordinatorActor:
     def __init__(self, folder: str, config: dict[str, Any]) -> None:
         self._config = config
         self._folder = folder
-        self._coordinator = Coordinator(Path(folder) / "coordinator", Config.from_json(config))
+        own = Path(folder) / COORDINATOR
+        own.mkdir(parents=True, exist_ok=True)
+        self._hold = Hold(own)  # as a shard does
+        self._coordinator = Coordinator(own, Config.from_json(config))
 
     def made_of(self) -> tuple[str, dict[str, Any]]:
         return self._folder, self._config
@@ -174,7 +203,7 @@ def start_shard(ray: Any, folder: Path, config: Config, number: int) -> Any:
     """Start a shard, which may already be running."""
     options = _options(shard_name(config.name, number), _CALLS, config.cpus_per_shard)
     made = ray.remote(ShardActor).options(**options)
-    return made.remote(str(folder / f"shard-{number:04d}"), config.to_json(), number)
+    return made.remote(str(shard_folder(folder, number)), config.to_json(), number)
 
 
 def start_coordinator(ray: Any, folder: Path, config: Config) -> Any:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,10 +24,11 @@ from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec
 from nb_sparse_adam._src.parameter_server.windows import WINDOW
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
-from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout, StaleClientError, StepTimeout
+from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout, StepTimeout
 
 Ids = Mapping[str, ArrayLike]
 Gradients = Mapping[str, Any]
+_Decided: TypeAlias = tuple[int, dict[int, int], list[Payload] | None]  # a step, its parts, what was sent
 
 
 class Pulling:
@@ -114,6 +116,9 @@ class Client:
         joined = self._ask("join", partial(self._coordinator.join.remote, self.rank))
         self._client: int = joined["client"]
         self._step: int = joined["step"]
+        # Which a shard may not have been told, when the worker that knew it is gone.
+        decided = joined["decided"]
+        self._unapplied: _Decided | None = None if decided is None else (*decided, None)
         self._base: int = joined["pushes"]  # of others, when this one comes: it is one of the slowest
         self._sequence = 0
 
@@ -326,14 +331,11 @@ class Client:
     # --- steps of all workers -----------------------------------------------------------------------------
 
     def _push_step(self, payloads: list[Payload]) -> None:
+        self._finish()
         rank, client, step = self.rank, self._client, self._step
-        self._stage(payloads, range(len(payloads)))
-        try:
-            arrive = partial(self._coordinator.arrive.remote, rank, client, step)
-            decision = self._ask("push", arrive, self._config.step_timeout)
-        except StaleClientError:
-            self._join()
-            raise
+        self._stage(payloads, step, range(len(payloads)))
+        arrive = partial(self._coordinator.arrive.remote, rank, client, step)
+        decision = self._ask("push", arrive, self._config.step_timeout)
         self._step = decision["step"]
         if decision["parts"] is None:
             late = decision["late"]
@@ -345,31 +347,43 @@ class Client:
                 + f" within {self._config.step_timeout} s after the first one. No shard has applied any of "
                 "it; the next push belongs to the next step"
             )
-        self._apply_step(payloads, step, decision["parts"])
+        try:
+            self._apply_step(payloads, step, decision["parts"])
+        except BaseException:
+            # It is decided: what comes next comes after it. What was sent is kept: a shard may ask for it.
+            self._unapplied = step, decision["parts"], copy.deepcopy(payloads)
+            raise
 
-    def _stage(self, payloads: list[Payload], shards: Any) -> None:
-        rank, client, step = self.rank, self._client, self._step
+    def _finish(self) -> None:
+        """Have shards apply the last step that was decided, as far as one of them has not."""
+        if self._unapplied is not None:
+            step, parts, payloads = self._unapplied
+            self._apply_step(payloads, step, parts)
+            self._unapplied = None
 
+    def _stage(self, payloads: list[Payload], step: int, shards: Iterable[int]) -> None:
         begin = [
-            partial(self._shards[shard].stage.remote, step, rank, client, payloads[shard]) for shard in shards
+            partial(self._shards[shard].stage.remote, step, self.rank, self._client, payloads[shard])
+            for shard in shards
         ]
         self._calls("push", begin).results()
 
-    def _apply_step(self, payloads: list[Payload], step: int, parts: dict[int, int]) -> None:
-        """Have all shards apply a step; one that has lost parts since gets ours again."""
+    def _apply_step(self, payloads: list[Payload] | None, step: int, parts: dict[int, int]) -> None:
+        """Have all shards apply a step; one that has lost parts since gets ours again.
+
+        Without payloads, as they are of a client that is gone, what is lost stays lost: there is no log.
+        """
         end, pause = time.monotonic() + self.timeout, 0.02
         left = list(range(len(self._shards)))
         while True:
             begin = [partial(self._shards[shard].commit.remote, step, parts) for shard in left]
             missing = dict(zip(left, self._calls("push", begin).results(), strict=True))
             left = [shard for shard, ranks in missing.items() if ranks]
-            if not left:
+            if not left or payloads is None:
                 return
             ours = [shard for shard in left if self.rank in missing[shard]]
             if ours:
-                after, self._step = self._step, step
-                self._stage(payloads, ours)
-                self._step = after
+                self._stage(payloads, step, ours)
             if time.monotonic() > end:
                 raise ServerTimeout(
                     f"push: step {step} is decided, but shards {left} wait for the parts of ranks "

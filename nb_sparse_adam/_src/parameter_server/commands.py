@@ -174,7 +174,8 @@ def read_tables(path: str) -> dict[str, TableSpec]:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from nb_sparse_adam._src.parameter_server.server import ParameterServer, connect, is_folder, read_config
+    from nb_sparse_adam._src.parameter_server.folders import is_folder, read_config
+    from nb_sparse_adam._src.parameter_server.server import ParameterServer, connect
 
     name, folder = arguments.name, Path(arguments.checkpoint_dir).absolute()
     address = arguments.address or os.environ.get("RAY_ADDRESS") or None

@@ -7,7 +7,9 @@ larger than any before it; of a rank the last one counts. With "sync", a step go
     open ── all ranks have staged their parts on all shards, and say so ──► committed (on the disk) ──► next
       └──── step_timeout after the first of them ─────────────────────────► given up ────────────────► next
 
-What is not on the disk was not committed. A worker that is told of a commit has all shards apply the step.
+What is not on the disk was not committed. A worker that is told of a commit has all shards apply the step. A
+coordinator that starts again knows the parts of the last step that was committed: of none before it can a
+worker have missed the decision, for it has pushed since.
 
 With ("bounded", k), a worker says after each push how many it has made, and waits until the slowest that is
 alive has made at most k fewer. One that has not said anything for step_timeout is not alive.
@@ -18,8 +20,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nb_sparse_adam._src.parameter_server.log import Log, files_of, records
 from nb_sparse_adam._src.parameter_server.spec import Config
@@ -27,6 +30,51 @@ from nb_sparse_adam.errors import ServerError, StaleClientError
 
 _COMMITS_A_FILE = 4096
 _NUMBERS = 1 << 32  # incarnations of one start of the coordinator
+
+
+class Note(NamedTuple):
+    """What a coordinator has on the disk.
+
+    Attributes
+    ----------
+    starts : int
+        How often it has started.
+    committed : int
+        The last step that was committed, 0 if none was.
+    parts : sequence of (int, int)
+        Of that one: the incarnation of each rank.
+    """
+
+    starts: int = 0
+    committed: int = 0
+    parts: Sequence[Any] = ()
+
+    @property
+    def highest(self) -> int:
+        """No worker has had a number above this one."""
+        return (self.starts + 1) * _NUMBERS - 1
+
+
+def last_note(folder: Path) -> Note:
+    """Read what a coordinator has written last; nothing is written.
+
+    Raises
+    ------
+    LogError
+        If it is damaged.
+    """
+    noted = Note()
+    files = files_of(folder)
+    for record in records(folder, files[0][0]) if files else ():
+        noted = Note(**json.loads(record.content))
+    return noted
+
+
+def write_note(log: Log, noted: Note) -> int:
+    """Write it to the disk; return the number of the record."""
+    number = log.append(json.dumps(noted._asdict()).encode())
+    log.wait_for(number)
+    return number
 
 
 class Coordinator:
@@ -42,27 +90,22 @@ class Coordinator:
     def __init__(self, folder: Path, config: Config) -> None:
         self._config = config
         self._changed = threading.Condition()  # of all that follows
-        starts, committed = 0, 0
-        files = files_of(folder) if folder.exists() else []
-        for record in records(folder, files[0][0]) if files else ():
-            noted = json.loads(record.content)
-            starts, committed = noted["starts"], noted["committed"]
+        noted = last_note(folder)
         self._log = Log(folder)
-        self._starts, self._committed = starts + 1, committed
+        self._noted = noted._replace(starts=noted.starts + 1)
         self._note()
-        self._number = self._starts * _NUMBERS
+        self._number = self._noted.starts * _NUMBERS
         self._ranks: dict[int, int] = {}  # rank -> incarnation
-        self._step = committed + 1  # that is open
-        self._decided: dict[int, dict[int, int] | None] = {}  # step -> its parts, None if it was given up
+        self._step = noted.committed + 1  # that is open
+        # Step -> its parts, None if it was given up.
+        self._decided: dict[int, dict[int, int] | None] = {noted.committed: dict(noted.parts)}
         self._arrived: dict[int, int] = {}  # rank -> incarnation, in the open step
         self._first = 0.0  # when the first one arrived
         self._clocks: dict[int, tuple[int, float]] = {}  # incarnation -> pushes, when it said so
         self._waiting: dict[int, int] = {}  # incarnation -> how many of its calls wait
 
     def _note(self) -> None:
-        content = json.dumps({"starts": self._starts, "committed": self._committed}).encode()
-        number = self._log.append(content)
-        self._log.wait_for(number)
+        number = write_note(self._log, self._noted)
         if number % _COMMITS_A_FILE == _COMMITS_A_FILE - 1:
             self._log.forget(self._log.begin_file() - 1)
 
@@ -95,7 +138,14 @@ class Coordinator:
                 slowest = self._slowest()
                 self._clocks[self._number] = slowest, time.monotonic()
             self._changed.notify_all()
-            return {"client": self._number, "step": self._step, "pushes": slowest}
+            committed = self._noted.committed
+            parts = self._decided.get(committed)
+            return {
+                "client": self._number,
+                "step": self._step,
+                "decided": (committed, parts) if parts else None,
+                "pushes": slowest,
+            }
 
     # --- steps of all workers -----------------------------------------------------------------------------
 
@@ -138,7 +188,7 @@ class Coordinator:
 
     def _decide(self, parts: dict[int, int] | None) -> None:
         if parts is not None:
-            self._committed = self._step
+            self._noted = Note(self._noted.starts, self._step, sorted(parts.items()))
             self._note()
         self._decided[self._step] = parts
         self._decided.pop(self._step - 64, None)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -14,28 +12,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nb_sparse_adam._src.files import write_whole
-from nb_sparse_adam._src.parameter_server import actor
+from nb_sparse_adam._src.parameter_server import actor, folders
 from nb_sparse_adam._src.parameter_server.calls import Calls, import_ray
 from nb_sparse_adam._src.parameter_server.client import Client
+from nb_sparse_adam._src.parameter_server.folders import Place
 from nb_sparse_adam._src.parameter_server.payloads import find_table
+from nb_sparse_adam._src.parameter_server.resharding import reshard
 from nb_sparse_adam._src.parameter_server.shard import CONDITIONS
 from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec, check_config
 from nb_sparse_adam._src.public import public
 from nb_sparse_adam.errors import OptionError, OptionTypeError, ServerError
 
-_FILE = "server.json"
 _PATIENCE = 120.0  # seconds, for what is neither pull nor push
 _PATIENCE_TO_START = 600.0  # where kernels are not on the disk, all shards of a machine compile them at once
-
-Place = str | os.PathLike[str]
 
 
 @public("nb_sparse_adam.parameter_server")
 class ParameterServer:
     """Tables whose rows are dealt out to shards, which are processes on one machine or many.
 
-    Made by `create`, or found by `attach`. It lives until `shutdown`, whoever made it.
+    Made by `create` or `restore`, or found by `attach`. It lives until `shutdown`, whoever made it.
     """
 
     def __init__(self, ray: Any, folder: Path, config: Config, coordinator: Any, shards: list[Any]) -> None:
@@ -108,20 +104,12 @@ class ParameterServer:
             name, tables, shards, durability, snapshot_interval, consistency, workers, step_timeout,
             cpus_per_shard,
         )  # fmt: skip
-        folder = _folder(checkpoint_dir)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
         ray = connect(address)
         _check_cpus(ray, config)
-        if _find(ray, actor.coordinator_name(name)) is not None:
-            raise ServerError(
-                f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
-            )
-        if is_folder(folder):
-            raise ServerError(
-                f"{folder} is the folder of a server already; go on with it by "
-                f"ParameterServer.attach({name!r}, checkpoint_dir=...), or use another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / _FILE, json.dumps(config.to_json(), indent=1).encode())
+        _check_name(ray, name)
+        folders.check_new(folder)
+        folders.write_config(folder, config)
         return cls._start(ray, folder, config)
 
     @classmethod
@@ -155,8 +143,8 @@ class ParameterServer:
                 f"there is no server {name!r} on this cluster; pass the checkpoint_dir of one that is to "
                 "go on, or create it"
             )
-        folder = _folder(checkpoint_dir)
-        config = read_config(folder)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
+        config = folders.read_config(folder)
         if config.name != name:
             raise ServerError(f"{folder} is of server {config.name!r}, expected {name!r}")
         return cls._start(ray, folder, config)
@@ -180,6 +168,87 @@ class ParameterServer:
                 f"ParameterServer.attach({name!r}) starts them again"
             )
         return cls(ray, folder, config, coordinator, shards)
+
+    @classmethod
+    def restore(
+        cls,
+        name: str,
+        source: Place,
+        *,
+        checkpoint_dir: Place,
+        shards: int | None = None,
+        durability: str | None = None,
+        consistency: Any = None,
+        workers: int | None = None,
+        snapshot_interval: float | None = None,
+        step_timeout: float | None = None,
+        cpus_per_shard: float | None = None,
+        address: str | None = None,
+    ) -> ParameterServer:
+        """Start a server, of any number of shards, that goes on with the rows of one that is not running.
+
+        All that a row has comes over byte for byte, and the order in which ids have come, ages, filters and
+        counts go on (see Notes). This process reads one old shard after the other, and has in memory one of
+        them, the rows of a new one, and one array of these once more.
+
+        Parameters
+        ----------
+        name : str
+            Of the new server; it may be that of the old one.
+        source : path
+            The checkpoint_dir of a server that is not running, however it has ended. It is only read.
+        checkpoint_dir : path
+            A folder that no server has used, which all machines of the cluster can reach. It becomes that of
+            a server as the last thing: what is left of a restore that was killed is none.
+        shards : int, optional
+            By default as many as there were.
+        durability, consistency, workers, snapshot_interval, step_timeout, cpus_per_shard : optional
+            As in `create`; by default what the old server was made with. With another consistency, workers
+            are those that are given.
+        address : str, optional
+            As in `create`.
+
+        Raises
+        ------
+        OptionError
+            For an option outside its domain.
+        ServerError
+            If there is a server of that name, `checkpoint_dir` has been used, or `source` is not complete.
+        LogError
+            If the old server is running, or its log is damaged.
+        CheckpointError
+            If a snapshot is damaged, or a new shard would have more rows than ``capacity``.
+
+        Notes
+        -----
+        Rows of several old shards in a new one: their ids have come in the order of their places in the old
+        shards' orders. Times are on one clock, so that ages in steps are what they were, and those in seconds
+        too small by as much as shards were apart in time. Counters of sightings are the largest ones, so that
+        no id is admitted later than it would have been; by ``admission`` with a probability, other ones may
+        be. What an old shard has dropped, evicted and skipped is counted by the first new one with its rows.
+
+        A step of all workers that was committed is applied. Clients of the old server are refused by the new
+        one. Where shards have lost pushes (``durability="snapshot"``), the largest count of steps counts.
+        """
+        old_folder = folders.path_of("source", source)
+        folder = folders.path_of("checkpoint_dir", checkpoint_dir)
+        old = folders.read_config(old_folder)
+        of_old = ("bounded", old.consistency) if isinstance(old.consistency, int) else old.consistency
+
+        def chosen(given: Any, otherwise: Any) -> Any:
+            return otherwise if given is None else given
+
+        config = check_config(
+            name, old.tables, chosen(shards, old.shards), chosen(durability, old.durability),
+            chosen(snapshot_interval, old.interval), chosen(consistency, of_old),
+            chosen(workers, old.workers if consistency is None else None),
+            chosen(step_timeout, old.step_timeout), chosen(cpus_per_shard, old.cpus_per_shard),
+        )  # fmt: skip
+        ray = connect(address)
+        _check_cpus(ray, config)
+        _check_name(ray, name)
+        reshard(old_folder, old, folder, config)
+        return cls._start(ray, folder, config)
 
     @classmethod
     def _start(cls, ray: Any, folder: Path, config: Config) -> ParameterServer:
@@ -322,11 +391,6 @@ def connect(address: str | None, **more: Any) -> Any:
     return ray
 
 
-def is_folder(folder: Path) -> bool:
-    """Say whether a folder is that of a server."""
-    return (folder / _FILE).exists()
-
-
 def folder_of(ray: Any, name: str) -> Path | None:
     """Return the folder of a server of which the coordinator runs."""
     coordinator = _find(ray, actor.coordinator_name(name))
@@ -335,25 +399,8 @@ def folder_of(ray: Any, name: str) -> Path | None:
     return Path(Calls(ray, f"look at {name!r}", [coordinator.made_of.remote], _end()).results()[0][0])
 
 
-def read_config(folder: Path) -> Config:
-    """Read what a server is made of from its folder."""
-    try:
-        return Config.from_json(json.loads((folder / _FILE).read_bytes()))
-    except FileNotFoundError:
-        raise ServerError(f"{folder} is not the folder of a server: it has no {_FILE}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ServerError(f"{folder / _FILE} cannot be read: {error}") from error
-
-
 def _end(patience: float = _PATIENCE) -> float:
     return time.monotonic() + patience
-
-
-def _folder(given: Any) -> Path:
-    try:
-        return Path(given).absolute()
-    except TypeError as error:
-        raise OptionTypeError(f"checkpoint_dir is {given!r}, expected a path") from error
 
 
 def _find(ray: Any, name: str) -> Any:
@@ -361,6 +408,13 @@ def _find(ray: Any, name: str) -> Any:
         return ray.get_actor(name, namespace=actor.NAMESPACE)
     except ValueError:
         return None
+
+
+def _check_name(ray: Any, name: str) -> None:
+    if _find(ray, actor.coordinator_name(name)) is not None:
+        raise ServerError(
+            f"there is a server {name!r} already; use ParameterServer.attach({name!r}), or another name"
+        )
 
 
 def _check_cpus(ray: Any, config: Config) -> None:

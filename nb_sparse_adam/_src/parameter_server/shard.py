@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from nb_sparse_adam._src.gradients import RowGradient
 from nb_sparse_adam._src.parameter_server.frames import decode, encode
+from nb_sparse_adam._src.parameter_server.holding import Hold
 from nb_sparse_adam._src.parameter_server.log import Log, records
 from nb_sparse_adam._src.parameter_server.payloads import (
     Payload,
@@ -75,14 +76,19 @@ class Shard:
     config : Config
     number : int
         Which of the shards.
+    reads : bool, default False
+        Whether to write nothing: what the shard has is read into memory, and stays there. Who asks for it
+        holds the folder.
 
     Raises
     ------
     CheckpointError
         If what is in the folder is damaged.
+    LogError
+        If another process is this shard.
     """
 
-    def __init__(self, folder: Path, config: Config, number: int) -> None:
+    def __init__(self, folder: Path, config: Config, number: int, reads: bool = False) -> None:
         self._config, self.number = config, number
         self._writing = threading.Lock()  # what changes the shard
         self._saving = threading.Lock()
@@ -97,16 +103,18 @@ class Shard:
         self._unsaved = 0
         self._saved_at = time.monotonic()
         self._failure: str | None = None  # why the last snapshot failed
-        folder.mkdir(parents=True, exist_ok=True)
+        if not reads:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.hold = Hold(folder)
         self._snapshots = Snapshots(folder / "snapshots")
         self._log: Log | None = None
-        self._recover(folder)
+        self._recover(folder, reads)
         self._met: set[int] = set()  # incarnations that have pushed since the start
         self._again = bool(self._snapshots.chain)
 
     # --- starting -----------------------------------------------------------------------------------------
 
-    def _recover(self, folder: Path) -> None:
+    def _recover(self, folder: Path, reads: bool) -> None:
         begun = time.monotonic()
         config, replayed = self._config, 0
         begin = first = 0
@@ -123,7 +131,8 @@ class Shard:
                 name: spec.make(name, config.threads, by_age=False) for name, spec in config.tables.items()
             }
         if config.durability == "log":
-            self._log = Log(folder / "log", begin)
+            if not reads:
+                self._log = Log(folder / "log", begin)
             for record in records(folder / "log", first):
                 try:
                     head, arrays = decode(record.content)
@@ -137,7 +146,13 @@ class Shard:
                         self._do(record.number, head, arrays)
                     replayed += 1
             self._unsaved = replayed
-        _tell("shard started", config, self.number, replayed=replayed, seconds=time.monotonic() - begun)
+        _tell(
+            "shard read" if reads else "shard started",
+            config,
+            self.number,
+            replayed=replayed,
+            seconds=time.monotonic() - begun,
+        )
 
     # --- pulls --------------------------------------------------------------------------------------------
 
@@ -205,9 +220,38 @@ class Shard:
                 )
             return step <= self._of_step or bool(missing)
 
-        head = {"kind": "commit", "step": step, "parts": sorted(parts.items())}
-        self._change(head, {}, is_known, None)
+        self._change(_commit_head(step, parts), {}, is_known, None)
         return missing
+
+    def catch_up(self, step: int, parts: Mapping[int, int], moment: float) -> None:
+        """Apply a step that the coordinator has committed, if that was not done: in memory, without a log.
+
+        Raises
+        ------
+        LogError
+            If parts of it are missing that the log should have.
+        """
+        if step <= self.step:
+            return
+        missing = [rank for rank, client in parts.items() if not self._staged.has(step, rank, client)]
+        if not missing:
+            self._do(-1, {**_commit_head(step, parts), "time": moment}, {})
+        elif self._config.durability == "log":
+            raise LogError(
+                f"shard {self.number} has no parts of ranks {missing} of step {step}, which all workers have "
+                "pushed, expected them in its log: bring back its folder as it was"
+            )
+        self._of_step = max(self._of_step, step)
+
+    @property
+    def step(self) -> int:
+        """The last step of all workers that has been applied."""
+        return self._of_step
+
+    @property
+    def pushes(self) -> int:
+        """How many have been applied."""
+        return self._counts["pushes"]
 
     def evict(self, name: str, conditions: Mapping[str, Any]) -> NDArray[np.int64]:
         """Let rows of a table go, as `EmbeddingTable.evict` does; return their ids."""
@@ -324,12 +368,9 @@ class Shard:
                     number = self._write({"kind": "saved"}, {}) + 1
                 kept_from = min(number, self._staged.first) if self._log is not None else 0
                 extra = {
-                    "shard": [self.number, self._config.shards],
+                    **extra_of(self.number, self._config, self._windows, self._of_step, self.pushes),
                     "log": number,
                     "staged_from": kept_from,
-                    "windows": self._windows.to_json(),
-                    "step": self._of_step,
-                    "pushes": self._counts["pushes"],
                 }
                 saving = self._snapshots.begin(self.tables, extra)
                 changes, self._unsaved = self._unsaved, 0
@@ -369,7 +410,7 @@ class Shard:
             self._evict(name, lambda: table._ids_to_go(conditions, _ROWS_AT_ONCE))
 
     def close(self) -> None:
-        """Write what is not on the disk yet."""
+        """Write what is not on the disk yet; the folder is held until the process has ended."""
         self.snapshot()
         if self._log is not None:
             self._log.close()
@@ -408,6 +449,22 @@ class Shard:
         ids, values = self._table(name).export()
         order = np.argsort(ids)
         return ids[order], values[order]
+
+
+def extra_of(number: int, config: Config, windows: Windows, step: int, pushes: int) -> dict[str, Any]:
+    """Say what a snapshot has beside tables, of a shard whose log begins after it."""
+    return {
+        "shard": [number, config.shards],
+        "log": 0,
+        "staged_from": 0,
+        "windows": windows.to_json(),
+        "step": step,
+        "pushes": pushes,
+    }
+
+
+def _commit_head(step: int, parts: Mapping[int, int]) -> dict[str, Any]:
+    return {"kind": "commit", "step": step, "parts": sorted(parts.items())}
 
 
 def warm_up(config: Config) -> None:

@@ -55,8 +55,8 @@ class Snapshots:
 
     def write(self, saving: Pending) -> None:
         """Write what `begin` captured."""
-        number = int(self.chain[-1].name) + 1 if self.chain else 1
-        path = self._folder / f"{number:08d}"
+        last = self.chain[-1] if self.chain else None
+        path = first_of(self._folder) if last is None else _numbered(self._folder, int(last.name) + 1)
         shutil.rmtree(path, ignore_errors=True)  # what is left of one that did not come to its end
         try:
             saving.write(path, False)
@@ -70,6 +70,15 @@ class Snapshots:
         for each in old:
             shutil.rmtree(each, ignore_errors=True)
             _reached("an old snapshot deleted")
+
+
+def first_of(folder: Path) -> Path:
+    """Return where the first snapshot is written."""
+    return _numbered(folder, 1)
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}"
 
 
 def _chain_in(folder: Path) -> list[Path]:

@@ -36,9 +36,7 @@ class Ages:
         if self.entries and not always and 0 <= now - self.entries[-1][1] < 1:
             return False
         self.entries.append((clock, now, steps))
-        if len(self.entries) > _MOST:
-            half = _MOST // 2
-            self.entries[:half] = self.entries[:half:2]
+        thinned(self.entries)
         return True
 
     def before_steps(self, steps: int) -> int:
@@ -59,3 +57,11 @@ class Ages:
         if at < 0:
             return -1
         return self.entries[at + 1][0] - 1 if at + 1 < len(self.entries) else self.entries[at][0]
+
+
+def thinned(entries: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+    """Have a list of entries forget some, while it is too long."""
+    while len(entries) > _MOST:
+        half = len(entries) // 2
+        entries[:half] = entries[:half:2]
+    return entries
