@@ -2,7 +2,9 @@
 """The examples do what they say."""
 
 import importlib
+import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from needs import need
 
 from nb_sparse_adam import EmbeddingTable, RowGradient
+from nb_sparse_adam.recommender import BPROptions, generate, hold_out
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -50,6 +53,12 @@ def machine(monkeypatch):
 @pytest.fixture
 def online(monkeypatch):
     return example("online_recommender", monkeypatch)
+
+
+@pytest.fixture
+def on_a_server(monkeypatch):
+    need("ray")
+    return example("parameter_server_bpr", monkeypatch)
 
 
 @pytest.mark.jit
@@ -543,4 +552,86 @@ def test_the_online_recommender_says_what_is_wrong(online, arguments, message, t
         Path(f"{name}.csv").write_text(f"a,b,c,d\n{text}", encoding="utf-8")
     with pytest.raises(SystemExit):
         online.main([*FEWER, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.jit
+def test_a_shard_that_is_killed_leaves_no_dent_in_the_recall_on_a_server(tmp_path):
+    for package in ("ray", "polars", "matplotlib"):
+        need(package)
+    pairs = generate(300, 150, 25).pairs
+    file, out = tmp_path / "pairs.csv", tmp_path / "out"
+    lines = [f"{user},{item}\n" for user, item in zip(pairs.users(), pairs.indices, strict=True)]
+    file.write_text("user,item\n" + "".join(lines), encoding="utf-8")
+    # With "sync" a step is the sum of both workers' parts, so that the numbers are those in process.
+    options = ["--epochs", "5", "--dim", "8", "--seeds", "2", "--consistency", "sync", "--chaos"]
+    said = subprocess.run(
+        [sys.executable, EXAMPLES / "parameter_server_bpr.py", "--data", file, "--out", out, *options],
+        env={**os.environ, "RAY_ADDRESS": "local"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    run = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert run["restarts"] == 1
+    assert 2 < run["kill"]["epoch"] <= 5
+    assert run["pushes"] == [run["steps"]] * 2
+    assert len(run["server"]) == 5
+    np.testing.assert_allclose(run["server"], run["in process"][0], atol=0.01)
+    assert run["kill"]["after"] > 0.9 * run["kill"]["before"]  # with one shard empty, it is 0.6 of it
+    assert run["server"][-1] > 2.5 * 20 / 150  # what chance would find
+    assert "kill -9 of shard 1: recall" in said.stdout
+    assert [each.name for each in sorted(out.iterdir())] == ["recall.png", "results.json"]
+    assert (out / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_gradients_that_workers_push_are_the_differences_of_the_loss(on_a_server, workers):
+    split = hold_out(generate(12, 9, 4))
+    options = BPROptions(loss="bpr", batch_size=7, dim=3, negatives=2, reg=0.3, threads=1)
+    rng = np.random.default_rng(0)
+    tables = {"user": rng.normal(size=(12, 3)), "item": rng.normal(size=(9, 3))}
+    parts = [list(on_a_server.batches(split, options, 1, each, workers, True)) for each in range(workers)]
+    steps = list(on_a_server.batches(split, options, 1))
+    alone = [list(on_a_server.batches(split, options, 1, each, workers)) for each in range(workers)]
+    assert sum(map(len, alone)) == len(steps) == len(parts[0])
+    for k, batch in enumerate(steps):
+        np.testing.assert_equal(alone[k % workers][k // workers], batch)
+
+    def loss():
+        users, items = (tables[name][batch.ids[name]] for name in ("user", "item"))
+        own, others = items[: len(users)], items[len(users) :].reshape(len(users), 2, 3)
+        total = 0.0
+        for user, item, each in zip(users, own, others, strict=True):
+            for other in each:
+                total += np.logaddexp(0, user @ other - user @ item)
+                total += 0.3 / 2 * (user @ user + item @ item + other @ other)
+        return total / (2 * len(users))
+
+    batch = steps[0]
+    for name, table in tables.items():
+        found, differences = np.zeros_like(table), np.zeros_like(table)
+        for part in (each[0] for each in parts):  # what the workers push adds up to the step's
+            vectors = {each: tables[each][part.ids[each]] for each in tables}
+            np.add.at(found, *on_a_server.gradients(vectors, part, options)[name])
+        for at in np.ndindex(table.shape):
+            before, sides = table[at], []
+            for side in (1e-5, -1e-5):
+                table[at] = before + side
+                sides.append(loss())
+            table[at] = before
+            differences[at] = (sides[0] - sides[1]) / 2e-5
+        np.testing.assert_allclose(found, differences, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.csv"], "missing.csv"),
+        (["--workers", "0"], "--workers is 0, expected at least 1"),
+        (["--consistency", "-2"], "expected async, sync, or by how many steps one may be ahead"),
+        (["--dim", "0"], "dim: expected an integer of at least 1"),
+    ],
+)
+def test_the_recommender_on_a_server_says_what_is_wrong(on_a_server, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        on_a_server.main(arguments)
     assert message in capsys.readouterr().err
