@@ -470,6 +470,9 @@ def times_of(name, rank, pushes):
         time.sleep(0.05 * (rank == 3))
         client.push(batch(rank))
         found.append(time.time())
+    client.close()
+    with pytest.raises(ServerError, match="was closed"):
+        client.push(batch(rank))
     return found
 
 

@@ -136,6 +136,9 @@ def test_who_is_silent_is_not_waited_for(tmp_path):
     assert coordinator._clocks[slow][0] == 5
     coordinator.advance(fast, 5)
     assert fifth.result() is None
+    sixth = Later(coordinator.advance, slow, 6)
+    coordinator.leave(fast)
+    assert sixth.result() is None
 
 
 def test_the_log_of_decisions_is_bounded(tmp_path, monkeypatch):

@@ -141,6 +141,9 @@ class CoordinatorActor:
     def advance(self, client: int, pushes: int) -> None:
         self._coordinator.advance(client, pushes)
 
+    def leave(self, client: int) -> None:
+        self._coordinator.leave(client)
+
 
 def _show_events() -> None:
     """Have this process write its events to its stderr, which Ray keeps in a file of its log folder."""

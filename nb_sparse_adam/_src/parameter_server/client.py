@@ -86,7 +86,7 @@ class Client:
         self._routes: dict[str, tuple[NDArray[np.int64], Routed]] = {}  # the last one of each table
         self._of_thread = threading.local()
         self._of_steps = threading.Lock()  # one step at a time
-        self._pid = os.getpid()
+        self._pid, self._is_closed = os.getpid(), False
         self._join()
 
     def __repr__(self) -> str:
@@ -111,6 +111,21 @@ class Client:
     def incarnation(self) -> int:
         """The number that this client has, larger than those of all before it."""
         return self._client
+
+    def close(self) -> None:
+        """Leave the server: with ("bounded", k), others do not wait for this worker any more.
+
+        A ``with`` statement does so at its end.
+        """
+        if not self._is_closed and isinstance(self._config.consistency, int):
+            self._ask("close", partial(self._coordinator.leave.remote, self._client))
+        self._is_closed = True
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _join(self) -> None:
         joined = self._ask("join", partial(self._coordinator.join.remote, self.rank))
@@ -404,6 +419,8 @@ class Client:
         ]
 
     def _check_process(self) -> None:
+        if self._is_closed:
+            raise ServerError("this client was closed; make another one: server.client()")
         if os.getpid() != self._pid:
             raise ServerError(
                 "this process was forked from the one that made this client, and has no connection of its "

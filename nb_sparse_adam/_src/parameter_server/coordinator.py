@@ -213,7 +213,13 @@ class Coordinator:
                 self._waiting[client] -= 1
                 if not self._waiting[client]:
                     del self._waiting[client]
-                self._clocks[client] = self._clocks[client][0], time.monotonic()
+                self._clocks[client] = pushes, time.monotonic()
+
+    def leave(self, client: int) -> None:
+        """Do not wait for a worker any more."""
+        with self._changed:
+            self._clocks.pop(client, None)
+            self._changed.notify_all()
 
     def _slowest(self) -> int:
         """Return the number of pushes of the slowest worker that is alive."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -378,9 +379,12 @@ def connect(address: str | None, **more: Any) -> Any:
     """Connect to Ray, or start it; `more` is for ``ray.init``."""
     ray = import_ray()
     if not ray.is_initialized():
-        own = {"namespace": actor.NAMESPACE, "include_dashboard": False, "log_to_driver": False}
+        own = {
+            "namespace": actor.NAMESPACE, "include_dashboard": False, "log_to_driver": False,
+            "logging_level": logging.WARNING,
+        }  # fmt: skip
         try:
-            ray.init(address=address, **own, **more)
+            ray.init(address=address, **{**own, **more})
         except ConnectionError as error:
             where = f"at {address}" if address else "that RAY_ADDRESS or this machine names"
             raise ServerError(

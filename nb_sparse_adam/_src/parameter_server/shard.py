@@ -103,6 +103,7 @@ class Shard:
         self._unsaved = 0
         self._saved_at = time.monotonic()
         self._failure: str | None = None  # why the last snapshot failed
+        self._again = folder.exists()
         if not reads:
             folder.mkdir(parents=True, exist_ok=True)
             self.hold = Hold(folder)
@@ -110,7 +111,6 @@ class Shard:
         self._log: Log | None = None
         self._recover(folder, reads)
         self._met: set[int] = set()  # incarnations that have pushed since the start
-        self._again = bool(self._snapshots.chain)
 
     # --- starting -----------------------------------------------------------------------------------------
 
