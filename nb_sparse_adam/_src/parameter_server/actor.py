@@ -17,6 +17,7 @@ from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
 from nb_sparse_adam._src.parameter_server.folders import COORDINATOR, shard_folder
 from nb_sparse_adam._src.parameter_server.holding import Hold
+from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.shard import Shard, log_of_events, warm_up
 from nb_sparse_adam._src.parameter_server.spec import Config
 from nb_sparse_adam.errors import ServerError, SparseAdamError
@@ -53,6 +54,7 @@ class ShardActor:
         self._folder, self._config, self._number = Path(folder), Config.from_json(config), number
         self._stop = threading.Event()
         self._starting = threading.Lock()
+        self._rooms = Rooms()
         self._started: Shard | None = None
         warm_up(self._config)
         # An actor whose constructor fails is never started again; what has failed may be mended. Who calls is
@@ -81,7 +83,7 @@ class ShardActor:
         return shard
 
     def pull(self, ids: dict[str, Any], train: bool) -> Any:
-        return self._shard.pull(ids, train)
+        return self._shard.pull(ids, train, self._rooms)  # Ray copies it before this thread is called again
 
     def push(self, client: int, sequence: int, payload: Any, version: int | None) -> int:
         return self._shard.push(client, sequence, payload, version)
@@ -90,7 +92,7 @@ class ShardActor:
         self, client: int, sequence: int, payload: Any, version: int | None, ids: dict[str, Any]
     ) -> Any:
         self._shard.push(client, sequence, payload, version)
-        return self._shard.pull(ids, True)
+        return self._shard.pull(ids, True, self._rooms)
 
     def stage(self, step: int, rank: int, client: int, payload: Any) -> int:
         return self._shard.stage(step, rank, client, payload)

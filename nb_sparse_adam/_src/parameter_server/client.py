@@ -19,11 +19,11 @@ from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.options import flag
 from nb_sparse_adam._src.parameter_server.calls import Calls
 from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table
+from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.routing import Routed, route
 from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec
 from nb_sparse_adam._src.parameter_server.windows import WINDOW
 from nb_sparse_adam._src.public import public
-from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout, StepTimeout
 
 Ids = Mapping[str, ArrayLike]
@@ -84,7 +84,7 @@ class Client:
         self._open: set[int] = set()  # sequences on their way
         self._versions: list[int | None] = [None] * config.shards
         self._routes: dict[str, tuple[NDArray[np.int64], Routed]] = {}  # the last one of each table
-        self._of_thread = threading.local()
+        self._rooms = Rooms()  # all that is sent is copied when a call begins, or begins again
         self._of_steps = threading.Lock()  # one step at a time
         self._pid, self._is_closed = os.getpid(), False
         self._join()
@@ -283,23 +283,15 @@ class Client:
             numbers = model._ids("push", ids)
             read = read_named(RowGradient(ids, grads), numbers, ("ids", "grads"), model._store.table.target)
             routed = self._routed(name, numbers)
-            sums, is_finite = routed.sum(read.values, self._room(len(routed.ids), model))
+            sums, is_finite = routed.sum(
+                read.values, self._rooms.room(name, len(routed.ids), model.dim, model.dtype)
+            )
             if model.on_nonfinite == "raise" and not is_finite:
                 self._refuse(name, numbers, read.values)
             for shard, payload in enumerate(payloads):
                 own = routed.of_shard(shard)
                 payload[name] = routed.ids[own], routed.times[own], sums[own]
         return payloads
-
-    def _room(self, rows: int, model: EmbeddingTable) -> NDArray[Any]:
-        """Return an array, of memory that this thread has written to before: new memory takes as long again.
-
-        It is used until the thread's next push. All that is sent is copied when a call begins.
-        """
-        kept = self._of_thread.__dict__.setdefault(model.name, np.empty(0, model.dtype))
-        if kept.size < rows * model.dim:
-            kept = self._of_thread.__dict__[model.name] = np.empty(rows * model.dim * 5 // 4, model.dtype)
-        return kept[: rows * model.dim].reshape(rows, model.dim)  # type: ignore[no-any-return]
 
     def _refuse(self, name: str, ids: NDArray[np.int64], grads: NDArray[Any]) -> None:
         """Raise what a table here would have raised."""

@@ -40,6 +40,7 @@ from nb_sparse_adam._src.parameter_server.payloads import (
     find_table,
     payload_of,
 )
+from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.snapshots import Snapshots
 from nb_sparse_adam._src.parameter_server.spec import Config
 from nb_sparse_adam._src.parameter_server.steps import Staged, summed
@@ -156,15 +157,22 @@ class Shard:
 
     # --- pulls --------------------------------------------------------------------------------------------
 
-    def pull(self, ids: Mapping[str, NDArray[np.int64]], train: bool = True) -> tuple[int, dict[str, Any]]:
+    def pull(
+        self, ids: Mapping[str, NDArray[np.int64]], train: bool = True, rooms: Rooms | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """Return how many pushes have been applied, and the vectors of ids, which are there once each.
 
         Nothing changes. What has no row gets its initial value, or, if it is not for training, what
-        ``unknown`` of the table says.
+        ``unknown`` of the table says. With ``rooms`` the vectors are in memory that the same thread's next
+        pull writes to.
         """
         begun = time.perf_counter()
         version = self._counts["pushes"]
-        found = {name: self._table(name)._peek(each, train) for name, each in ids.items()}
+        found = {}
+        for name, each in ids.items():
+            table = self._table(name)
+            out = None if rooms is None else rooms.room(name, len(each), table.dim, table.dtype)
+            found[name] = table._peek(each, train, out)
         self._counts["pulls"] += 1
         self._latencies["pull"].append(time.perf_counter() - begun)
         return version, found

@@ -288,12 +288,12 @@ class EmbeddingTable(Updates):
 
         return self._shared.write(work) if train else self._shared.read(work)
 
-    def _peek(self, numbers: NDArray[np.int64], train: bool) -> NDArray[Any]:
-        """Return the vectors of ids; of unknown ones what `lookup` would, but change nothing."""
+    def _peek(self, numbers: NDArray[np.int64], train: bool, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return the vectors of ids, in ``out`` if given; of unknown ones as `lookup`, but change nothing."""
 
         def work() -> NDArray[Any]:
             rows, others = self._rows_there(numbers, train or self._unknown == "initial")
-            return self._store.gather(rows, others, False, self.num_threads)
+            return self._store.gather(rows, others, False, self.num_threads, out)
 
         return self._shared.read(work)
 

@@ -384,10 +384,12 @@ class Store:
         return others
 
     def gather(
-        self, rows: NDArray[np.int64], others: NDArray[Any], trains: bool, threads: int | None
-    ) -> NDArray[Any]:
+        self, rows: NDArray[np.int64], others: NDArray[Any], trains: bool, threads: int | None,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:  # fmt: skip
         """Copy the vectors of rows; of -1 - k, that of the k-th of ``others``, or zeros if it is empty."""
-        out = np.empty((len(rows), self.dim), self.dtype)
+        if out is None:
+            out = np.empty((len(rows), self.dim), self.dtype)
         self._run(
             gather_for(self.dtype), len(rows), threads, rows=rows, others=others, out=out, trains=trains
         )
