@@ -71,7 +71,7 @@ def test_each_example_runs_by_itself(page, example, tmp_path, monkeypatch):
 
 # --- commands ---------------------------------------------------------------------------------------------
 
-PROGRAMS = {"asv", "bash", "cd", "export", "git", "pytest", "sphinx-build"}
+PROGRAMS = {"asv", "bash", "cd", "export", "git", "pytest", "ray", "sphinx-build"}
 """Programs of others: how they are called is not looked at."""
 
 

@@ -24,6 +24,7 @@ from nb_sparse_adam.errors import ServerError, SparseAdamError
 
 NAMESPACE = "nb_sparse_adam"
 _CALLS = 32  # of a shard at once; most of them wait for its lock, or for the disk
+_VECTORS, _CALLS_FOR_VECTORS = "vectors", 8  # few: each thread keeps the memory of its largest batch
 _CALLS_OF_COORDINATOR = 1000  # each worker may wait for a step there
 
 _COUNTERS = {
@@ -207,7 +208,9 @@ def coordinator_name(server: str) -> str:
 def start_shard(ray: Any, folder: Path, config: Config, number: int) -> Any:
     """Start a shard, which may already be running."""
     options = _options(shard_name(config.name, number), _CALLS, config.cpus_per_shard)
-    made = ray.remote(ShardActor).options(**options)
+    for method in (ShardActor.pull, ShardActor.push_pull):
+        ray.method(concurrency_group=_VECTORS)(method)
+    made = ray.remote(concurrency_groups={_VECTORS: _CALLS_FOR_VECTORS})(ShardActor).options(**options)
     return made.remote(str(shard_folder(folder, number)), config.to_json(), number)
 
 

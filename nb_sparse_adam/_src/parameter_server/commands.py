@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -28,7 +27,6 @@ if TYPE_CHECKING:  # the other commands need none of it
 
 _INTERRUPTED = 130
 _LOOK = 5.0  # seconds between two looks whether the server is still there
-_REACH = 5.0  # seconds for a connection to an address, which Ray itself tries for more than a minute
 
 _FIELDS = {  # argument -> what it is in `Config`
     "shards": "shards",
@@ -193,7 +191,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         if tables is None:
             raise OptionError(f"--tables is needed: {folder} holds no server yet")
         given = _checked(name, tables, given)
-    _reach(address)
     ray = connect(address, logging_level=logging.ERROR)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray's handler would end this process at once
@@ -302,17 +299,6 @@ def _stay(ray: Any, server: ParameterServer, signals: Signals, report: float | N
             print(_line(server.stats()), flush=True)
 
 
-def _reach(address: str | None) -> None:
-    """Refuse an address at which nobody listens: Ray tries for more than a minute."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or "/" in host or not port.isdecimal():  # auto, local, or a client's URL
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
-    except (OSError, OverflowError) as error:
-        raise ServerError(f"there is no cluster of Ray at {address}: {error}") from error
-
-
 # --- stats ------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +308,6 @@ def _stats(arguments: argparse.Namespace) -> int:
     address = arguments.address or os.environ.get("RAY_ADDRESS") or "auto"
     if address == "local":
         raise OptionError("--address is local, which would start a cluster; expected that of one that runs")
-    _reach(address)
     ray = connect(address, logging_level=logging.ERROR)
     try:
         while True:
