@@ -2,7 +2,8 @@
 """Hypothesis profiles, readable assertions in the helper modules, and what every test must leave alone.
 
 Tests marked `gpu` are of tables on a GPU. They run on numba's simulator of one, wherever numba-cuda is; with
-``-m gpu`` on a real one. Tests marked `docs`, `browser` or `peers` run only where ``-m`` names the marker.
+``-m gpu`` on a real one. Tests marked `docs`, `browser`, `hosts` or `peers` run only where ``-m`` names the
+marker.
 """
 
 import os
@@ -27,7 +28,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 # A thread of the simulated GPU computes with NumPy's scalars, under the error state that contexts start with.
 SIMULATED_WARNINGS = "ignore:.* encountered in (scalar|cast):RuntimeWarning"
 
-ONLY_WHEN_NAMED = {"docs", "browser", "peers"}
+ONLY_WHEN_NAMED = {"docs", "browser", "hosts", "peers"}
 """Markers of tests that need what most machines have not. Lanes of `.ci/run` and `.ci/extra` name them."""
 
 

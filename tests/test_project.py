@@ -209,7 +209,7 @@ def test_packages_are_asked_for_in_one_way():
 def test_a_lane_that_there_is_not_is_refused():
     out = subprocess.run(["bash", ROOT / ".ci/extra", "3.9"], text=True, stderr=subprocess.PIPE)
     assert out.returncode == 2
-    assert "no lane 3.9, expected some of citation browser peers oldest" in out.stderr
+    assert "no lane 3.9, expected some of citation browser peers hosts oldest" in out.stderr
 
 
 def test_a_row_of_the_record_adds_up_what_runs_say(tools):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nb_sparse_adam._src.extras import require
+from nb_sparse_adam._src.parameter_server.calls import CannotStartError
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
 from nb_sparse_adam._src.parameter_server.folders import COORDINATOR, shard_folder
-from nb_sparse_adam._src.parameter_server.holding import Hold
+from nb_sparse_adam._src.parameter_server.holding import HeldError, Hold
 from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.shard import Shard, log_of_events, warm_up
 from nb_sparse_adam._src.parameter_server.spec import Config
@@ -75,10 +76,12 @@ class ShardActor:
         try:
             shard = Shard(self._folder, self._config, self._number)
         except (SparseAdamError, OSError) as error:
-            raise ServerError(
+            told = CannotStartError(
                 f"shard {self._number} of server {self._config.name!r} cannot be started: "
                 f"{type(error).__name__}: {error}. It tries again at the next call"
-            ) from error
+            )
+            told.passes = isinstance(error, HeldError) or not isinstance(error, SparseAdamError)
+            raise told from error
         metrics = _Metrics(self._config.name, self._number, shard.stats())
         threading.Thread(target=shard.keep, args=(self._stop, metrics.set), daemon=True).start()
         return shard

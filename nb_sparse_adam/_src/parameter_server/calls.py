@@ -18,6 +18,19 @@ def import_ray() -> Any:
     return require("ray", "ray", "the parameter server")
 
 
+class CannotStartError(ServerError):
+    """A process is there, and cannot open what it has on the disk.
+
+    Attributes
+    ----------
+    passes : bool
+        Whether it may be able to without anybody doing something: another process holds the folder still, or
+        the disk is away.
+    """
+
+    passes = False
+
+
 class Calls:
     """Several calls, each of another process.
 
@@ -30,10 +43,15 @@ class Calls:
         Each begins a call, and returns what Ray gives for it.
     deadline : float
         When to give up, of `time.monotonic`.
+    waits : bool, default False
+        Whether to wait for one that says that it cannot start now.
     """
 
-    def __init__(self, ray: Any, what: str, begin: Sequence[Callable[[], Any]], deadline: float) -> None:
+    def __init__(
+        self, ray: Any, what: str, begin: Sequence[Callable[[], Any]], deadline: float, waits: bool = False
+    ) -> None:
         self._ray, self._what, self._begin, self._deadline = ray, what, begin, deadline
+        self._waits = waits
         self._references = [each() for each in begin]
 
     def results(self) -> list[Any]:
@@ -71,7 +89,7 @@ class Calls:
             others = len(self._begin) - len(late)
             raise ServerTimeout(
                 f"{self._what}: {'; '.join(late)}. {others} of {len(self._begin)} processes have done it. It "
-                "may have been done by the others, too: trying it again by the same client does it once"
+                "may have been done by the others, too; a push that is made again is another one"
             )
         return found
 
@@ -85,7 +103,11 @@ class Calls:
             except errors.GetTimeoutError:
                 raise ServerTimeout(f"process {number} has not answered in time") from None
             except errors.RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                cause = error.cause
+                if not (self._waits and isinstance(cause, CannotStartError) and cause.passes):
+                    raise (cause if isinstance(cause, Exception) else error) from None
+                if left <= pause:
+                    raise ServerTimeout(str(cause)) from None
             except (errors.RayActorError, errors.ObjectLostError) as error:
                 if getattr(error, "actor_init_failed", False):
                     raise ServerError(

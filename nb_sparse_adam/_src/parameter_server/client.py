@@ -402,13 +402,12 @@ class Client:
     # --- calls --------------------------------------------------------------------------------------------
 
     def _calls(self, what: str, begin: Sequence[Callable[[], Any]]) -> Calls:
-        return Calls(self._ray, f"{what} of {self!r}", begin, time.monotonic() + self.timeout)
+        return Calls(self._ray, f"{what} of {self!r}", begin, time.monotonic() + self.timeout, waits=True)
 
     def _ask(self, what: str, begin: Callable[[], Any], more: float = 0.0) -> Any:
         end = time.monotonic() + self.timeout + more
-        return Calls(self._ray, f"{what}: the coordinator of {self._config.name!r}", [begin], end).results()[
-            0
-        ]
+        what = f"{what}: the coordinator of {self._config.name!r}"
+        return Calls(self._ray, what, [begin], end, waits=True).results()[0]
 
     def _check_process(self) -> None:
         if self._is_closed:

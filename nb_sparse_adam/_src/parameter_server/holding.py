@@ -17,6 +17,10 @@ _FILE = (
 )
 
 
+class HeldError(LogError):
+    """Somebody else holds a folder; that may pass."""
+
+
 class Hold:
     """A folder that nobody else writes to until this is let go of, or the process has ended.
 
@@ -30,7 +34,7 @@ class Hold:
 
     Raises
     ------
-    LogError
+    HeldError
         If somebody else has it, and still after a few seconds.
     """
 
@@ -59,7 +63,7 @@ class Hold:
                     continue
                 holder = _holder(path)
                 self.let_go()
-                raise LogError(
+                raise HeldError(
                     f"{folder} is held by another process{holder}, which may write there, expected none: a "
                     "server that uses this folder is running, on this cluster or another one, or is being "
                     "restored from; shut it down, or end that process, and try again"

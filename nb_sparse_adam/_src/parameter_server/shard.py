@@ -404,7 +404,7 @@ class Shard:
                 if time.monotonic() - self._saved_at >= self._config.interval:
                     self.snapshot()
                 tell(self.stats())
-            except (SparseAdamError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 (what comes next is done all the same)
                 _tell("background work failed", self._config, self.number, error=str(error))
                 self._saved_at = time.monotonic()  # not again before the next interval
 
