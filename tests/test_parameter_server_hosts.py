@@ -35,7 +35,11 @@ from nb_sparse_adam.parameter_server import ParameterServer
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-server = ParameterServer.create("ads", SPECS, checkpoint_dir=sys.argv[2], shards=2, durability="log")
+for name in "abcde":  # Ray spreads shards over hosts, as a rule
+    folder = f"{sys.argv[2]}-{name}"
+    server = ParameterServer.create(name, SPECS, checkpoint_dir=folder, shards=2, durability="log")
+    if {each["address"] for each in server.stats()["shards"]} == {"10.77.0.11", "10.77.0.12"}:
+        break
 client, here = server.client(timeout=200), made()
 
 
@@ -119,7 +123,9 @@ def hosts(tmp_path):
             found = subprocess.run(pids, capture_output=True, text=True, check=False)
             for pid in found.stdout.split():
                 subprocess.run(["kill", "-9", pid], check=False)
-            subprocess.run(["ip", "netns", "del", f"nbhost{k}"], check=False, capture_output=True)
+            # By itself: the namespace is there until all of its processes are gone.
+            for gone in (["link", "del", f"nbveth{k}"], ["netns", "del", f"nbhost{k}"]):
+                subprocess.run(["ip", *gone], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", "nbbridge"], check=False, capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
 

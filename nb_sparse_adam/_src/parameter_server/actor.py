@@ -111,7 +111,8 @@ class ShardActor:
         return self._shard.snapshot()
 
     def stats(self) -> dict[str, Any]:
-        return self._shard.stats()
+        util = require("ray.util", "ray", "the parameter server")
+        return {**self._shard.stats(), "address": util.get_node_ip_address()}
 
     def forget_latencies(self) -> None:
         self._shard.forget_latencies()
