@@ -341,12 +341,13 @@ class ParameterServer:
         -------
         dict
             ``name``; ``rows``, ``bytes`` and ``pushes`` of all shards; ``imbalance``, rows of the largest
-            shard over the mean; ``shards``, a dict for each: ``pid``, and ``address`` of its machine; ``rows``;
-            ``bytes``; ``pushes`` that were applied, ``pulls``; ``duplicates``, pushes that came again; ``refused``; ``lost_pushes``,
-            which were acknowledged, and lost when the shard died, at most ("snapshot"); ``clients`` whose
-            pushes are known; ``unsaved_changes`` and ``seconds_since_snapshot``; ``staleness``, pushes
-            between the pull and the push of a client; ``pull_ms``, ``push_ms`` and ``snapshot_pause_ms``,
-            milliseconds in the shard, as percentiles of the last 4,096; ``tables``, `EmbeddingTable.stats`.
+            shard over the mean; ``shards``, a dict for each: ``pid``, and ``address`` of its machine;
+            ``rows``; ``bytes``; ``pushes`` that were applied, ``pulls``; ``duplicates``, pushes that came
+            again; ``refused``; ``lost_pushes``, which were acknowledged, and lost when the shard died, at
+            most ("snapshot"); ``clients`` whose pushes are known; ``unsaved_changes`` and
+            ``seconds_since_snapshot``; ``staleness``, pushes between the pull and the push of a client;
+            ``pull_ms``, ``push_ms`` and ``snapshot_pause_ms``, milliseconds in the shard, as percentiles of
+            the last 4,096; ``tables``, `EmbeddingTable.stats`.
         """
         shards = self._of_all("stats", "stats")
         rows = [each["rows"] for each in shards]
