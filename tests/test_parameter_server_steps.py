@@ -94,11 +94,35 @@ def test_a_coordinator_that_starts_again_has_what_was_committed(tmp_path):
     again = made(tmp_path, workers=1)
     assert again.arrive(0, client, 3)["parts"] == {0: client}  # its answer had been lost
     assert again.arrive(0, client, 4)["parts"] == {0: client}
-    assert made(tmp_path, workers=1).join(0)["decided"] == (4, {0: client})
-    assert again.join(0)["client"] > client
     again = made(tmp_path, workers=1)
     assert again.arrive(0, client, 9)["parts"] == {0: client}  # four were given up before it died
-    assert again.join(0)["step"] == 10
+    joined = made(tmp_path, workers=1).join(0)
+    assert joined["decided"] == (9, {0: client})
+    assert joined["step"] == 10
+    assert joined["client"] > client
+    with pytest.raises(StaleClientError):  # who has the rank is on the disk
+        made(tmp_path, workers=1).arrive(0, client, 10)
+
+
+def test_a_step_that_a_coordinator_does_not_know_is_given_up(tmp_path):
+    """It had told one worker, and was killed before it told the other."""
+    coordinator = made(tmp_path, workers=2)
+    waits = Later(coordinator.arrive, 0, 5, 1)
+    while not coordinator._arrived:
+        time.sleep(0.01)
+    other = Later(coordinator.arrive, 1, 6, 2)
+    assert waits.result() == {"parts": None, "late": False, "step": 2}
+    assert coordinator.arrive(0, 5, 2) == other.result()
+
+
+def test_who_comes_when_all_others_are_silent_is_not_far_behind(tmp_path):
+    coordinator = made(tmp_path, workers=2, consistency=("bounded", 3), timeout=0.05)
+    first = coordinator.join(0)["client"]
+    for pushes in range(1, 100):
+        coordinator.advance(first, pushes)
+    time.sleep(0.1)
+    for again in (coordinator, made(tmp_path, workers=2, consistency=("bounded", 3))):
+        assert 80 < again.join(1)["pushes"] < 100
 
 
 def test_ranks_are_those_of_workers(tmp_path):

@@ -77,6 +77,7 @@ def test_an_interrupted_rearrange_does_not_let_the_next_step_read_the_new_table(
         assert_refused(optimizer, optimizer.tables["table"])
         return interrupted
 
+    SparseAdam(table()).rearrange(table(9), [*range(8), -1])  # compiled
     assert interrupted_everywhere(work, 2000) > 50
 
 

@@ -48,6 +48,15 @@ _QUANTILES = {  # and what its unit is, of the metric's
 }
 
 
+def _cannot_start(what: str, server: str, error: Exception) -> CannotStartError:
+    told = CannotStartError(
+        f"{what} of server {server!r} cannot be started: {type(error).__name__}: {error}. It tries again at "
+        "the next call"
+    )
+    told.passes = isinstance(error, HeldError) or not isinstance(error, SparseAdamError)
+    return told
+
+
 class ShardActor:
     """A shard in a process of its own."""
 
@@ -75,13 +84,8 @@ class ShardActor:
     def _start(self) -> Shard:
         try:
             shard = Shard(self._folder, self._config, self._number)
-        except (SparseAdamError, OSError) as error:
-            told = CannotStartError(
-                f"shard {self._number} of server {self._config.name!r} cannot be started: "
-                f"{type(error).__name__}: {error}. It tries again at the next call"
-            )
-            told.passes = isinstance(error, HeldError) or not isinstance(error, SparseAdamError)
-            raise told from error
+        except Exception as error:
+            raise _cannot_start(f"shard {self._number}", self._config.name, error) from error
         metrics = _Metrics(self._config.name, self._number, shard.stats())
         threading.Thread(target=shard.keep, args=(self._stop, metrics.set), daemon=True).start()
         return shard
@@ -121,8 +125,8 @@ class ShardActor:
         return self._shard.export(name)
 
     def close(self) -> None:
-        self._stop.set()
         self._shard.close()
+        self._stop.set()
 
 
 class CoordinatorActor:
@@ -131,10 +135,24 @@ class CoordinatorActor:
     def __init__(self, folder: str, config: dict[str, Any]) -> None:
         self._config = config
         self._folder = folder
-        own = Path(folder) / COORDINATOR
-        own.mkdir(parents=True, exist_ok=True)
-        self._hold = Hold(own)  # as a shard does
-        self._coordinator = Coordinator(own, Config.from_json(config))
+        self._starting = threading.Lock()
+        self._started: Coordinator | None = None
+        with suppress(ServerError):  # as of a shard
+            _ = self._coordinator
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        """The coordinator, which is started if it has not been."""
+        with self._starting:
+            if self._started is None:
+                own = Path(self._folder) / COORDINATOR
+                try:
+                    own.mkdir(parents=True, exist_ok=True)
+                    self._hold = Hold(own)  # as a shard does
+                    self._started = Coordinator(own, Config.from_json(self._config))
+                except Exception as error:
+                    raise _cannot_start("the coordinator", self._config["name"], error) from error
+            return self._started
 
     def made_of(self) -> tuple[str, dict[str, Any]]:
         return self._folder, self._config

@@ -28,6 +28,7 @@ from nb_sparse_adam.errors import GradientTypeError, ServerError, ServerTimeout,
 
 Ids = Mapping[str, ArrayLike]
 Gradients = Mapping[str, Any]
+_FOR_OTHERS = 5.0  # seconds that a worker waits for others to send again what a shard has lost
 _Decided: TypeAlias = tuple[int, dict[int, int], list[Payload] | None]  # a step, its parts, what was sent
 
 
@@ -87,6 +88,8 @@ class Client:
         self._rooms = Rooms()  # all that is sent is copied when a call begins, or begins again
         self._of_steps = threading.Lock()  # one step at a time
         self._pid, self._is_closed = os.getpid(), False
+        self._unapplied: _Decided | None = None
+        self._is_undecided = False  # whether a step was staged of which no decision is known
         self._join()
 
     def __repr__(self) -> str:
@@ -133,7 +136,9 @@ class Client:
         self._step: int = joined["step"]
         # Which a shard may not have been told, when the worker that knew it is gone.
         decided = joined["decided"]
-        self._unapplied: _Decided | None = None if decided is None else (*decided, None)
+        if decided is not None and (self._unapplied is None or self._unapplied[0] < decided[0]):
+            self._unapplied = (*decided, None)
+        self._is_undecided = False
         self._base: int = joined["pushes"]  # of others, when this one comes: it is one of the slowest
         self._sequence = 0
 
@@ -338,12 +343,15 @@ class Client:
     # --- steps of all workers -----------------------------------------------------------------------------
 
     def _push_step(self, payloads: list[Payload]) -> None:
+        if self._is_undecided:  # nobody here knows what became of the push before: another worker begins
+            self._join()
         self._finish()
         rank, client, step = self.rank, self._client, self._step
+        self._is_undecided = True
         self._stage(payloads, step, range(len(payloads)))
         arrive = partial(self._coordinator.arrive.remote, rank, client, step)
         decision = self._ask("push", arrive, self._config.step_timeout)
-        self._step = decision["step"]
+        self._step, self._is_undecided = decision["step"], False
         if decision["parts"] is None:
             late = decision["late"]
             if late:
@@ -378,9 +386,12 @@ class Client:
     def _apply_step(self, payloads: list[Payload] | None, step: int, parts: dict[int, int]) -> None:
         """Have all shards apply a step; one that has lost parts since gets ours again.
 
-        Without payloads, as they are of a client that is gone, what is lost stays lost: there is no log.
+        Without payloads, as they are of a client that is gone, what is lost stays lost: there is no log. So
+        does what other workers have pushed, who may be further already.
         """
         end, pause = time.monotonic() + self.timeout, 0.02
+        if self._config.durability == "snapshot":
+            end = time.monotonic() + min(self.timeout, _FOR_OTHERS)
         left = list(range(len(self._shards)))
         while True:
             begin = [partial(self._shards[shard].commit.remote, step, parts) for shard in left]
@@ -392,6 +403,8 @@ class Client:
             if ours:
                 self._stage(payloads, step, ours)
             if time.monotonic() > end:
+                if self._config.durability == "snapshot":
+                    return
                 raise ServerTimeout(
                     f"push: step {step} is decided, but shards {left} wait for the parts of ranks "
                     f"{sorted(set().union(*missing.values()))}, which they have lost"

@@ -29,6 +29,7 @@ from nb_sparse_adam._src.parameter_server.spec import Config
 from nb_sparse_adam.errors import ServerError, StaleClientError
 
 _COMMITS_A_FILE = 4096
+_PUSHES_A_NOTE = 16  # of bounded workers
 _NUMBERS = 1 << 32  # incarnations of one start of the coordinator
 
 
@@ -43,11 +44,17 @@ class Note(NamedTuple):
         The last step that was committed, 0 if none was.
     parts : sequence of (int, int)
         Of that one: the incarnation of each rank.
+    ranks : sequence of (int, int)
+        The incarnation that each rank has.
+    pushes : int
+        Where pushes are bounded: at least one worker has made so many.
     """
 
     starts: int = 0
     committed: int = 0
     parts: Sequence[Any] = ()
+    ranks: Sequence[Any] = ()
+    pushes: int = 0
 
     @property
     def highest(self) -> int:
@@ -92,10 +99,9 @@ class Coordinator:
         self._changed = threading.Condition()  # of all that follows
         noted = last_note(folder)
         self._log = Log(folder)
-        self._noted = noted._replace(starts=noted.starts + 1)
-        self._note()
+        self._note(noted._replace(starts=noted.starts + 1))
         self._number = self._noted.starts * _NUMBERS
-        self._ranks: dict[int, int] = {}  # rank -> incarnation
+        self._ranks = dict(noted.ranks)  # rank -> incarnation
         self._step = noted.committed + 1  # that is open
         # Step -> its parts, None if it was given up.
         self._decided: dict[int, dict[int, int] | None] = {noted.committed: dict(noted.parts)}
@@ -104,8 +110,9 @@ class Coordinator:
         self._clocks: dict[int, tuple[int, float]] = {}  # incarnation -> pushes, when it said so
         self._waiting: dict[int, int] = {}  # incarnation -> how many of its calls wait
 
-    def _note(self) -> None:
-        number = write_note(self._log, self._noted)
+    def _note(self, noted: Note) -> None:
+        number = write_note(self._log, noted)
+        self._noted = noted  # it is on the disk
         if number % _COMMITS_A_FILE == _COMMITS_A_FILE - 1:
             self._log.forget(self._log.begin_file() - 1)
 
@@ -133,6 +140,7 @@ class Coordinator:
                 self._ranks[rank] = self._number
                 self._arrived.pop(rank, None)
                 self._clocks.pop(old or 0, None)
+                self._note(self._noted._replace(ranks=sorted(self._ranks.items())))
             if isinstance(self._config.consistency, int):
                 self._clocks = {each: self._clocks[each] for each in self._alive()}
                 slowest = self._slowest()
@@ -167,8 +175,10 @@ class Coordinator:
                     "is"
                 )
             if step > self._step:  # it knows of a decision that this coordinator does not: of one given up
+                self._decided.update(dict.fromkeys(range(max(self._step, step - 64), step)))
                 self._step = step
                 self._arrived.clear()
+                self._changed.notify_all()
             late = step < self._step
             if late and step not in self._decided:  # long ago, or before this coordinator has started
                 return {"parts": None, "late": True, "step": self._step}
@@ -178,18 +188,17 @@ class Coordinator:
                 self._arrived[rank] = client
                 if len(self._arrived) == self._config.workers:
                     self._decide(dict(self._arrived))
-            while step not in self._decided:
+            while step not in self._decided and step == self._step:
                 left = self._first + self._config.step_timeout - time.monotonic()
                 if left <= 0:
                     self._decide(None)
                 else:
                     self._changed.wait(left)
-            return {"parts": self._decided[step], "late": late, "step": self._step}
+            return {"parts": self._decided.get(step), "late": late, "step": self._step}
 
     def _decide(self, parts: dict[int, int] | None) -> None:
         if parts is not None:
-            self._noted = Note(self._noted.starts, self._step, sorted(parts.items()))
-            self._note()
+            self._note(self._noted._replace(committed=self._step, parts=sorted(parts.items())))
         self._decided[self._step] = parts
         self._decided.pop(self._step - 64, None)
         self._step += 1
@@ -204,6 +213,8 @@ class Coordinator:
         assert isinstance(bound, int)
         with self._changed:
             self._clocks[client] = pushes, time.monotonic()
+            if pushes >= self._noted.pushes + _PUSHES_A_NOTE:
+                self._note(self._noted._replace(pushes=pushes))
             self._waiting[client] = self._waiting.get(client, 0) + 1
             self._changed.notify_all()
             try:
@@ -222,8 +233,11 @@ class Coordinator:
             self._changed.notify_all()
 
     def _slowest(self) -> int:
-        """Return the number of pushes of the slowest worker that is alive."""
-        return min((self._clocks[client][0] for client in self._alive()), default=0)
+        """Return the number of pushes of the slowest worker that is alive; if none is, about the highest.
+
+        One that comes when all others are silent would otherwise have them wait for all that they have made.
+        """
+        return min((self._clocks[client][0] for client in self._alive()), default=self._noted.pushes)
 
     def _alive(self) -> list[int]:
         now, patience = time.monotonic(), self._config.step_timeout

@@ -40,6 +40,8 @@ _REST = struct.Struct("<II")
 HEAD_BYTES = _HEAD.size + _REST.size
 
 
+_TRIES = 3
+
 POINTS = ("before a record is written", "within a record", "a record is written")
 
 
@@ -99,6 +101,9 @@ class Log:
             os.truncate(path, self._size)  # what is behind it was never acknowledged
             self._file = _open(path)
             os.fsync(self._file)
+            if self._next < first:  # a snapshot has what is missing: the next record begins a file
+                os.close(self._file)
+                self._file, self._next = -1, first
             self._on_disk = self._next
 
     @property
@@ -179,13 +184,25 @@ class Log:
 
     def begin_file(self) -> int:
         """Have the next record begin a new file; return its number. Those before it are on the disk then."""
-        while True:
+        for _ in range(_TRIES):
             number = self._next
             self._flush(number)
             with self._writing:
                 if self._next == number:  # nobody has written meanwhile
                     self._close()
                     return number
+        with self._writing:  # somebody always has: others wait for the disk this time
+            self._check()
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                self._failure = f"{self._folder} could not be written to the disk ({error.strerror})"
+                self._check()
+            with self._disk:
+                self._on_disk = self._next
+                self._disk.notify_all()
+            self._close()
+            return self._next
 
     def forget(self, number: int) -> None:
         """Delete files all of whose records come before a number: a snapshot has what they hold."""

@@ -130,9 +130,7 @@ class ParameterServer:
         Raises
         ------
         ServerError
-            If there is no such server.
-        CheckpointError
-            If what is in the folder is damaged.
+            If there is no such server, or a shard cannot be started; what is in its folder may be damaged.
         """
         ray = connect(address)
         coordinator = _find(ray, actor.coordinator_name(name))

@@ -243,7 +243,8 @@ class Shard:
             return
         missing = [rank for rank, client in parts.items() if not self._staged.has(step, rank, client)]
         if not missing:
-            self._do(-1, {**_commit_head(step, parts), "time": moment}, {})
+            with suppress(SparseAdamError):  # there was no room for it
+                self._do(-1, {**_commit_head(step, parts), "time": moment}, {})
         elif self._config.durability == "log":
             raise LogError(
                 f"shard {self.number} has no parts of ranks {missing} of step {step}, which all workers have "
@@ -266,11 +267,11 @@ class Shard:
         table = self._table(name)
         wanted = [conditions.get(each) for each in CONDITIONS]
         found = table._conditions(*(wanted if conditions else self._by_age(name)))
-        return self._evict(name, lambda: table._ids_to_go(found))
+        return self._evict(name, lambda now: table._ids_to_go(found, now))
 
-    def _evict(self, name: str, going: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+    def _evict(self, name: str, going: Callable[[float], NDArray[np.int64]]) -> NDArray[np.int64]:
         with self._writing:
-            ids = going()
+            ids = going(time.time())
             number = self._write({"kind": "evict", "table": name}, {"ids": ids}) if len(ids) else -1
         self._wait_for(number)
         return ids
@@ -290,6 +291,7 @@ class Shard:
                     if version is not None:
                         self._latencies["staleness"].append(self._counts["pushes"] - version)
                     self._note_loss(head)
+                    self._check_room(payload)
                     number = self._write({**head, "tables": list(payload)}, arrays_in(payload))
                 applied = self._counts["pushes"]
         except SparseAdamError:
@@ -300,6 +302,15 @@ class Shard:
         self._latencies["push"].append(time.perf_counter() - begun)
         return applied
 
+    def _check_room(self, payload: Payload) -> None:
+        """Refuse new ids for which there is no room, before anything is logged or changed."""
+        for name, (ids, _, _) in payload.items():
+            table = self.tables[name]
+            if table.capacity is not None and table._admission.at_once and not table._eviction.when_full:
+                rows, missing = table._store.find(ids, table.num_threads)
+                if missing > table._store.room:
+                    table._make_room("push", ids[rows < 0], rows[rows >= 0])
+
     def _write(self, head: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int:
         """Write a record, and do what it says; return its number."""
         head = {**head, "time": time.time()}
@@ -308,7 +319,15 @@ class Shard:
             _reached("before the log")
             number = self._log.append(*encode(head, arrays))
             _reached("logged")
-        self._do(number, head, arrays)
+        try:
+            self._do(number, head, arrays)
+        except SparseAdamError:  # it has changed no row's values, and will be refused when it is done again
+            raise
+        except Exception as error:  # as for want of memory: what is in memory is not what the log says
+            if self._log is None:
+                raise
+            _tell("shard ends", self._config, self.number, error=repr(error))
+            os._exit(1)  # and starts again from the disk
         _reached("applied")
         self._unsaved += 1
         return number
@@ -331,8 +350,8 @@ class Shard:
                 payload = payload_of(head["tables"], arrays)
                 self._staged.put(head["step"], head["rank"], head["client"], payload, number)
         elif kind == "commit":
+            self._of_step = head["step"]  # what is refused here is refused for good
             self._apply(self._staged.take(head["step"], head["parts"]))
-            self._of_step = head["step"]
         elif kind == "evict":
             self.tables[head["table"]]._let_ids_go(arrays["ids"])
         elif kind == "saved":
@@ -384,6 +403,7 @@ class Shard:
                 changes, self._unsaved = self._unsaved, 0
                 self._latencies["pause"].append(time.perf_counter() - begun)
             try:
+                self._wait_for(number - 1)  # or the log could end before the number that the snapshot says
                 self._snapshots.write(saving)
             except BaseException as error:
                 self._unsaved += changes
@@ -397,16 +417,17 @@ class Shard:
 
     def keep(self, stop: threading.Event, tell: Callable[[dict[str, Any]], None]) -> None:
         """Do, until it is stopped, what is done from time to time: snapshots, eviction by age, metrics."""
+        tried_at = time.monotonic()
         while not stop.wait(min(1.0, self._config.interval / 2)):
             try:
                 for name in self.tables:
                     self._evict_by_age(name)
-                if time.monotonic() - self._saved_at >= self._config.interval:
+                if time.monotonic() - tried_at >= self._config.interval:
+                    tried_at = time.monotonic()  # if it fails, not again before the next interval
                     self.snapshot()
                 tell(self.stats())
             except Exception as error:  # noqa: BLE001 (what comes next is done all the same)
-                _tell("background work failed", self._config, self.number, error=str(error))
-                self._saved_at = time.monotonic()  # not again before the next interval
+                _tell("background work failed", self._config, self.number, error=repr(error))
 
     def _by_age(self, name: str) -> tuple[Any, ...]:
         eviction = self._config.tables[name].options.get("eviction")
@@ -415,7 +436,7 @@ class Shard:
     def _evict_by_age(self, name: str) -> None:
         conditions, table = self._by_age(name), self._table(name)
         if any(each is not None for each in conditions):
-            self._evict(name, lambda: table._ids_to_go(conditions, _ROWS_AT_ONCE))
+            self._evict(name, lambda now: table._ids_to_go(conditions, now, _ROWS_AT_ONCE))
 
     def close(self) -> None:
         """Write what is not on the disk yet; the folder is held until the process has ended."""

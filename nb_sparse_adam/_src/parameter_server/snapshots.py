@@ -63,7 +63,8 @@ class Snapshots:
         finally:
             saving.close()
         is_full = read_manifest(path)["base"] is None
-        old = self.chain if is_full else []
+        # Those of before a process was killed, too.
+        old = [each for each in _complete_in(self._folder) if each < path] if is_full else []
         self.chain = [path] if is_full else [*self.chain, path]
         self._bytes = [_bytes_of(each) for each in self.chain]
         _reached("a snapshot written")
@@ -81,11 +82,15 @@ def _numbered(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}"
 
 
-def _chain_in(folder: Path) -> list[Path]:
-    """Return the last full snapshot, and those after it."""
-    complete = sorted(
+def _complete_in(folder: Path) -> list[Path]:
+    return sorted(
         path for path in folder.glob("[0-9]*") if path.name.isdigit() and (path / MANIFEST).exists()
     )
+
+
+def _chain_in(folder: Path) -> list[Path]:
+    """Return the last full snapshot, and those after it."""
+    complete = _complete_in(folder)
     full = [at for at, path in enumerate(complete) if read_manifest(path)["base"] is None]
     if complete and not full:
         raise CheckpointError(

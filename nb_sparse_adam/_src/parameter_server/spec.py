@@ -21,6 +21,8 @@ from nb_sparse_adam.errors import OptionError, OptionTypeError
 
 _OPTIONS = tuple(name for name in inspect.signature(EmbeddingTable).parameters if name not in ("dim", "name"))
 
+MOST_WORKERS = 512  # each may wait in a thread of the coordinator's, which has twice as many
+
 Durability = Literal["snapshot", "log"]
 
 
@@ -204,7 +206,7 @@ def check_config(
             "many steps a worker may be ahead of the slowest one"
         )
     if workers is not None:
-        workers = whole("workers", workers, 1, 1 << 16)
+        workers = whole("workers", workers, 1, MOST_WORKERS)
     if consistency == "sync" and workers is None:
         raise OptionError(
             "consistency is 'sync' without workers, expected their number: a step is the sum over all of them"

@@ -271,17 +271,23 @@ class Contents(HyperParameters):
         return steps, seconds, seen, None
 
     def _rows_to_go(
-        self, steps: Any, seconds: Any, seen: Any, down_to: Any, *, budget: int | None = None
-    ) -> NDArray[np.int64]:
-        """Return the rows that go; of those conditions hold for, that are among the next so many."""
+        self, steps: Any, seconds: Any, seen: Any, down_to: Any, *, now: float | None = None,
+        budget: int | None = None,
+    ) -> NDArray[np.int64]:  # fmt: skip
+        """Return the rows that go; of those conditions hold for, that are among the next so many.
+
+        Without ``now`` it is the moment that was noted last.
+        """
         if down_to is not None:
             return self._evictor.least_recent(max(len(self) - down_to, 0), np.empty(0, np.int64))
-        return self._evictor.old(steps, seconds, seen, budget)
+        return self._evictor.old(steps, seconds, seen, now, budget)
 
-    def _ids_to_go(self, conditions: tuple[Any, ...], budget: int | None = None) -> NDArray[np.int64]:
+    def _ids_to_go(
+        self, conditions: tuple[Any, ...], now: float | None = None, budget: int | None = None
+    ) -> NDArray[np.int64]:
         """Return the ids whose rows go; see `_rows_to_go`. Nothing is changed."""
         return self._shared.write(
-            lambda: self._store.header(ID)[self._rows_to_go(*conditions, budget=budget)]
+            lambda: self._store.header(ID)[self._rows_to_go(*conditions, now=now, budget=budget)]
         )
 
     def _let_ids_go(self, ids: NDArray[np.int64]) -> None:

@@ -106,15 +106,17 @@ class Evictor:
         self._admitted = np.empty(0, np.int64)
 
     def old(
-        self, steps: int | None, seconds: float | None, seen: int | None, budget: int | None = None
-    ) -> NDArray[np.int64]:
+        self, steps: int | None, seconds: float | None, seen: int | None, now: float | None = None,
+        budget: int | None = None,
+    ) -> NDArray[np.int64]:  # fmt: skip
         """Return the rows that all conditions hold for: of all, or of the next so many in turn."""
         store = self._store
         used, latest = store.used, None
         if steps is not None:
             latest = self._ages.before_steps(store.steps - int(steps))
         if seconds is not None:
-            by_time = self._ages.before_seconds(self._ages.entries[-1][1] - float(seconds))
+            moment = self._ages.entries[-1][1] if now is None else now
+            by_time = self._ages.before_seconds(moment - float(seconds))
             latest = by_time if latest is None else min(latest, by_time)
         spans = [(0, used)]
         if budget is not None and budget < used:
