@@ -13,14 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nb_sparse_adam._src.extras import require
 from nb_sparse_adam._src.parameter_server.calls import CannotStartError
 from nb_sparse_adam._src.parameter_server.coordinator import Coordinator
+from nb_sparse_adam._src.parameter_server.events import log_of_events
 from nb_sparse_adam._src.parameter_server.folders import COORDINATOR, shard_folder
 from nb_sparse_adam._src.parameter_server.holding import HeldError, Hold
 from nb_sparse_adam._src.parameter_server.rooms import Rooms
-from nb_sparse_adam._src.parameter_server.shard import Shard, log_of_events, warm_up
+from nb_sparse_adam._src.parameter_server.shard import Shard
 from nb_sparse_adam._src.parameter_server.spec import Config
+from nb_sparse_adam._src.parameter_server.steps import summed
 from nb_sparse_adam.errors import ServerError, SparseAdamError
 
 NAMESPACE = "nb_sparse_adam"
@@ -67,7 +71,7 @@ class ShardActor:
         self._starting = threading.Lock()
         self._rooms = Rooms()
         self._started: Shard | None = None
-        warm_up(self._config)
+        _warm_up(self._config)
         # An actor whose constructor fails is never started again; what has failed may be mended. Who calls is
         # told.
         with suppress(ServerError):
@@ -168,6 +172,18 @@ class CoordinatorActor:
 
     def leave(self, client: int) -> None:
         self._coordinator.leave(client)
+
+
+def _warm_up(config: Config) -> None:
+    """Compile, or find on the disk, what pushes and pulls need: the first one does not wait for it."""
+    one = np.ones(1, np.int64)
+    for name, spec in config.tables.items():
+        table = spec.make(name, config.threads)
+        grads = np.ones((1, table.dim), table.dtype)
+        table._see(*summed(one, one, grads)[:2])
+        table.update(one, grads)
+        table._peek(one, True)
+        table.load(one, grads)
 
 
 def _show_events() -> None:

@@ -177,11 +177,6 @@ class Log:
                     self._on_disk = max(self._on_disk, written)
                 self._disk.notify_all()
 
-    @property
-    def synced(self) -> int:
-        """Records before this one are on the disk."""
-        return self._on_disk
-
     def begin_file(self) -> int:
         """Have the next record begin a new file; return its number. Those before it are on the disk then."""
         for _ in range(_TRIES):

@@ -15,8 +15,6 @@ had.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import threading
 import time
@@ -30,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam._src.gradients import RowGradient
+from nb_sparse_adam._src.parameter_server.events import tell_event
 from nb_sparse_adam._src.parameter_server.frames import decode, encode
 from nb_sparse_adam._src.parameter_server.holding import Hold
 from nb_sparse_adam._src.parameter_server.log import Log, records
@@ -43,12 +42,10 @@ from nb_sparse_adam._src.parameter_server.payloads import (
 from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.snapshots import Snapshots
 from nb_sparse_adam._src.parameter_server.spec import Config
-from nb_sparse_adam._src.parameter_server.steps import Staged, summed
+from nb_sparse_adam._src.parameter_server.steps import Staged
 from nb_sparse_adam._src.parameter_server.windows import Windows
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import LogError, SparseAdamError
-
-log_of_events = logging.getLogger("nb_sparse_adam.parameter_server")
 
 POINTS = (
     "doing again",
@@ -147,7 +144,7 @@ class Shard:
                         self._do(record.number, head, arrays)
                     replayed += 1
             self._unsaved = replayed
-        _tell(
+        tell_event(
             "shard read" if reads else "shard started",
             config,
             self.number,
@@ -326,7 +323,7 @@ class Shard:
         except Exception as error:  # as for want of memory: what is in memory is not what the log says
             if self._log is None:
                 raise
-            _tell("shard ends", self._config, self.number, error=repr(error))
+            tell_event("shard ends", self._config, self.number, error=repr(error))
             os._exit(1)  # and starts again from the disk
         _reached("applied")
         self._unsaved += 1
@@ -412,7 +409,7 @@ class Shard:
             self._failure, self._saved_at = None, time.monotonic()
             if self._log is not None:
                 self._log.forget(kept_from)
-            _tell("snapshot written", self._config, self.number, pushes=extra["pushes"])
+            tell_event("snapshot written", self._config, self.number, pushes=extra["pushes"])
             return True
 
     def keep(self, stop: threading.Event, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -427,7 +424,7 @@ class Shard:
                     self.snapshot()
                 tell(self.stats())
             except Exception as error:  # noqa: BLE001 (what comes next is done all the same)
-                _tell("background work failed", self._config, self.number, error=repr(error))
+                tell_event("background work failed", self._config, self.number, error=repr(error))
 
     def _by_age(self, name: str) -> tuple[Any, ...]:
         eviction = self._config.tables[name].options.get("eviction")
@@ -496,35 +493,9 @@ def _commit_head(step: int, parts: Mapping[int, int]) -> dict[str, Any]:
     return {"kind": "commit", "step": step, "parts": sorted(parts.items())}
 
 
-def warm_up(config: Config) -> None:
-    """Compile, or find on the disk, what pushes and pulls need: the first one does not wait for it."""
-    one = np.ones(1, np.int64)
-    for name, spec in config.tables.items():
-        table = spec.make(name, config.threads)
-        grads = np.ones((1, table.dim), table.dtype)
-        table._see(*summed(one, one, grads)[:2])
-        table.update(one, grads)
-        table._peek(one, True)
-        table.load(one, grads)
-
-
 def _percentiles(latencies: deque[float], factor: float) -> dict[str, float]:
     if not latencies:
         return {}
     values = factor * np.array(latencies)
     found = np.percentile(values, (50, 99, 100))
     return dict(zip(("p50", "p99", "max"), map(float, found), strict=True))
-
-
-def _tell(event: str, config: Config, shard: int, **values: Any) -> None:
-    """Log an event as one line of JSON."""
-    moment = round(time.time(), 3)
-    fields = {
-        "time": moment,
-        "event": event,
-        "server": config.name,
-        "shard": shard,
-        "pid": os.getpid(),
-        **values,
-    }
-    log_of_events.info("%s", json.dumps(fields))
