@@ -12,6 +12,7 @@ from servers import batch, config, contents, in_order_of_ids, made, opened, payl
 from nb_sparse_adam import EmbeddingTable, Eviction
 from nb_sparse_adam._src.checkpoint import saving
 from nb_sparse_adam._src.parameter_server import log, shard, snapshots
+from nb_sparse_adam._src.parameter_server.payloads import refuse_as_here
 from nb_sparse_adam._src.parameter_server.spec import TableSpec
 from nb_sparse_adam.errors import (
     CheckpointError,
@@ -88,6 +89,15 @@ def test_what_is_refused_has_changed_nothing_and_is_not_in_the_log(tmp_path):
     served.push(9, 3, payload({"item": (np.arange(19, 22), np.ones((3, 4), np.float32))}))
     assert served.stats()["refused"] == 6
     assert contents(opened(tmp_path, tables=tables).tables) == contents(served.tables)
+
+
+def test_what_is_not_finite_is_told_whatever_the_capacity():
+    """That of a shard is less than what all of them have room for."""
+    spec = TableSpec(2, capacity=3, eviction=Eviction(when_full=True))
+    grads = np.ones((9, 2), np.float32)
+    grads[7, 1] = np.inf
+    with pytest.raises(NonFiniteGradientError, match=r"grads\[7, 1\] is inf"):
+        refuse_as_here(spec, "user", np.arange(9), grads)
 
 
 @pytest.mark.parametrize("tables", [None, ADMITTED, BY_CHANCE])

@@ -18,7 +18,7 @@ from nb_sparse_adam._src.gradients import RowGradient, read_named
 from nb_sparse_adam._src.naming import type_name
 from nb_sparse_adam._src.options import flag
 from nb_sparse_adam._src.parameter_server.calls import Calls
-from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table
+from nb_sparse_adam._src.parameter_server.payloads import Payload, find_table, refuse_as_here
 from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.routing import Routed, route
 from nb_sparse_adam._src.parameter_server.spec import Config, TableSpec
@@ -292,17 +292,11 @@ class Client:
                 read.values, self._rooms.room(name, len(routed.ids), model.dim, model.dtype)
             )
             if model.on_nonfinite == "raise" and not is_finite:
-                self._refuse(name, numbers, read.values)
+                refuse_as_here(self._config.tables[name], name, numbers, read.values)
             for shard, payload in enumerate(payloads):
                 own = routed.of_shard(shard)
                 payload[name] = routed.ids[own], routed.times[own], sums[own]
         return payloads
-
-    def _refuse(self, name: str, ids: NDArray[np.int64], grads: NDArray[Any]) -> None:
-        """Raise what a table here would have raised."""
-        table = self._config.tables[name].make(name)
-        table.load(np.unique(ids), np.zeros((len(np.unique(ids)), table.dim), table.dtype))
-        table.update(ids, grads)
 
     def _push(self, payloads: list[Payload], routed: Mapping[str, Routed] | None) -> list[Any]:
         consistency = self._config.consistency

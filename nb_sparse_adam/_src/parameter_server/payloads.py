@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nb_sparse_adam._src.parameter_server.routing import is_finite
+from nb_sparse_adam._src.parameter_server.spec import TableSpec
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import GradientError, NonFiniteGradientError, TableError
 
@@ -29,6 +30,15 @@ def check_payload(tables: Mapping[str, EmbeddingTable], payload: Payload) -> Non
             raise NonFiniteGradientError(
                 f"push to table {name!r}: a gradient is not finite, or its square is not; nothing was changed"
             )
+
+
+def refuse_as_here(spec: TableSpec, name: str, ids: NDArray[np.int64], grads: NDArray[Any]) -> None:
+    """Raise what a table in this process would have raised, for gradients that are not finite."""
+    options = {key: value for key, value in spec.options.items() if key not in ("capacity", "eviction")}
+    table = TableSpec(spec.dim, **options).make(name)  # with room for all of them
+    unique = np.unique(ids)
+    table.load(unique, np.zeros((len(unique), table.dim), table.dtype))
+    table.update(ids, grads)
 
 
 def find_table(tables: Mapping[str, Any], name: Any) -> Any:

@@ -48,13 +48,8 @@ from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import LogError, SparseAdamError
 
 POINTS = (
-    "doing again",
-    "before the log",
-    "logged",
-    "within the tables",
-    "applied",
-    "before the acknowledgement",
-)
+    "doing again", "before the log", "logged", "within the tables", "applied", "before the acknowledgement",
+)  # fmt: skip
 CONDITIONS = ("older_than_steps", "older_than_seconds", "seen_fewer_than", "down_to")
 _LATENCIES = 4096  # that percentiles are made of
 _ROWS_AT_ONCE = 1 << 20  # that are looked at for their age, under the lock
