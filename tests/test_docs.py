@@ -141,7 +141,10 @@ def test_the_tree_of_errors_is_that_of_the_docstring():
     assert shown in (DOCS / "errors.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["nb_sparse_adam", "checkpoint", "errors", "recommender", "torch", "typing"])
+@pytest.mark.parametrize(
+    "name",
+    ["nb_sparse_adam", "checkpoint", "errors", "parameter_server", "recommender", "torch", "typing"],
+)
 def test_the_reference_has_the_public_names_and_no_other(name):
     """By name, or because all of a module is shown."""
     if name == "torch":

@@ -187,6 +187,8 @@ class TableMachine(RuleBasedStateMachine):
     def set_lr(self, lr):
         self.table.lr = self.model.adam.lr = lr
 
+    # Of so many ids some share counters with others, and are admitted too early: a model does not know which.
+    @precondition(lambda self: self.model.admission in (None, 1, 0.5))
     @precondition(lambda self: not self.has_grown and self.model.capacity is None)
     @rule(begin=st.integers(-1000, 1000), down_to=st.integers(5, 40))
     def grow(self, begin, down_to):

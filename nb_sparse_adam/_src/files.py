@@ -50,6 +50,8 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "xb") as opened:
             opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())  # or the name could be on the disk before what it holds
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -136,11 +136,11 @@ class Coordinator:
         with self._changed:
             self._number += 1
             if rank is not None:
-                old = self._ranks.get(rank)
-                self._ranks[rank] = self._number
+                ranks = {**self._ranks, rank: self._number}
+                self._note(self._noted._replace(ranks=sorted(ranks.items())))
+                self._clocks.pop(self._ranks.get(rank, 0), None)
                 self._arrived.pop(rank, None)
-                self._clocks.pop(old or 0, None)
-                self._note(self._noted._replace(ranks=sorted(self._ranks.items())))
+                self._ranks = ranks
             if isinstance(self._config.consistency, int):
                 self._clocks = {each: self._clocks[each] for each in self._alive()}
                 slowest = self._slowest()

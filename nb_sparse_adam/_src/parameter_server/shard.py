@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from nb_sparse_adam._src.parameter_server.rooms import Rooms
 from nb_sparse_adam._src.parameter_server.snapshots import Snapshots
 from nb_sparse_adam._src.parameter_server.spec import Config
 from nb_sparse_adam._src.parameter_server.steps import Staged
-from nb_sparse_adam._src.parameter_server.windows import Windows
+from nb_sparse_adam._src.parameter_server.windows import MOST, Windows
 from nb_sparse_adam._src.table.embedding_table import EmbeddingTable
 from nb_sparse_adam.errors import LogError, SparseAdamError
 
@@ -100,9 +100,13 @@ class Shard:
         if not reads:
             folder.mkdir(parents=True, exist_ok=True)
             self.hold = Hold(folder)
-        self._snapshots = Snapshots(folder / "snapshots")
         self._log: Log | None = None
-        self._recover(folder, reads)
+        with ExitStack() as failed:
+            if not reads:  # who mends it starts again, while the error may be kept, and this with it
+                failed.callback(self.hold.let_go)
+            self._snapshots = Snapshots(folder / "snapshots")
+            self._recover(folder, reads)
+            failed.pop_all()
         self._met: set[int] = set()  # incarnations that have pushed since the start
 
     # --- starting -----------------------------------------------------------------------------------------
@@ -366,6 +370,8 @@ class Shard:
         if client and self._again and client not in self._met:
             self._counts["lost_pushes"] += max(head["sequence"] - self._windows.highest(client) - 1, 0)
             self._met.add(client)
+            if len(self._met) > 2 * MOST:  # what is forgotten of them is refused
+                self._met = {each for each in self._met if self._windows.highest(each)}
 
     def _table(self, name: str) -> EmbeddingTable:
         table: EmbeddingTable = find_table(self.tables, name)
@@ -382,9 +388,7 @@ class Shard:
                 self._log.begin_file()
             with self._writing:
                 begun = time.perf_counter()
-                number = 0
-                if self._log is not None:
-                    number = self._write({"kind": "saved"}, {}) + 1
+                number = 0 if self._log is None else self._write({"kind": "saved"}, {}) + 1
                 kept_from = min(number, self._staged.first) if self._log is not None else 0
                 extra = {
                     **extra_of(self.number, self._config, self._windows, self._of_step, self.pushes),

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from operator import itemgetter
 
+_ANY = 2**63 - 1  # no clock is later
 _MOST = 1 << 16  # entries: above, every other one of the older half is forgotten
 
 
@@ -56,7 +57,8 @@ class Ages:
         at = bisect_right(self.entries, moment - 1, key=itemgetter(1)) - 1
         if at < 0:
             return -1
-        return self.entries[at + 1][0] - 1 if at + 1 < len(self.entries) else self.entries[at][0]
+        # After the last one, all until now was within its second: what comes later is noted first.
+        return self.entries[at + 1][0] - 1 if at + 1 < len(self.entries) else _ANY
 
 
 def thinned(entries: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
