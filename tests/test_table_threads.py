@@ -15,6 +15,7 @@ from checks import refused
 from interrupts import interrupted
 
 from nb_sparse_adam import EmbeddingTable, Eviction, RowGradient
+from nb_sparse_adam._src.table import snapshot
 from nb_sparse_adam.errors import TableError
 
 pytestmark = pytest.mark.jit
@@ -121,6 +122,36 @@ def test_steps_of_several_threads_all_happen():
         assert table.stats()["steps"] == 100
         assert table.state([1, 2]).steps.tolist() == [100, 100]
         assert table.state([1, 2]).seen.tolist() == [1, 51]
+
+
+@pytest.mark.usefixtures("_watchdog")
+def test_tables_that_are_exchanged_while_others_step_wait_for_nobody_for_ever():
+    """As when a checkpoint is loaded into tables that are in use: in whatever order each names them."""
+    tables = [EmbeddingTable(1, initializer="zeros", lr=0.1, name=f"t{at}") for at in range(2)]
+    ones = RowGradient([1], np.ones((1, 1), np.float32))
+
+    def exchanges(order):
+        for _ in range(100):
+            snapshot.exchange(
+                order,
+                lambda: {each: EmbeddingTable(1, initializer="zeros", name=each.name) for each in order},
+            )
+
+    def steps(order):
+        for _ in range(300):
+            EmbeddingTable.update_together(dict.fromkeys(order, ones))
+
+    backwards = tables[::-1]
+    threads = [
+        threading.Thread(target=work, args=(order,), daemon=True)
+        for work in (exchanges, steps)
+        for order in (tables, backwards)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 # --- forks ------------------------------------------------------------------------------------------------
