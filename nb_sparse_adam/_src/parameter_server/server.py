@@ -66,6 +66,9 @@ class ParameterServer:
     ) -> ParameterServer:
         """Start a server.
 
+        What has been started when this fails, or is interrupted, stays: `attach` goes on with it, and
+        `shutdown` ends it.
+
         Parameters
         ----------
         name : str
