@@ -62,8 +62,8 @@ RAY = SimpleNamespace(
 class Handle:
     """An actor's handle: calls are made at once, with copies, and get lost if that is wanted.
 
-    ``lost[method]`` says how its next call does: "unsent", or "unanswered". ``before[method]`` is called
-    before its next call.
+    ``lost[method]`` says how its next call does: "unsent", "unanswered", or "dead". What is in
+    ``before[method]`` is called before its next call.
     """
 
     def __init__(self, target, one_at_a_time=True):
@@ -77,6 +77,9 @@ class Handle:
         lost = self.lost.pop(method, None)
         if lost == "unsent":
             return GetTimeoutError()
+        if lost == "dead":
+            self.lost[method] = lost  # for good
+            return ActorError("The actor died because all references to it were removed.\nAnd so on")
         try:
             with self._calling:
                 self.before.pop(method, lambda: None)()
@@ -230,3 +233,14 @@ def test_a_push_that_is_unanswered_and_a_client_that_is_closed(tmp_path):
             client.push(batch(1))
         client.push(batch(2))
     assert cluster.rows() == rows_after(1, 2)
+
+
+def test_a_process_that_is_gone_for_good_is_told_with_a_remedy(tmp_path):
+    cluster = Cluster(tmp_path, consistency="async")
+    client = cluster.client(None)
+    cluster.shards[1].lost["pull"] = "dead"
+    with pytest.raises(
+        ServerTimeout,
+        match=r"process 1 cannot be reached: The actor died [^\n]*\(of a server .* another client\)",
+    ):
+        client.pull({"user": np.arange(100)})

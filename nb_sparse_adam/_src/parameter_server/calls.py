@@ -114,7 +114,10 @@ class Calls:
                         f"{self._what}: process {number} cannot be started: {_last_line(error)}"
                     ) from None
                 if left <= pause:
-                    raise ServerTimeout(f"process {number} cannot be reached: {_first_line(error)}") from None
+                    raise ServerTimeout(
+                        f"process {number} cannot be reached: {_first_line(error)} (of a server that was shut "
+                        "down and attached again, make another client)"
+                    ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
             self._references[number] = self._begin[number]()
