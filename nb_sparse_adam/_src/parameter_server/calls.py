@@ -115,8 +115,8 @@ class Calls:
                     ) from None
                 if left <= pause:
                     raise ServerTimeout(
-                        f"process {number} cannot be reached: {_first_line(error)} (of a server that was shut "
-                        "down and attached again, make another client)"
+                        f"process {number} cannot be reached: {_first_line(error)} (of a server that was "
+                        "shut down and attached again, make another client)"
                     ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
