@@ -317,6 +317,23 @@ def test_a_coordinator_that_cannot_start_tells_who_calls_and_starts_when_it_can(
     coordinator._hold.let_go()
 
 
+def test_a_coordinator_whose_log_was_mended_starts(tmp_path, made_here):
+    options = config(consistency="sync", workers=1)
+    before = Coordinator(tmp_path / "coordinator", options)
+    for _ in range(3):
+        last = before.join(0)["client"]
+    (file,) = tmp_path.rglob("log-*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40] + b"?" + whole[41:])
+    coordinator = actor.CoordinatorActor(str(tmp_path), options.to_json())
+    with pytest.raises(CannotStartError, match=r"LogError.*is damaged and has others behind it") as told:
+        coordinator.join(0)
+    assert not told.value.passes
+    file.write_bytes(whole)
+    assert coordinator.join(0)["client"] > last
+    coordinator._hold.let_go()
+
+
 def test_no_step_is_committed_that_is_not_on_the_disk(tmp_path, monkeypatch):
     options = config(consistency="sync", workers=1)
     coordinator = Coordinator(tmp_path, options)

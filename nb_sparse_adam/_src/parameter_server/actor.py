@@ -141,6 +141,9 @@ class CoordinatorActor:
         self._folder = folder
         self._starting = threading.Lock()
         self._started: Coordinator | None = None
+        self._hold: Hold | None = (
+            None  # kept when a start fails: a second one of this process would wait for it
+        )
         with suppress(ServerError):  # as of a shard
             _ = self._coordinator
 
@@ -152,7 +155,7 @@ class CoordinatorActor:
                 own = Path(self._folder) / COORDINATOR
                 try:
                     own.mkdir(parents=True, exist_ok=True)
-                    self._hold = Hold(own)  # as a shard does
+                    self._hold = self._hold or Hold(own)
                     self._started = Coordinator(own, Config.from_json(self._config))
                 except Exception as error:
                     raise _cannot_start("the coordinator", self._config["name"], error) from error
